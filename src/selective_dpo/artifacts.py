@@ -125,7 +125,7 @@ def verify_folder(folder: Path) -> Manifest:
     )
     if wrong:
         raise ArtifactError(
-            f"{folder}: {name_some(wrong)} differ(s) from the manifest's digest; delete the folder and run again"
+            f"{folder}: {name_some(wrong)} differ(s) from the manifest; delete the folder and run again"
         )
     return manifest
 
