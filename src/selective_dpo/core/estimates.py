@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 NORMAL_95 = 1.959963984540054
 """97.5% quantile of the standard normal distribution."""
@@ -41,7 +41,7 @@ def clustered_mean(values_N: ArrayLike, clusters_N: ArrayLike) -> Estimate:
     mean = float(values.mean())
     _, cluster_of_N = np.unique(labels, return_inverse=True)
     clusters = int(cluster_of_N.max()) + 1
-    residual_G: NDArray[np.float64] = np.bincount(cluster_of_N, weights=values - mean, minlength=clusters)
+    residual_G = np.bincount(cluster_of_N, weights=values - mean, minlength=clusters)
     if clusters == 1:
         return Estimate(mean, float("nan"), float("nan"), float("nan"))
     variance = float((residual_G**2).sum()) / values.size**2 * clusters / (clusters - 1)
