@@ -192,7 +192,9 @@ class GenerationConfig(Block):
     """Sampled answers of the policy and of its starting model."""
 
     prompts: Annotated[int, Field(ge=0)] = 0
-    """Number of test prompts answered; 0: no generation."""
+    """Number of prompts answered; 0: no generation."""
+    source: str = ""
+    """JSON Lines of `{"prompt": text or messages}` to answer; empty: the prompts of `data.test`."""
     samples: Count = 1
     """Answers per prompt and model."""
     max_new_tokens: Count = 512

@@ -1,0 +1,41 @@
+"""`export CURRICULUM --format csv|parquet|jsonl|datasets --out PATH`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+TAKES_OVERRIDES = False
+
+
+def add_options(parser: argparse.ArgumentParser, verb: str) -> None:
+    """CURRICULUM, the format and where to write."""
+    parser.add_argument("curriculum", metavar="CURRICULUM", help="a curriculum.parquet, or a run's folder")
+    parser.add_argument("--format", required=True, choices=("csv", "parquet", "jsonl", "datasets"))
+    parser.add_argument("--out", required=True, metavar="PATH")
+    parser.add_argument(
+        "--pairs",
+        default="",
+        metavar="FOLDER",
+        help="the run's pairs folder, for jsonl and datasets; default: pairs beside the curriculum",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace what is at PATH")
+
+
+def execute(verb: str, options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:
+    """Export and say what was written."""
+    from selective_dpo.curriculum.exporting import export_curriculum
+    from selective_dpo.curriculum.table import Curriculum
+    from selective_dpo.data.store import load_pairs
+
+    source = Path(options.curriculum)
+    curriculum = Curriculum.load(source)
+    beside = (source.parent if source.suffix == ".parquet" else source) / "pairs"
+    folder = Path(options.pairs) if options.pairs else beside
+    pairs = load_pairs(folder) if options.pairs or folder.is_dir() else None
+    path = export_curriculum(
+        curriculum, Path(options.out), options.format, pairs=pairs, overwrite=options.overwrite
+    )
+    print(f"{path}: {len(curriculum.order):,} selected of {len(curriculum.pair_ids):,} pairs")
+    return 0

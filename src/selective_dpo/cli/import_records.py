@@ -1,0 +1,28 @@
+"""`import-records DIR --out CURRICULUM`: the original repository's CSVs."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from selective_dpo.cli.select_options import add_select_options, read_select
+
+TAKES_OVERRIDES = True
+
+
+def add_options(parser: argparse.ArgumentParser, verb: str) -> None:
+    """DIR, where to write, and the selection."""
+    parser.add_argument("folder", metavar="DIR", help="folder of seed41_step00.csv[.gz] and the like")
+    parser.add_argument("--out", required=True, metavar="CURRICULUM", help="a .parquet file, or a folder")
+    add_select_options(parser)
+
+
+def execute(verb: str, options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:
+    """Import, write, and say what was found."""
+    from selective_dpo.curriculum.importing import import_records
+
+    imported = import_records(options.folder, select=read_select(overrides))
+    path = imported.curriculum.save(options.out)
+    print(imported.describe())
+    print(f"{path}")
+    return 0

@@ -1,0 +1,109 @@
+"""`selective-dpo VERB`: finds the verb, and turns a user's mistakes into one line and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NoReturn
+
+from selective_dpo import __version__
+from selective_dpo.errors import ConfigError, SelectiveDPOError
+
+# One module a verb, imported only when used: `--help` must not wait for torch.
+VERBS = {
+    "demo": "the whole method on a small synthetic world, on a CPU, in minutes",
+    "run": "all stages of a recipe: score, curriculum, train, evaluate, report",
+    "score": "measure the difficulty of every pair",
+    "curriculum": "difficulty, agreement, selection and order from the records",
+    "train": "DPO along the curriculum",
+    "evaluate": "held-out pairs, sampled answers, win rates",
+    "report": "write report.html",
+    "plan": "what a run would do and cost; nothing is trained",
+    "doctor": "check the environment and a recipe before any money is spent",
+    "import-records": "read the original repository's CSV records",
+    "export": "a curriculum as CSV, Parquet, JSON Lines or a datasets folder",
+    "inspect": "show the easiest, median, hardest or named pairs",
+}
+_MODULES = {
+    **dict.fromkeys(("run", "score", "curriculum", "train", "evaluate", "report"), "stages"),
+    "import-records": "import_records",
+}
+# Recipe keys that would otherwise look like a verb's own options.
+_KEYS_WITHOUT_A_BLOCK = ("name", "output_dir")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command line `arguments`; returns the exit code: 0 done, 2 the user's to mend."""
+    try:
+        return _dispatch(list(arguments))
+    except SelectiveDPOError as error:
+        message = " ".join(str(error).split())
+        print(f"selective-dpo: error: {message}", file=sys.stderr)
+        return 2
+
+
+def entry_point() -> None:
+    """The installed command."""
+    try:
+        code = main(sys.argv[1:])
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:
+        # The reader (`head`, say) has gone; nothing is left to tell it, not even by the interpreter's exit.
+        sys.stderr.close()
+        code = 0
+    sys.exit(code)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Argument errors as this package's own: one line, no usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see {self.prog.split(' VERB')[0]} --help")
+
+
+def _dispatch(arguments: list[str]) -> int:
+    parser = _Parser(
+        prog="selective-dpo",
+        description="How difficult is each preference pair for your model? Train DPO on the easier ones.",
+        epilog="verbs:\n" + "\n".join(f"  {verb:<16}{text}" for verb, text in VERBS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="selective-dpo VERB ...   (selective-dpo VERB --help for its options)",
+    )
+    parser.add_argument("--version", action="version", version=f"selective-dpo {__version__}")
+    parser.add_argument("verb", choices=VERBS, metavar="VERB", help="see below")
+    verb = parser.parse_args(arguments[:1] or ["--help"]).verb
+    module = import_module(f"selective_dpo.cli.{_MODULES.get(verb, verb)}")
+    verb_parser = _Parser(
+        prog=f"selective-dpo {verb}",
+        description=VERBS[verb][0].upper() + VERBS[verb][1:] + ".",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    module.add_options(verb_parser, verb)
+    overrides, others = _split_overrides(arguments[1:])
+    if overrides and not module.TAKES_OVERRIDES:
+        raise ConfigError(f"{verb} takes no recipe keys, so --{overrides[0][0]} would have no effect")
+    result = module.execute(verb, verb_parser.parse_args(others), overrides)
+    return int(result or 0)
+
+
+def _split_overrides(arguments: list[str]) -> tuple[list[tuple[str, str]], list[str]]:
+    """Recipe keys (`--select.fraction 0.6` or `--select.fraction=0.6`) as pairs; and the other arguments."""
+    overrides, others = [], []
+    words = iter(arguments)
+    for word in words:
+        key, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or ("." not in key and key not in _KEYS_WITHOUT_A_BLOCK):
+            others.append(word)
+            continue
+        if not equals:
+            following = next(words, None)
+            if following is None:
+                raise ConfigError(f"--{key} needs a value")
+            value = following
+        overrides.append((key, value))
+    return overrides, others

@@ -1,0 +1,86 @@
+"""The starting policy and its tokenizer: loading them, and naming their exact content."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from selective_dpo.artifacts import file_digest
+from selective_dpo.config import ModelConfig
+from selective_dpo.data.templates import apply_template
+from selective_dpo.digests import digest
+from selective_dpo.errors import ModelError
+
+_LOADING_ERRORS = (OSError, ValueError, ImportError, KeyError)
+
+
+def load_policy(config: ModelConfig) -> Any:
+    """The starting policy, in training precision, on the CPU or wherever a trainer will move it.
+
+    Raises:
+        ModelError: it cannot be loaded; only safetensors weights are read.
+    """
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            config.path,
+            revision=config.revision,
+            dtype=getattr(torch, config.dtype),
+            attn_implementation=config.attention,
+            trust_remote_code=config.trust_remote_code,
+            use_safetensors=True,
+        )
+    except _LOADING_ERRORS as error:
+        raise ModelError(_explain("model", config.path, error)) from error
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """The tokenizer with the recipe's chat template and a padding token (its end-of-sequence token where
+    it has none of its own).
+
+    Raises:
+        ModelError: it cannot be loaded, or has neither a padding nor an end-of-sequence token.
+        ConfigError, TemplateError: there is no such chat template, or it is not valid.
+    """
+    path = config.tokenizer or config.path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            path,
+            revision=config.revision if path == config.path else "main",
+            trust_remote_code=config.trust_remote_code,
+        )
+    except _LOADING_ERRORS as error:
+        raise ModelError(_explain("tokenizer", path, error)) from error
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ModelError(f"tokenizer {path} has neither a padding nor an end-of-sequence token")
+        tokenizer.pad_token = tokenizer.eos_token
+    apply_template(tokenizer, config.chat_template)
+    return tokenizer
+
+
+def load_model_config(config: ModelConfig) -> Any:
+    """The architecture's configuration, without weights. `ModelError` if it cannot be had."""
+    try:
+        return AutoConfig.from_pretrained(
+            config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except _LOADING_ERRORS as error:
+        raise ModelError(_explain("model", config.path, error)) from error
+
+
+def model_digest(config: ModelConfig) -> str:
+    """What identifies the weights: digests of a local folder's files, or a hub model's commit."""
+    folder = Path(config.path)
+    if folder.is_dir():
+        files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".json"))
+        return digest({path.name: file_digest(path) for path in files})
+    commit = getattr(load_model_config(config), "_commit_hash", None)
+    return digest({"hub": config.path, "commit": commit or config.revision})
+
+
+def _explain(what: str, path: str, error: BaseException) -> str:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return f"cannot load {what} {path!r}: {reason[:300]}"

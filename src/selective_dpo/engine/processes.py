@@ -1,0 +1,65 @@
+"""One process among several: who writes, who waits, and how results come together."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
+from numpy.typing import NDArray
+
+from selective_dpo.artifacts import publish_folder
+from selective_dpo.errors import IdentityError, name_some
+
+
+def this_process() -> PartialState:
+    """The process group that `accelerate launch` or `torchrun` made, or this process alone."""
+    return PartialState()
+
+
+def wait_for_everyone() -> None:
+    """Block until every process has come here."""
+    this_process().wait_for_everyone()
+
+
+@contextlib.contextmanager
+def publish_from_main(folder: Path, *, kind: str, key: str) -> Iterator[Path]:
+    """`publish_folder` by the main process; the others get a folder that is thrown away.
+
+    All processes must enter and leave; they leave together, when the folder is complete.
+    """
+    if this_process().is_main_process:
+        with publish_folder(folder, kind=kind, key=key) as partial:
+            yield partial
+    else:
+        with tempfile.TemporaryDirectory() as scratch:
+            yield Path(scratch)
+    wait_for_everyone()
+
+
+def combine_by_position(
+    values_PC: NDArray[np.float64], done_P: NDArray[np.bool_], ids_P: list[str], *, what: str
+) -> NDArray[np.float64]:
+    """Put together the rows that each process filled, each row exactly once.
+
+    Shapes: values_PC [P, C] with zeros in rows this process did not fill, done_P [P] true where it
+    did, ids_P [P] the rows' names. Rows are added over processes, so no row order is exchanged.
+
+    Raises:
+        IdentityError: a row was filled by no process or by several; some are named.
+    """
+    counts_P = done_P.astype(np.int64)
+    process = this_process()
+    if process.num_processes > 1:
+        device = process.device
+        counts_P = reduce(torch.from_numpy(counts_P).to(device), "sum").cpu().numpy()
+        values_PC = reduce(torch.from_numpy(values_PC).to(device), "sum").cpu().numpy()
+    if (counts_P != 1).any():
+        wrong = [ids_P[row] for row in np.flatnonzero(counts_P != 1)]
+        raise IdentityError(f"{what}: {len(wrong):,} pairs not computed exactly once: {name_some(wrong)}")
+    return values_PC

@@ -1,0 +1,99 @@
+"""Independent jobs on one machine, several at a time."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import TypeVar
+
+import torch
+
+from selective_dpo.errors import ConfigError, SelectiveDPOError
+from selective_dpo.launch.quiet import quieten_libraries
+
+Job = TypeVar("Job")
+
+
+def run_in_workers(
+    work: Callable[[Job], None],
+    jobs: Sequence[Job],
+    *,
+    workers: int,
+    name: Callable[[Job], str],
+    done: Callable[[Job], None] = lambda job: None,
+) -> None:
+    """Do `work` on each job, `workers` of them at a time in processes of their own; 1: in this process.
+
+    Workers share the machine: each takes one GPU in turn where there are any, else its share of the
+    CPU's cores. A failing job does not stop the others; then the first error is raised, saying which
+    job it was.
+    """
+    if workers == 1 or len(jobs) <= 1:
+        failures = _here(work, jobs, done)
+    else:
+        failures = _in_processes(work, jobs, workers, done)
+    if failures:
+        job, error = failures[0]
+        also = f" ({len(failures) - 1} more failed)" if len(failures) > 1 else ""
+        if isinstance(error, SelectiveDPOError):
+            raise type(error)(f"{name(job)}: {error}{also}") from error
+        raise RuntimeError(f"{name(job)} failed{also}: {error}") from error
+
+
+def _here(
+    work: Callable[[Job], None], jobs: Sequence[Job], done: Callable[[Job], None]
+) -> list[tuple[Job, Exception]]:
+    failures: list[tuple[Job, Exception]] = []
+    for job in jobs:
+        try:
+            work(job)
+        except ConfigError:  # the next job has the same configuration
+            raise
+        except Exception as error:
+            failures.append((job, error))
+        else:
+            done(job)
+    return failures
+
+
+def _in_processes(
+    work: Callable[[Job], None], jobs: Sequence[Job], workers: int, done: Callable[[Job], None]
+) -> list[tuple[Job, Exception]]:
+    context = multiprocessing.get_context("spawn")
+    turns = context.Value("i", 0)
+    failures: list[tuple[Job, Exception]] = []
+    with ProcessPoolExecutor(
+        max_workers=min(workers, len(jobs)),
+        mp_context=context,
+        initializer=_start_worker,
+        initargs=(turns, workers, _gpu_count()),
+    ) as pool:
+        futures = {pool.submit(work, job): job for job in jobs}
+        for future in as_completed(futures):
+            error = future.exception()
+            if error is None:
+                done(futures[future])
+            elif isinstance(error, Exception):
+                failures.append((futures[future], error))
+            else:
+                raise error
+    return failures
+
+
+def _gpu_count() -> int:
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _start_worker(turns: object, workers: int, gpus: int) -> None:
+    quieten_libraries()
+    with turns.get_lock():  # type: ignore[attr-defined]
+        number = turns.value  # type: ignore[attr-defined]
+        turns.value = number + 1  # type: ignore[attr-defined]
+    if gpus:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        devices = visible.split(",") if visible else [str(device) for device in range(gpus)]
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices[number % len(devices)]
+    else:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))

@@ -1,0 +1,116 @@
+"""`demo`: the whole method on the embedded world, and what it found, in words that the numbers bear out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from selective_dpo.artifacts import read_json
+from selective_dpo.core.estimates import clustered_mean
+from selective_dpo.core.identity import positions_of
+from selective_dpo.curriculum.table import Curriculum
+from selective_dpo.pipeline.verbs import open_run, run_all
+from selective_dpo.reporting.content import TruthRow, save_findings
+from selective_dpo.reporting.results import Results, parse_results
+from selective_dpo.reporting.tables import agreement_table, arms_table
+from selective_dpo.worlds.build import World, build_world
+from selective_dpo.worlds.recipe import world_recipe
+
+NAME = "demo"
+
+
+def demo(output_dir: Path = Path("runs"), *, seed: int = 0, say: Callable[[str], object] = print) -> Path:
+    """Make a world, score its pairs, train the arms, judge them, write the report; returns its path."""
+    workers = min(2, os.cpu_count() or 1)
+    root = output_dir / NAME
+    say(f"world {seed}: a small model learns list tasks from careful and hasty demonstrators")
+    world = build_world(root / "world", seed=seed)
+    say(_world_line(world))
+    recipe = world_recipe(world, name=NAME, output_dir=output_dir, workers=workers)
+    run = open_run(recipe, fresh=True, say=say)
+    run_all(run)
+    results = parse_results(read_json(run.folder.evaluation / "results.json"))
+    curriculum = Curriculum.load(run.folder.curriculum)
+    findings = describe_findings(results)
+    truth = truth_about_selection(curriculum, world)
+    save_findings(run.folder.root, findings, truth)
+    report = run_all(run)
+    say("")
+    say(arms_table(results))
+    say("")
+    say(agreement_table(curriculum.facts["agreement"]))
+    say("")
+    for line in [*findings, *_truth_lines(truth)]:
+        say(line)
+    say(f"\nreport: {report}")
+    return report
+
+
+def describe_findings(results: Results) -> list[str]:
+    """What this one run shows of the method's claims, and what it does not."""
+    by_name = {arm.name: arm for arm in results.arms}
+    sentences = []
+    for name, claim in (
+        ("all", "the easiest half beats all pairs"),
+        ("random", "the easiest half beats a random half"),
+    ):
+        difference = by_name[name].difference if name in by_name else None
+        if difference is not None:
+            shows = difference.low > 0
+            verdict = "shows in this run" if shows else "does NOT show in this run: the interval holds 0"
+            sentences.append(
+                f"{claim.capitalize()}: {verdict} (win rate difference {difference.value:+.3f}, "
+                f"95% interval {difference.low:+.3f} to {difference.high:+.3f})."
+            )
+    hardest = by_name["hardest"].win_rate if "hardest" in by_name else None
+    if hardest is not None:
+        verdict = "shows in this run" if hardest.high < 0.5 else "does NOT show in this run"
+        sentences.append(
+            f"Training on the hardest half hurts: {verdict} (win rate against the starting model "
+            f"{hardest.value:.3f}, 95% interval {hardest.low:.3f} to {hardest.high:.3f})."
+        )
+    return sentences
+
+
+def truth_about_selection(curriculum: Curriculum, world: World) -> list[TruthRow]:
+    """What the selected and the dropped pairs really are, by the gold reward that the method never saw."""
+    truth = pq.read_table(world.truth)
+    at = positions_of(curriculum.pair_ids, truth["pair_id"].to_pylist(), what="truth about the pairs")
+    prompts_P = np.asarray(curriculum.table["prompt_id"].to_pylist())
+    selected_P = curriculum.table["selected"].to_numpy(zero_copy_only=False)
+    operation_P = np.asarray(truth["operation"].to_pylist())[at]
+    groups = {
+        "flipped label": truth["flipped"].to_numpy(zero_copy_only=False)[at],
+        "tie": truth["tie"].to_numpy(zero_copy_only=False)[at],
+    }
+    groups |= {f"task: {name}": operation_P == name for name in sorted(set(operation_P.tolist()))}
+    return [
+        TruthRow(
+            group,
+            clustered_mean(has_P[selected_P].astype(float), prompts_P[selected_P]),
+            clustered_mean(has_P[~selected_P].astype(float), prompts_P[~selected_P]),
+        )
+        for group, has_P in groups.items()
+    ]
+
+
+def _world_line(world: World) -> str:
+    pairs = world.facts["pairs"]
+    return (
+        f"  {pairs['pairs']:,} pairs of its own answers, labelled by a noisy annotator: "
+        f"{pairs['flip_share']:.0%} prefer the worse answer, {pairs['tie_share']:.0%} are ties"
+    )
+
+
+def _truth_lines(truth: list[TruthRow]) -> list[str]:
+    lines = ["What was kept and what was dropped (share of the pairs, with 95% interval):"]
+    for row in truth:
+        kept, dropped = (
+            f"{each.value:.1%} ± {(each.high - each.low) / 2:.1%}" for each in (row.selected, row.deselected)
+        )
+        lines.append(f"  {row.group:<28} kept {kept:<16} dropped {dropped}")
+    return lines

@@ -1,0 +1,152 @@
+"""The evaluation stage: every arm on held-out pairs, and its answers against the starting model's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+from trl.trainer.utils import add_fused_lm_head
+
+from selective_dpo.artifacts import content_key, is_complete, read_json, read_manifest
+from selective_dpo.core.identity import Text, prompt_id
+from selective_dpo.core.preference_metrics import PreferenceMetrics
+from selective_dpo.curriculum.table import Curriculum
+from selective_dpo.data.readers import Malformed, read_file
+from selective_dpo.data.store import TOKENS, load_pairs, load_tokens
+from selective_dpo.data.tokenize import with_system
+from selective_dpo.engine.logprobs import pair_logps
+from selective_dpo.engine.models import load_policy
+from selective_dpo.engine.processes import publish_from_main, this_process, wait_for_everyone
+from selective_dpo.engine.reference import load_reference
+from selective_dpo.errors import DataError
+from selective_dpo.evaluation.evaluate import Arm, evaluate_arms
+from selective_dpo.evaluation.generation import Prompt
+from selective_dpo.evaluation.held_out import held_out_metrics
+from selective_dpo.evaluation.prompt_tokens import encode_prompt
+from selective_dpo.evaluation.results import REFERENCE
+from selective_dpo.pipeline.stages import Run, ensure_policy
+from selective_dpo.reporting.tables import label_for
+from selective_dpo.training.arguments import autocast_dtype, dpo_arguments
+
+
+def ensure_evaluation(run: Run) -> None:
+    """Measure every arm, unless the same policies were measured in the same way already.
+
+    In a distributed run all processes share the held-out pairs' forward passes; answers are generated
+    by each, and the main process's are kept.
+    """
+    ensure_policy(run)
+    policies = {name: read_manifest(folder / "policy").files for name, (_, folder) in run.arms.items()}
+    has_test = bool(run.recipe.data.test)
+    key = content_key(
+        stage="evaluation",
+        weights=run.model_digest,
+        policies={name: _weights(files) for name, files in policies.items()},
+        evaluate=run.recipe.evaluate.model_dump(mode="json", exclude={"controls"}),
+        held_out=read_manifest(run.folder.test_pairs).files[TOKENS] if has_test else "",
+        prompts=[prompt.prompt_id for prompt in _prompts(run)],
+    )
+    if is_complete(run.folder.evaluation, key=key):
+        return
+    wait_for_everyone()
+    arms = [_arm(run, name) for name in run.arms]
+    reference = Arm(REFERENCE, "starting model", 0, 0, lambda: _load(run, None), _held_out_measure(run))
+    evaluation = evaluate_arms(
+        arms,
+        reference,
+        tokenizer=run.tokenizer,
+        prompts=_prompts(run),
+        config=run.recipe.evaluate,
+        encode=lambda text: _encode(run, text),
+    )
+    with publish_from_main(run.folder.evaluation, kind="evaluation", key=key) as partial:
+        evaluation.write(partial)
+    run.tell(f"evaluation: {len(arms)} arm(s), {evaluation.results.prompts:,} prompts answered")
+
+
+def _weights(files: dict[str, str]) -> dict[str, str]:
+    return {name: found for name, found in files.items() if name.endswith(".safetensors")}
+
+
+def _arm(run: Run, name: str) -> Arm:
+    select, folder = run.arms[name]
+    policy = folder / "policy"
+    updates = int(read_json(policy / "cost.json")["optimizer_steps"])
+    pairs = len(Curriculum.load(folder).order)
+    return Arm(name, label_for(select), pairs, updates, lambda: _load(run, policy), _held_out_measure(run))
+
+
+def _load(run: Run, policy: Path | None) -> Any:
+    """The starting model, or a trained policy: its own weights, or the starting model with its adapter."""
+    config = run.recipe.model
+    if policy is None or (policy / "adapter_config.json").is_file():
+        model = load_policy(config)
+        add_fused_lm_head(model)
+        if policy is not None:
+            model = peft.PeftModel.from_pretrained(model, policy)
+    else:
+        model = load_policy(config.model_copy(update={"path": str(policy), "revision": "main"}))
+        add_fused_lm_head(model)
+    return model.to(this_process().device)
+
+
+def _held_out_measure(run: Run) -> Any:
+    if not run.recipe.data.test:
+        return None
+    tokens = load_tokens(run.folder.test_pairs)
+    reference = load_reference(run.folder.test_reference)
+    prompt_ids = dict(zip(tokens["pair_id"], tokens["prompt_id"], strict=True))
+    args = dpo_arguments(
+        run.recipe.train.trainer,
+        model=run.recipe.model,
+        max_length=run.recipe.data.max_length,
+        output_dir=run.folder.root,
+        seed=0,
+        sequential=True,
+    )
+
+    def measure(model: Any) -> PreferenceMetrics:
+        logps = pair_logps(
+            model,
+            tokens,
+            tokens_per_batch=run.recipe.evaluate.tokens_per_batch,
+            pad_token_id=run.tokenizer.pad_token_id,
+            autocast_dtype=autocast_dtype(args),
+            what="held-out pairs",
+        )
+        return held_out_metrics(logps, reference, prompt_ids, beta=args.beta)
+
+    return measure
+
+
+def _prompts(run: Run) -> list[Prompt]:
+    generation = run.recipe.evaluate.generation
+    if generation.prompts == 0:
+        return []
+    if generation.source:
+        return _read_prompts(Path(generation.source))
+    if not run.recipe.data.test:
+        return []
+    table = load_pairs(run.folder.test_pairs)
+    rows = zip(*(table[name].to_pylist() for name in ("status", "prompt_id", "prompt")), strict=True)
+    return [Prompt(identity, json.loads(text)) for status, identity, text in rows if status == "kept"]
+
+
+def _read_prompts(path: Path) -> list[Prompt]:
+    if not path.is_file():
+        raise DataError(f"evaluate.generation.source: no file {path}")
+    prompts = []
+    for number, row in enumerate(read_file(path)):
+        text: Text | None = None if isinstance(row, Malformed) else row.get("prompt")
+        if not isinstance(text, (str, list)):
+            raise DataError(f"{path}, row {number}: needs a prompt, as text or messages")
+        prompts.append(Prompt(prompt_id(text), text))
+    return prompts
+
+
+def _encode(run: Run, text: Text) -> list[int]:
+    if isinstance(text, list) and run.recipe.data.empty_system_message:
+        text = with_system(text)
+    return encode_prompt(run.tokenizer, text)

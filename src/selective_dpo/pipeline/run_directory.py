@@ -1,0 +1,105 @@
+"""The folder of a run: where each stage's result lies, and which recipe it belongs to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+
+from selective_dpo.artifacts import read_json, write_atomic, write_json
+from selective_dpo.errors import RunChangedError, name_some
+from selective_dpo.recipe_io import diff_config, dump_config
+
+if TYPE_CHECKING:
+    from selective_dpo.config import Recipe
+    from selective_dpo.scoring.plan import ScorerRun
+
+# They decide where and how fast, not what comes out.
+_WITHOUT_EFFECT_ON_RESULTS = ("launch", "output_dir", "name")
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths below a run's root. Nothing is created by asking for a path."""
+
+    root: Path
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> RunDirectory:
+        """The folder that `recipe` names."""
+        return cls(Path(recipe.output_dir) / recipe.name)
+
+    @property
+    def pairs(self) -> Path:
+        """Every input row with its status; tokens of the kept ones."""
+        return self.root / "pairs"
+
+    @property
+    def test_pairs(self) -> Path:
+        """The same for `data.test`."""
+        return self.root / "test-pairs"
+
+    @property
+    def reference(self) -> Path:
+        """Log-probs of the pairs under the starting policy."""
+        return self.root / "reference"
+
+    @property
+    def test_reference(self) -> Path:
+        """The same for the held-out pairs."""
+        return self.root / "test-reference"
+
+    @property
+    def curriculum(self) -> Path:
+        """The folder that holds `curriculum.parquet` and `.json`: the run's own root."""
+        return self.root
+
+    @property
+    def policy(self) -> Path:
+        """The trained model."""
+        return self.root / "policy"
+
+    @property
+    def evaluation(self) -> Path:
+        """Generations, verdicts and `results.json`."""
+        return self.root / "evaluation"
+
+    @property
+    def report(self) -> Path:
+        """One self-contained page."""
+        return self.root / "report.html"
+
+    def scores(self, run: ScorerRun) -> Path:
+        """One scorer's records."""
+        return self.root / "scores" / run.name
+
+    def control(self, name: str) -> Path:
+        """A control arm: its `curriculum.parquet` and its `policy` folder."""
+        return self.root / "controls" / name
+
+    def claim(self, recipe: Recipe, *, fresh: bool) -> None:
+        """Make this folder the recipe's, or refuse it.
+
+        With `fresh`, a changed recipe is accepted: stages whose inputs did not change are kept, the
+        others are made again.
+
+        Raises:
+            RunChangedError: the folder was made with another recipe; the differences are named.
+        """
+        config_path = self.root / "config.json"
+        config = dump_config(recipe)
+        if config_path.exists() and not fresh:
+            changes = [
+                change
+                for change in diff_config(read_json(config_path), config)
+                if not change.startswith(_WITHOUT_EFFECT_ON_RESULTS)
+            ]
+            if changes:
+                raise RunChangedError(
+                    f"{self.root} was made with another recipe ({name_some(changes, limit=8)}): give this "
+                    "one another name, or pass --fresh to redo the stages that the change touches"
+                )
+        write_atomic(self.root / "recipe.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        write_json(config_path, config)

@@ -1,0 +1,273 @@
+"""The stages of a run. Each one makes its result unless a complete one with the same key is there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from selective_dpo.artifacts import content_key, is_complete, read_json, read_manifest
+from selective_dpo.config import Recipe, SelectConfig
+from selective_dpo.core.records import Records
+from selective_dpo.curriculum.build import build_curriculum
+from selective_dpo.curriculum.table import TABLE, Curriculum
+from selective_dpo.data.store import TOKENS, load_tokens
+from selective_dpo.engine.models import load_policy, load_tokenizer, model_digest
+from selective_dpo.engine.processes import this_process, wait_for_everyone
+from selective_dpo.engine.reference import publish_reference
+from selective_dpo.errors import ArtifactError, ConfigError, RecordsError, name_some
+from selective_dpo.launch.workers import run_in_workers
+from selective_dpo.pipeline.pairs_stage import ensure_prepared
+from selective_dpo.pipeline.provenance import provenance
+from selective_dpo.pipeline.run_directory import RunDirectory
+from selective_dpo.reporting.tables import label_for
+from selective_dpo.scoring.plan import ScorerRun, planned_runs
+from selective_dpo.scoring.score import collect_records, run_scorers
+from selective_dpo.scoring.scorer import COST, RECORDS, ScorerJob
+from selective_dpo.training.arguments import autocast_dtype, dpo_arguments
+from selective_dpo.training.train import TrainingJob, train_policy
+
+SELECTED = "selected"
+"""Name of the run's own arm, beside its controls."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe in its folder. All processes of a distributed run build the same one."""
+
+    recipe: Recipe
+    folder: RunDirectory
+    say: Callable[[str], object] = print
+    """Told one line per stage."""
+
+    @cached_property
+    def model_digest(self) -> str:
+        """What identifies the starting policy's weights."""
+        return model_digest(self.recipe.model)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The starting policy's tokenizer."""
+        return load_tokenizer(self.recipe.model)
+
+    @cached_property
+    def scorer_runs(self) -> tuple[ScorerRun, ...]:
+        """The protocol's scorers."""
+        return planned_runs(self.recipe.score)
+
+    @property
+    def arms(self) -> dict[str, tuple[SelectConfig, Path]]:
+        """Selection and folder of the run's own arm and of each control."""
+        controls = self.recipe.evaluate.controls
+        own = {SELECTED: (self.recipe.select, self.folder.root)}
+        return own | {name: (select, self.folder.control(name)) for name, select in controls.items()}
+
+    def tell(self, line: str) -> None:
+        """Say something once, whatever the number of processes."""
+        if this_process().is_main_process:
+            self.say(line)
+
+
+def ensure_pairs(run: Run) -> None:
+    """Prepare the training pairs, and the held-out ones where the recipe has any."""
+    ensure_prepared(run, run.recipe.data.train, run.folder.pairs, exclude=None)
+    if run.recipe.data.test:
+        ensure_prepared(run, run.recipe.data.test, run.folder.test_pairs, exclude=run.folder.pairs)
+
+
+def ensure_reference(run: Run) -> None:
+    """The starting policy's log-probs of all prepared pairs, once for everything that follows."""
+    ensure_pairs(run)
+    _ensure_reference_of(run, run.folder.pairs, run.folder.reference)
+    if run.recipe.data.test:
+        _ensure_reference_of(run, run.folder.test_pairs, run.folder.test_reference)
+
+
+def ensure_scores(run: Run, *, only: tuple[str, ...] = ()) -> None:
+    """Run the protocol's scorers that are missing; `only` names some of them.
+
+    Raises:
+        ConfigError: `only` names a scorer that the protocol does not have.
+    """
+    unknown = sorted(set(only) - {scorer.name for scorer in run.scorer_runs})
+    if unknown:
+        known = ", ".join(scorer.name for scorer in run.scorer_runs)
+        raise ConfigError(f"no scorer named {name_some(unknown)}; this recipe has {known}")
+    ensure_reference(run)
+    jobs = [_scorer_job(run, scorer) for scorer in run.scorer_runs if not only or scorer.name in only]
+    missing = [job for job in jobs if not is_complete(job.folder, key=job.key)]
+    if not missing:
+        return
+    run.tell(f"scores: {len(missing)} of {len(jobs)} scorers to train")
+    wait_for_everyone()
+    run_scorers(missing, workers=run.recipe.launch.workers, done=lambda job: run.tell(f"  {_measured(job)}"))
+
+
+def ensure_curriculum(run: Run) -> Curriculum:
+    """Records -> difficulty, agreement, selection and order, for the run's arm and its controls.
+
+    Raises:
+        RecordsError: scorers are missing and the recipe does not allow a partial set.
+    """
+    ensure_scores(run)
+    return build_curricula(run)
+
+
+def build_curricula(run: Run) -> Curriculum:
+    """Build each arm's curriculum from the records that are there, without running a scorer."""
+    complete: list[ScorerJob] = []
+    missing: list[ScorerJob] = []
+    for scorer in run.scorer_runs:
+        job = _scorer_job(run, scorer)
+        (complete if is_complete(job.folder, key=job.key) else missing).append(job)
+    if missing and not (run.recipe.select.allow_partial and complete):
+        names = name_some(job.run.name for job in missing)
+        raise RecordsError(f"records are missing of {names}: score them, or pass --select.allow_partial true")
+    inputs = {job.run.name: read_manifest(job.folder).files[RECORDS] for job in complete}
+    records: Records | None = None
+    for name, (select, folder) in run.arms.items():
+        key = content_key(stage="curriculum", records=inputs, select=select.model_dump(mode="json"))
+        if _has_curriculum(folder, key):
+            continue
+        records = records or collect_records([job.folder for job in complete])
+        if this_process().is_main_process:
+            cost = {job.run.name: read_json(job.folder / COST) for job in complete}
+            origin = provenance(run.recipe, inputs={"model": run.model_digest, **inputs})
+            made = build_curriculum(records, select, provenance=origin, cost={"scorers": cost}, key=key)
+            made.save(folder)
+            if name == SELECTED:
+                kept, all_pairs = len(made.order), len(made.pair_ids)
+                run.tell(f"curriculum: {kept:,} of {all_pairs:,} pairs, {label_for(select)}")
+    wait_for_everyone()
+    return Curriculum.load(run.folder.curriculum)
+
+
+def ensure_policy(run: Run) -> None:
+    """Train the run's policy, and its controls', where they are missing."""
+    ensure_curriculum(run)
+    jobs = [_training_job(run, name) for name in run.arms]
+    missing = [job for job in jobs if not is_complete(job.folder, key=job.key)]
+    if not missing:
+        return
+    run.tell(f"training: {', '.join(job.label for job in missing)}")
+    wait_for_everyone()
+    run_in_workers(
+        train_policy,
+        missing,
+        workers=run.recipe.launch.workers,
+        name=lambda job: job.name,
+        done=lambda job: run.tell(f"  {_trained(job)}"),
+    )
+
+
+def _ensure_reference_of(run: Run, pairs: Path, folder: Path) -> None:
+    recipe = run.recipe
+    arguments = _scorer_arguments(run)
+    key = content_key(
+        stage="reference",
+        tokens=read_manifest(pairs).files[TOKENS],
+        **_model_key(run),
+        autocast=str(autocast_dtype(arguments)),
+        tokens_per_batch=recipe.score.tokens_per_batch,
+    )
+    if is_complete(folder, key=key):
+        return
+    wait_for_everyone()
+    tokens = load_tokens(pairs)
+    publish_reference(
+        folder,
+        key=key,
+        model=load_policy(recipe.model),
+        tokens=tokens,
+        tokens_per_batch=recipe.score.tokens_per_batch,
+        pad_token_id=run.tokenizer.pad_token_id,
+        autocast_dtype=autocast_dtype(arguments),
+    )
+    run.tell(f"{folder.name}: {len(tokens):,} pairs")
+
+
+def _model_key(run: Run) -> dict[str, object]:
+    # Content, not paths: a model moved elsewhere is the same. Tokenizer and template decide the tokens,
+    # which have a digest of their own.
+    numerics = run.recipe.model.model_dump(mode="json", include={"dtype", "attention"})
+    return {"weights": run.model_digest, "numerics": numerics}
+
+
+def _scorer_arguments(run: Run) -> Any:
+    return dpo_arguments(
+        run.recipe.score.trainer,
+        model=run.recipe.model,
+        max_length=run.recipe.data.max_length,
+        output_dir=run.folder.root,
+        seed=0,
+        sequential=False,
+    )
+
+
+def _scorer_job(run: Run, scorer: ScorerRun) -> ScorerJob:
+    recipe = run.recipe
+    # Not the list of seeds: adding one must not throw away the others' records.
+    settings = recipe.score.model_dump(mode="json", exclude={"protocol", "seeds"})
+    key = content_key(
+        stage="records",
+        scorer=scorer.name,
+        score=settings,
+        max_length=recipe.data.max_length,
+        **_model_key(run),
+        tokens=read_manifest(run.folder.pairs).files[TOKENS],
+        reference=read_manifest(run.folder.reference).files,
+    )
+    folder = run.folder.scores(scorer)
+    return ScorerJob(recipe, scorer, run.folder.pairs, run.folder.reference, folder, key)
+
+
+def _training_job(run: Run, name: str) -> TrainingJob:
+    recipe = run.recipe
+    select, folder = run.arms[name]
+    curriculum = Curriculum.load(folder)
+    has_test = bool(recipe.data.test)
+    key = content_key(
+        stage="policy",
+        order=curriculum.order_digest,
+        curriculum=curriculum.facts["key"],
+        train=recipe.train.model_dump(mode="json", include={"lora", "trainer"}),
+        max_length=recipe.data.max_length,
+        **_model_key(run),
+        tokens=read_manifest(run.folder.pairs).files[TOKENS],
+        reference=read_manifest(run.folder.reference).files,
+        held_out=read_manifest(run.folder.test_reference).files if has_test else {},
+    )
+    return TrainingJob(
+        recipe,
+        name,
+        label_for(select),
+        run.folder.pairs,
+        run.folder.reference,
+        run.folder.test_pairs if has_test else None,
+        run.folder.test_reference if has_test else None,
+        folder / TABLE,
+        folder / "policy",
+        key,
+    )
+
+
+def _has_curriculum(folder: Path, key: str) -> bool:
+    try:
+        return bool(Curriculum.load(folder).facts["key"] == key)
+    except ArtifactError:
+        return False
+
+
+def _measured(job: ScorerJob) -> str:
+    cost = read_json(job.folder / COST)
+    return (
+        f"{job.run.name}: {cost['train_pairs']:,} pairs trained, {cost['held_out_pairs']:,} measured "
+        f"{cost['evaluations']} times, {cost['seconds']:.0f} s"
+    )
+
+
+def _trained(job: TrainingJob) -> str:
+    cost = read_json(job.folder / "cost.json")
+    return f"{job.label}: {cost['optimizer_steps']:,} updates, {cost['seconds']:.0f} s"

@@ -1,0 +1,172 @@
+"""The verbs as plain functions: each brings a run up to its stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from selective_dpo.config import Recipe
+from selective_dpo.core.records import Records
+from selective_dpo.curriculum.table import Curriculum
+from selective_dpo.engine.processes import this_process, wait_for_everyone
+from selective_dpo.errors import ConfigError
+from selective_dpo.launch.processes import relaunch, under_a_launcher
+from selective_dpo.library_options import check_recipe_options
+from selective_dpo.pipeline.evaluation_stage import ensure_evaluation
+from selective_dpo.pipeline.run_directory import RunDirectory
+from selective_dpo.pipeline.stages import (
+    Run,
+    build_curricula,
+    ensure_curriculum,
+    ensure_pairs,
+    ensure_policy,
+    ensure_scores,
+)
+from selective_dpo.recipe_io import make_recipe
+from selective_dpo.reporting.report import write_report
+from selective_dpo.scoring.score import collect_records
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def open_run(recipe: Recipe, *, fresh: bool = False, say: Callable[[str], object] = print) -> Run:
+    """The run that `recipe` names, its folder claimed for it.
+
+    Raises:
+        ConfigError: settings that TRL, transformers or PEFT would refuse or ignore.
+        RunChangedError: the folder belongs to another recipe, and not `fresh`.
+    """
+    check_recipe_options(recipe)
+    run = Run(recipe, RunDirectory.of(recipe), say)
+    if this_process().is_main_process:
+        run.folder.claim(recipe, fresh=fresh)
+    wait_for_everyone()
+    return run
+
+
+def score(run: Run, *, only: tuple[str, ...] = ()) -> None:
+    """Measure the difficulty of every pair; what is already measured is kept."""
+    ensure_scores(run, only=only)
+
+
+def curriculum(run: Run) -> Curriculum:
+    """Difficulty, agreement, selection and order.
+
+    With `select.allow_partial` from the records that are there; else missing scorers are run first.
+    """
+    if run.recipe.select.allow_partial:
+        return build_curricula(run)
+    return ensure_curriculum(run)
+
+
+def train(run: Run) -> Path:
+    """The policy trained along the curriculum; returns its folder."""
+    ensure_policy(run)
+    push(run)
+    return run.folder.policy
+
+
+def evaluate(run: Run) -> Path:
+    """Held-out pairs and sampled answers of every arm; returns the evaluation's folder."""
+    ensure_evaluation(run)
+    return run.folder.evaluation
+
+
+def report(run: Run) -> Path:
+    """Write `report.html` from whatever stages are complete; a curriculum is the least."""
+    path = run.folder.report
+    if this_process().is_main_process:
+        path = write_report(run.folder.root)
+        run.tell(f"report: {path}")
+    return path
+
+
+def run_all(run: Run) -> Path:
+    """All stages; returns the report's path."""
+    ensure_evaluation(run)
+    push(run)
+    return report(run)
+
+
+def push(run: Run) -> None:
+    """Send the finished policy to the hub, where the recipe asks for it and it was not done yet."""
+    if run.recipe.train.hub_id and this_process().is_main_process:
+        from selective_dpo.training.hub import push_policy
+
+        push_policy(run.folder.policy, run.folder.root / "hub.json", run.recipe.train)
+
+
+def run_verb(
+    verb: str, recipe: Recipe, *, fresh: bool, only: tuple[str, ...], command_line: Sequence[str]
+) -> int:
+    """What `selective-dpo VERB RECIPE` does; returns the exit code.
+
+    With `launch.processes` above 1 the same command is started again in so many processes, after the
+    pairs are prepared here: what a user can mend shows before anything is launched.
+    """
+    run = open_run(recipe, fresh=fresh)
+    if recipe.launch.processes > 1 and not under_a_launcher():
+        ensure_pairs(run)
+        return relaunch(command_line, processes=recipe.launch.processes)
+    actions: dict[str, Callable[[], object]] = {
+        "score": lambda: score(run, only=only),
+        "curriculum": lambda: curriculum(run),
+        "train": lambda: train(run),
+        "evaluate": lambda: evaluate(run),
+        "report": lambda: report(run),
+        "run": lambda: run_all(run),
+    }
+    actions[verb]()
+    return 0
+
+
+def score_difficulty(
+    model: str | Path,
+    pairs: str | Path | Dataset,
+    *,
+    output_dir: str | Path,
+    score: Mapping[str, Any] | None = None,
+    data: Mapping[str, Any] | None = None,
+    dtype: str = "bfloat16",
+    workers: int = 1,
+) -> Records:
+    """Held-out DPO losses of preference pairs for a model: the records a curriculum is built from.
+
+    Args:
+        model: Hub name or folder of the starting (SFT) policy.
+        pairs: A file, a `datasets` folder, or a `datasets.Dataset` of preference pairs.
+        output_dir: The run folder; what is already measured there is not measured again.
+        score, data: Recipe keys of these blocks, such as `{"seeds": [1], "trainer": {...}}`.
+        dtype: What the weights are loaded as.
+        workers: Scorers trained at a time.
+
+    Raises:
+        SelectiveDPOError: anything that the caller has to mend.
+    """
+    folder = Path(output_dir)
+    recipe = make_recipe(
+        {
+            "name": folder.name,
+            "output_dir": str(folder.parent),
+            "model": {"path": str(model), "dtype": dtype},
+            "data": {**(data or {}), "train": [{"path": str(_on_disk(pairs, folder))}]},
+            "score": dict(score or {}),
+            "launch": {"workers": workers},
+        }
+    )
+    run = open_run(recipe, say=lambda line: None)
+    ensure_scores(run)
+    return collect_records([run.folder.scores(scorer) for scorer in run.scorer_runs])
+
+
+def _on_disk(pairs: str | Path | Dataset, folder: Path) -> str | Path:
+    if isinstance(pairs, str | Path):
+        return pairs
+    if not hasattr(pairs, "to_parquet"):
+        raise ConfigError(f"pairs must be a path or a datasets.Dataset, not {type(pairs).__name__}")
+    path = folder / "input.parquet"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pairs.to_parquet(str(path))
+    return path

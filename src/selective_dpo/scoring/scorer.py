@@ -1,0 +1,169 @@
+"""One scorer: DPO on one half of the pairs, held-out losses of the other half."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from datasets import Dataset
+
+from selective_dpo.artifacts import write_json
+from selective_dpo.config import Recipe
+from selective_dpo.core.dpo import dpo_losses
+from selective_dpo.core.identity import positions_of
+from selective_dpo.core.records import Records
+from selective_dpo.curriculum.records_io import write_records
+from selective_dpo.data.store import load_tokens
+from selective_dpo.engine.logprobs import PairLogps, pair_logps
+from selective_dpo.engine.models import load_policy, load_tokenizer
+from selective_dpo.engine.processes import publish_from_main
+from selective_dpo.engine.reference import load_reference, with_reference
+from selective_dpo.errors import RecordsError, name_some
+from selective_dpo.scoring.held_out import HeldOutEvaluations, Measurement
+from selective_dpo.scoring.plan import ScorerRun, split_pairs
+from selective_dpo.training.arguments import autocast_dtype, dpo_arguments, lora_config
+from selective_dpo.training.pair_trainer import PairTrainer, with_cached_reference
+from selective_dpo.training.progress import TrainingProgress, without_printed_logs
+from selective_dpo.training.publish import save_policy, trainer_facts
+
+RECORDS = "records.parquet"
+COST = "cost.json"
+
+
+class ScorerJob(NamedTuple):
+    """All that one scorer needs; it can be sent to another process."""
+
+    recipe: Recipe
+    run: ScorerRun
+    pairs: Path
+    """Folder of the prepared pairs."""
+    reference: Path
+    """Folder of the reference's log-probs."""
+    folder: Path
+    """Where to publish."""
+    key: str
+
+
+def run_scorer(job: ScorerJob) -> None:
+    """Train one scorer, measure its held-out half at every evaluation, publish the records.
+
+    Raises:
+        ConfigError: too few optimizer steps for the evaluations.
+        RecordsError: a held-out loss is not finite; some pairs are named.
+    """
+    started = time.monotonic()
+    config = job.recipe.score
+    tokens = load_tokens(job.pairs)
+    reference = load_reference(job.reference)
+    split = split_pairs(list(tokens["prompt_id"]), job.run)
+    train, held_out = (with_reference(tokens.select(rows), reference) for rows in split)
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer, evaluations = _make_trainer(job, train, held_out, Path(scratch))
+        trainer.train()
+    records = _to_records(job.run, held_out, reference, evaluations.measurements, beta=trainer.args.beta)
+    _require_finite(records, job.run)
+    with publish_from_main(job.folder, kind="records", key=job.key) as partial:
+        write_records(records, partial / RECORDS)
+        write_json(partial / "trainer_log.json", {"log_history": trainer.state.log_history})
+        facts = trainer_facts(trainer)
+        write_json(
+            partial / COST,
+            {
+                **facts,
+                "train_pairs": len(train),
+                "held_out_pairs": len(held_out),
+                "evaluations": len(evaluations.measurements),
+                "seconds": time.monotonic() - started,
+            },
+        )
+        if config.keep_scorers:
+            save_policy(trainer, partial / "scorer")
+
+
+def _make_trainer(
+    job: ScorerJob, train: Dataset, held_out: Dataset, scratch: Path
+) -> tuple[PairTrainer, HeldOutEvaluations]:
+    config = job.recipe.score
+    args = dpo_arguments(
+        config.trainer,
+        model=job.recipe.model,
+        max_length=job.recipe.data.max_length,
+        output_dir=scratch,
+        seed=job.run.seed,
+        sequential=False,
+    )
+    tokenizer = load_tokenizer(job.recipe.model)
+
+    def measure() -> PairLogps:
+        return pair_logps(
+            forward_model(trainer),
+            held_out,
+            tokens_per_batch=config.tokens_per_batch,
+            pad_token_id=tokenizer.pad_token_id,
+            autocast_dtype=autocast_dtype(args),
+            what=f"{job.run.name} held-out",
+        )
+
+    evaluations = HeldOutEvaluations(config.evaluations, measure)
+    trainer = PairTrainer(
+        load_policy(job.recipe.model),
+        args=with_cached_reference(args, train),
+        train_dataset=train,
+        processing_class=tokenizer,
+        peft_config=lora_config(config.lora),
+        callbacks=[evaluations, TrainingProgress(job.run.name)],
+    )
+    return without_printed_logs(trainer), evaluations
+
+
+def forward_model(trainer: Any) -> Any:
+    """The model to run forward passes with: sharded ones only work through their wrapper."""
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    return trainer.model_wrapped if sharded else trainer.model
+
+
+def _to_records(
+    run: ScorerRun,
+    held_out: Dataset,
+    reference: PairLogps,
+    measurements: list[Measurement],
+    *,
+    beta: float,
+) -> Records:
+    pair_ids, prompt_ids = list(held_out["pair_id"]), list(held_out["prompt_id"])
+    at_reference = positions_of(pair_ids, reference.pair_ids, what="reference log-probs")
+    reference_P2 = np.stack([reference.chosen_P[at_reference], reference.rejected_P[at_reference]], axis=1)
+    policies, references = [], []
+    for measurement in measurements:
+        at = positions_of(pair_ids, measurement.logps.pair_ids, what=f"{run.name} held-out log-probs")
+        policies.append(np.stack([measurement.logps.chosen_P[at], measurement.logps.rejected_P[at]], axis=1))
+        references.append(reference_P2)
+    policy_R2, reference_R2 = np.concatenate(policies), np.concatenate(references)
+    losses = dpo_losses(policy_R2[:, 0], policy_R2[:, 1], reference_R2[:, 0], reference_R2[:, 1], beta=beta)
+    count, pairs = len(measurements), len(pair_ids)
+    return Records(
+        pair_id=np.tile(np.asarray(pair_ids, dtype=np.str_), count),
+        prompt_id=np.tile(np.asarray(prompt_ids, dtype=np.str_), count),
+        seed=np.full(count * pairs, run.seed, dtype=np.int64),
+        fold=np.full(count * pairs, run.fold, dtype=np.int64),
+        evaluation=np.repeat(np.array([each.evaluation for each in measurements], dtype=np.int64), pairs),
+        step=np.repeat(np.array([each.step for each in measurements], dtype=np.int64), pairs),
+        policy_chosen_logp=policy_R2[:, 0],
+        policy_rejected_logp=policy_R2[:, 1],
+        reference_chosen_logp=reference_R2[:, 0],
+        reference_rejected_logp=reference_R2[:, 1],
+        margin=losses.margin_P,
+        loss=losses.loss_P,
+    )
+
+
+def _require_finite(records: Records, run: ScorerRun) -> None:
+    bad = np.unique(records.pair_id[~np.isfinite(records.loss)])
+    if len(bad):
+        raise RecordsError(
+            f"{run.name}: the held-out loss of {len(bad):,} pairs is not finite: {name_some(bad)}; "
+            "lower score.trainer.learning_rate, or use float32"
+        )

@@ -1,0 +1,76 @@
+"""A recipe's settings as TRL's `DPOConfig`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from trl import DPOConfig
+
+from selective_dpo.config import ModelConfig, Settings
+from selective_dpo.errors import ConfigError
+
+# The original's settings for everything that does not depend on the model or the data (arXiv 2502.09650
+# and its released recipes), where they differ from TRL's defaults.
+ORIGINAL_DEFAULTS: Settings = {
+    "beta": 0.01,
+    "num_train_epochs": 1,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.1,
+}
+
+
+def dpo_arguments(
+    settings: Settings,
+    *,
+    model: ModelConfig,
+    max_length: int,
+    output_dir: Path,
+    seed: int,
+    sequential: bool,
+) -> DPOConfig:
+    """The full `DPOConfig` of one training.
+
+    `settings` are the recipe's pass-through keys; they win over `ORIGINAL_DEFAULTS`, and what this
+    package decides (folders, seed, order, lengths) wins over nothing, since such keys are refused
+    when the recipe is checked. Mixed precision follows the weights' type where it is not given.
+
+    Raises:
+        ConfigError: TRL or transformers refuse a value.
+    """
+    given: dict[str, Any] = {**ORIGINAL_DEFAULTS, **settings}
+    given.setdefault("bf16", model.dtype == "bfloat16" and not given.get("fp16", False))
+    given.setdefault("report_to", "none")
+    given.setdefault("save_strategy", "no")
+    given.setdefault("seed", seed)
+    try:
+        return DPOConfig(
+            output_dir=str(output_dir),
+            data_seed=given["seed"],
+            max_length=max_length,
+            train_sampling_strategy="sequential" if sequential else "random",
+            disable_tqdm=True,
+            dataloader_pin_memory=torch.cuda.is_available(),
+            **given,
+        )
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(f"trainer settings: {str(error).strip().splitlines()[0]}") from error
+
+
+def autocast_dtype(args: DPOConfig) -> torch.dtype | None:
+    """The mixed precision that a trainer with `args` runs its forward passes in; None: full."""
+    if args.bf16:
+        return torch.bfloat16
+    return torch.float16 if args.fp16 else None
+
+
+def lora_config(settings: Settings | None) -> LoraConfig | None:
+    """PEFT's configuration for a causal language model; None for full fine-tuning."""
+    if settings is None:
+        return None
+    try:
+        return LoraConfig(task_type="CAUSAL_LM", **settings)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"lora settings: {str(error).strip().splitlines()[0]}") from error

@@ -1,0 +1,64 @@
+"""The model card of a trained policy: what it is, what it was trained on, and how to make it again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from selective_dpo.config import Recipe
+from selective_dpo.training.order import ConsumedOrder
+
+
+def model_card(
+    recipe: Recipe, *, label: str, facts: Mapping[str, Any], order: ConsumedOrder, key: str
+) -> str:
+    """Markdown with the hub's YAML header.
+
+    Args:
+        label: the selection in words, such as "easiest 50%, easy to hard".
+        facts: the curriculum's facts (`Curriculum.facts`).
+        order: what was really consumed.
+        key: the digest of every input of this training.
+    """
+    header = {
+        "base_model": recipe.model.path,
+        "library_name": "peft" if recipe.train.lora is not None else "transformers",
+        "tags": ["selective-dpo", "dpo", "trl"],
+        "pipeline_tag": "text-generation",
+    }
+    provenance = json.dumps(dict(facts.get("provenance", {})), indent=2, sort_keys=True)
+    settings = yaml.safe_dump(recipe.train.model_dump(mode="json"), sort_keys=False).rstrip()
+    sources = "\n".join(f"- `{source.path}` {source.split}".rstrip() for source in recipe.data.train)
+    return f"""---
+{yaml.safe_dump(header, sort_keys=False).rstrip()}
+---
+
+# {recipe.name}
+
+`{recipe.model.path}` trained with DPO on {order.pairs:,} of {facts.get("pairs", order.pairs):,} scored
+preference pairs: {label}. Difficulty is the mean held-out DPO loss of scorers trained on the other half of
+the pairs (seeds {facts.get("seeds")}, evaluations {facts.get("evaluations")}), after
+[Selective DPO](https://arxiv.org/abs/2502.09650).
+
+Preference pairs:
+
+{sources}
+
+## Training
+
+```yaml
+{settings}
+```
+
+Rows consumed: {order.consumed:,}; SHA-256 of their order `{order.consumed_digest}`, which
+{"equals" if order.matches else "DIFFERS FROM"} the curriculum's. Key of all inputs: `{key}`.
+
+## Provenance
+
+```json
+{provenance}
+```
+"""

@@ -1,0 +1,100 @@
+"""The recipe's training stage: DPO from the starting policy along a curriculum."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from selective_dpo.artifacts import write_atomic, write_json
+from selective_dpo.config import Recipe
+from selective_dpo.curriculum.table import Curriculum
+from selective_dpo.data.store import load_tokens
+from selective_dpo.engine.models import load_policy, load_tokenizer
+from selective_dpo.engine.processes import publish_from_main, this_process
+from selective_dpo.engine.reference import load_reference, with_reference
+from selective_dpo.errors import IdentityError
+from selective_dpo.training.arguments import dpo_arguments, lora_config
+from selective_dpo.training.model_card import model_card
+from selective_dpo.training.progress import TrainingProgress, without_printed_logs
+from selective_dpo.training.publish import save_policy, trainer_facts
+from selective_dpo.training.selective_trainer import SelectiveDPOTrainer
+
+DEFAULT_SEED = 42
+
+
+class TrainingJob(NamedTuple):
+    """All that one training needs; it can be sent to another process."""
+
+    recipe: Recipe
+    name: str
+    """"selected", or the control's name."""
+    label: str
+    """The selection in words."""
+    pairs: Path
+    reference: Path
+    test_pairs: Path | None
+    """Prepared held-out pairs, where the recipe has any."""
+    test_reference: Path | None
+    curriculum: Path
+    folder: Path
+    """Where to publish the policy."""
+    key: str
+
+
+def train_policy(job: TrainingJob) -> None:
+    """Train on the curriculum's pairs in its order; publish weights, card, log and the order consumed.
+
+    Raises:
+        IdentityError: the order consumed is not the curriculum's; nothing is published then.
+    """
+    started = time.monotonic()
+    curriculum = Curriculum.load(job.curriculum)
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = _make_trainer(job, curriculum, Path(scratch))
+        trainer.train()
+    order = trainer.consumed_order
+    if not order.matches:
+        raise IdentityError(
+            f"{job.name}: the pairs consumed are not the curriculum's order "
+            f"({order.consumed_digest[:12]} instead of {order.expected_digest[:12]})"
+        )
+    with publish_from_main(job.folder, kind="policy", key=job.key) as partial:
+        save_policy(trainer, partial)
+        if this_process().is_main_process:
+            write_json(partial / "order.json", order.to_json())
+            write_json(partial / "trainer_log.json", {"log_history": trainer.state.log_history})
+            card = model_card(job.recipe, label=job.label, facts=curriculum.facts, order=order, key=job.key)
+            write_atomic(partial / "README.md", card)
+            seconds = time.monotonic() - started
+            write_json(partial / "cost.json", {**trainer_facts(trainer), "seconds": seconds})
+
+
+def _make_trainer(job: TrainingJob, curriculum: Curriculum, scratch: Path) -> Any:
+    recipe = job.recipe
+    args = dpo_arguments(
+        recipe.train.trainer,
+        model=recipe.model,
+        max_length=recipe.data.max_length,
+        output_dir=scratch,
+        seed=DEFAULT_SEED,
+        sequential=True,
+    )
+    trainer = SelectiveDPOTrainer(
+        load_policy(recipe.model),
+        args=args,
+        train_dataset=with_reference(load_tokens(job.pairs), load_reference(job.reference)),
+        eval_dataset=_held_out(job) if args.eval_strategy != "no" else None,
+        processing_class=load_tokenizer(recipe.model),
+        peft_config=lora_config(recipe.train.lora),
+        curriculum=curriculum,
+        callbacks=[TrainingProgress(job.name)],
+    )
+    return without_printed_logs(trainer)
+
+
+def _held_out(job: TrainingJob) -> Any:
+    if job.test_pairs is None or job.test_reference is None:
+        return None
+    return with_reference(load_tokens(job.test_pairs), load_reference(job.test_reference))
