@@ -1,0 +1,9 @@
+"""From held-out records to the pairs that are trained on, and in which order.
+
+1. `records_io` reads the scorers' records; `importing` (through `losses_csv`) those of the original
+   repository.
+2. `build` turns them into a `Curriculum`, with the pure functions of `core`: `aggregation`, `selection`,
+   `order` and `agreement`.
+3. `table` is the curriculum and its two files.
+4. `apply` picks and orders the rows of a data set by it; `exporting` writes it for other programs.
+"""

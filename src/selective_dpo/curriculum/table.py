@@ -17,6 +17,7 @@ from selective_dpo.core.identity import ids_digest, require_unique
 from selective_dpo.errors import ArtifactError
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from numpy.typing import NDArray
 
 TABLE = "curriculum.parquet"
@@ -79,6 +80,13 @@ class Curriculum:
     def order_digest(self) -> str:
         """SHA-256 of the selected ids in training order."""
         return ids_digest(self.order)
+
+    def apply(self, dataset: Dataset, *, allow_unscored: bool = False) -> Dataset:
+        """The selected pairs of a preference data set, in training order (see `apply_curriculum`)."""
+        # Imported here: a curriculum can be read and inspected without loading `datasets`.
+        from selective_dpo.curriculum.apply import apply_curriculum
+
+        return apply_curriculum(self, dataset, allow_unscored=allow_unscored)
 
     def save(self, path: str | Path) -> Path:
         """Write `curriculum.parquet` and `curriculum.json`, and return the table's path.

@@ -1,0 +1,244 @@
+"""How far seeds and evaluations agree about which pairs are hard."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from selective_dpo.core.aggregation import Aggregate, difficulty
+from selective_dpo.core.bootstrap import LEVEL, Draws, bounds, cluster_bootstrap, estimates, replicates_for
+from selective_dpo.core.estimates import Estimate
+from selective_dpo.core.records import LossTable
+from selective_dpo.core.selection import Rule, rank_window, ranks
+
+CHANCE_LOSS = math.log(2.0)
+_MOST_BINS = 1 << 16
+_COMPARED = ("spearman", "overlap", "jaccard")
+
+
+def agreement(
+    table: LossTable,
+    how: Aggregate = "mean",
+    rule: Rule | None = None,
+    *,
+    replicates: int | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Agreement statistics of a loss table, as JSON values; null where one is not defined.
+
+    Over the `pairs` that have all records of the `columns` listed:
+
+    - `spearman`: rank correlation between each two (seed, evaluation) columns, with its bounds;
+    - `seeds`: for each two seeds, the Spearman correlation of their own difficulties (aggregated by
+      `how`), and how far the sets A and B that `rule` selects by them coincide: `overlap`
+      |A and B| / |A|, `jaccard` |A and B| / |A or B|. For rules that do not go by difficulty
+      (`random`, `all`) the easiest half stands in; `fraction` is the share compared, null for `below`;
+    - `above_chance`: the share of pairs whose difficulty (for `rank-mean`: mean loss) is above ln 2.
+
+    Standard errors and intervals come from the cluster bootstrap over prompts (see `bootstrap`): ranks
+    and selected sets are found anew in each resample, a pair's difficulty is held as it is.
+    `replicates` defaults to 1,000, fewer for large tables; `seed` decides the resamples.
+    """
+    basis = _basis(table, how, rule or Rule())
+    replicates = replicates or replicates_for(len(basis.prompt_ids_P), len(basis.codes_CP))
+    draws = _draws(basis, replicates, seed)
+    between = _between(len(basis.columns))
+    low_K, high_K = bounds(draws)
+    numbers = iter(estimates(draws)[len(between) :])
+    return {
+        "pairs": len(basis.prompt_ids_P),
+        "columns": [{"seed": seed_, "evaluation": evaluation} for seed_, evaluation in basis.columns],
+        "spearman": _matrix(draws.value_K, len(basis.columns)),
+        "spearman_low": _matrix(low_K, len(basis.columns)),
+        "spearman_high": _matrix(high_K, len(basis.columns)),
+        "seeds": [
+            {"a": a, "b": b, **{name: _as_json(next(numbers)) for name in _COMPARED}}
+            for a, b in itertools.combinations(basis.seeds, 2)
+        ],
+        "above_chance": _as_json(next(numbers)),
+        "fraction": None if basis.window is None else round(basis.window[1] - basis.window[0], 12),
+        "bootstrap": {"replicates": replicates, "clusters": draws.clusters, "level": LEVEL},
+    }
+
+
+class _Basis(NamedTuple):
+    """What every resample is computed from. Equal codes are tied values, higher codes higher values."""
+
+    prompt_ids_P: NDArray[np.str_]
+    columns: list[tuple[int, int]]
+    """(seed, evaluation) of each loss column."""
+    seeds: list[int]
+    """Seeds whose own difficulties are compared."""
+    codes_CP: NDArray[np.intp]
+    """Of the loss columns, then of the seeds' own difficulties."""
+    rank_SP: NDArray[np.intp]
+    """Rank of each pair by each seed's own difficulty."""
+    window: tuple[float, float] | None
+    """Ranks that a seed selects, as shares of the pairs; None: by `kept_SP`."""
+    kept_SP: NDArray[np.bool_]
+    """Pairs up to the threshold, by each seed's own difficulty."""
+    above_P: NDArray[np.bool_]
+
+    def binned(self) -> _Basis:
+        """The same with at most 65,536 quantile bins a column, so that the lookups fit the cache.
+
+        A rank moves by at most 1 / 65,536 of the range, differently for each of more than 65,536 pairs:
+        a correlation moves by about 1 / 65,536 of its own standard error.
+        """
+        return self._replace(codes_CP=_bin(self.codes_CP), rank_SP=_bin(self.rank_SP))
+
+
+def _basis(table: LossTable, how: Aggregate, rule: Rule) -> _Basis:
+    held_PSE = np.isfinite(table.losses_PSE)
+    present_SE = np.asarray(held_PSE.any(axis=0))
+    whole_P = np.asarray(held_PSE[:, present_SE].all(axis=1))
+    whole = table if whole_P.all() else _rows(table, whole_P)
+    read_SE = present_SE[:, -1:] if how == "final" else present_SE
+    seeds = np.flatnonzero(read_SE.any(axis=1)).tolist()
+    own_SP = np.array([_own_difficulty(whole, s, how) for s in seeds]).reshape(len(seeds), -1)
+    losses_CP = whole.losses_PSE[:, present_SE].T
+    level_P = losses_CP.mean(axis=0) if how == "rank-mean" else _difficulty(whole, how)
+    return _Basis(
+        prompt_ids_P=whole.prompt_ids_P,
+        columns=[(table.seeds_S[s], table.evaluations_E[e]) for s, e in np.argwhere(present_SE)],
+        seeds=[table.seeds_S[s] for s in seeds],
+        codes_CP=np.array([_value_codes(column_P) for column_P in (*losses_CP, *own_SP)]),
+        rank_SP=np.array([ranks(own_P, whole.pair_ids_P) for own_P in own_SP], dtype=np.intp),
+        window=_window(len(whole_P), rule),
+        kept_SP=own_SP <= (np.inf if rule.threshold is None else rule.threshold),
+        above_P=level_P > CHANCE_LOSS,
+    )
+
+
+def _window(pairs: int, rule: Rule) -> tuple[float, float] | None:
+    if rule.name == "below":
+        return None
+    low, high = rank_window(pairs, Rule("easiest") if rule.name in ("random", "all") else rule)
+    return low / pairs, high / pairs
+
+
+def _value_codes(values_P: NDArray[np.float64]) -> NDArray[np.intp]:
+    return np.asarray(np.unique(values_P, return_inverse=True)[1], dtype=np.intp)
+
+
+def _rows(table: LossTable, kept_P: NDArray[np.bool_]) -> LossTable:
+    return replace(
+        table,
+        pair_ids_P=table.pair_ids_P[kept_P],
+        prompt_ids_P=table.prompt_ids_P[kept_P],
+        losses_PSE=table.losses_PSE[kept_P],
+    )
+
+
+def _own_difficulty(table: LossTable, s: int, how: Aggregate) -> NDArray[np.float64]:
+    alone = replace(table, seeds_S=table.seeds_S[s : s + 1], losses_PSE=table.losses_PSE[:, s : s + 1])
+    return _difficulty(alone, how)
+
+
+def _difficulty(table: LossTable, how: Aggregate) -> NDArray[np.float64]:
+    # Partial, because whole columns may be missing; the pairs compared have all records of the others.
+    return difficulty(table, how, allow_partial=True).difficulty_P
+
+
+def _bin(codes_CP: NDArray[np.intp]) -> NDArray[np.intp]:
+    distinct = int(codes_CP.max(initial=0)) + 1
+    return codes_CP if distinct <= _MOST_BINS else codes_CP * _MOST_BINS // distinct
+
+
+def _draws(basis: _Basis, replicates: int, seed: int) -> Draws:
+    if len(basis.prompt_ids_P) < 2:
+        statistics = len(_between(len(basis.columns))) + 3 * len(_between(len(basis.seeds))) + 1
+        nothing_K = np.full(statistics, np.nan)
+        return Draws(nothing_K, np.tile(nothing_K, (replicates, 1)), len(basis.prompt_ids_P))
+    binned = basis.binned()
+    return cluster_bootstrap(
+        lambda weights_P: _statistics(basis, weights_P),
+        basis.prompt_ids_P,
+        replicates=replicates,
+        seed=seed,
+        resampled=lambda weights_P: _statistics(binned, weights_P),
+    )
+
+
+def _statistics(basis: _Basis, weights_P: NDArray[np.float64]) -> NDArray[np.float64]:
+    """All statistics of the data in which each pair stands `weights_P` times.
+
+    Order: Spearman of each two columns; for each two seeds Spearman, overlap, Jaccard; share above chance.
+    """
+    spearman_CC = weighted_spearman(basis.codes_CP, weights_P)
+    columns = len(basis.columns)
+    copies_SP = _copies_selected(basis, weights_P)
+    values = [spearman_CC[a, b] for a, b in _between(columns)]
+    for a, b in _between(len(basis.seeds)):
+        both = np.minimum(copies_SP[a], copies_SP[b]).sum()
+        either = np.maximum(copies_SP[a], copies_SP[b]).sum()
+        values += [spearman_CC[columns + a, columns + b]]
+        values += [_ratio(both, copies_SP[a].sum()), _ratio(both, either)]
+    values.append(float(weights_P[basis.above_P].sum() / weights_P.sum()))
+    return np.array(values, dtype=np.float64)
+
+
+def weighted_spearman(codes_CP: NDArray[np.intp], weights_P: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Spearman correlation [C, C] of the columns when row p stands weights_P[p] times.
+
+    Codes are non-negative integers, in the order of the values and equal for ties. A value's mid-rank
+    is the weight below it plus half of (its own weight + 1), so integer weights give exactly what
+    repeating the rows would. NaN for a constant column.
+    """
+    deviations_CP = np.empty(codes_CP.shape)
+    total = weights_P.sum()
+    for codes_P, deviations_P in zip(codes_CP, deviations_CP, strict=True):
+        weight_V = np.bincount(codes_P, weights_P)
+        centred_V = np.cumsum(weight_V) - weight_V / 2 - total / 2
+        # Codes are in range; the default mode would check them, through a buffer, a third slower.
+        np.take(centred_V, codes_P, out=deviations_P, mode="clip")
+    deviations_CP *= np.sqrt(weights_P)
+    product_CC = deviations_CP @ deviations_CP.T
+    norm_C = np.sqrt(np.diagonal(product_CC))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray(product_CC / np.outer(norm_C, norm_C))
+
+
+def _copies_selected(basis: _Basis, weights_P: NDArray[np.float64]) -> NDArray[np.float64]:
+    """How many of the copies of each pair each seed selects [S, P]."""
+    if basis.window is None:
+        return basis.kept_SP * weights_P
+    copies_SP = np.empty(basis.rank_SP.shape)
+    low, high = (share * weights_P.sum() for share in basis.window)
+    for rank_P, copies_P in zip(basis.rank_SP, copies_SP, strict=True):
+        weight_V = np.bincount(rank_P, weights_P)
+        end_V = np.cumsum(weight_V)
+        inside_V = np.clip(np.minimum(end_V, high) - np.maximum(end_V - weight_V, low), 0.0, None)
+        share_V = np.divide(inside_V, weight_V, out=np.zeros_like(inside_V), where=weight_V > 0)
+        np.multiply(share_V[rank_P], weights_P, out=copies_P)
+    return copies_SP
+
+
+def _between(items: int) -> Sequence[tuple[int, int]]:
+    return list(itertools.combinations(range(items), 2))
+
+
+def _ratio(part: float, whole: float) -> float:
+    return float(part / whole) if whole > 0 else math.nan
+
+
+def _matrix(values_K: NDArray[np.float64], columns: int) -> list[list[float | None]]:
+    """The symmetric matrix whose upper triangle stands first in `values_K`, with ones on the diagonal."""
+    matrix: list[list[float | None]] = [[1.0] * columns for _ in range(columns)]
+    for (a, b), value in zip(_between(columns), values_K.tolist(), strict=False):
+        matrix[a][b] = matrix[b][a] = _null_if_undefined(value)
+    return matrix
+
+
+def _as_json(estimate: Estimate) -> dict[str, float | None]:
+    return {name: _null_if_undefined(number) for name, number in estimate._asdict().items()}
+
+
+def _null_if_undefined(number: float) -> float | None:
+    return number if math.isfinite(number) else None

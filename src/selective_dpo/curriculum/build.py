@@ -1,0 +1,124 @@
+"""From held-out records to a curriculum."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from selective_dpo.config import SelectConfig
+from selective_dpo.core.aggregation import difficulty
+from selective_dpo.core.agreement import agreement
+from selective_dpo.core.order import training_positions
+from selective_dpo.core.records import LossTable, Records, loss_table
+from selective_dpo.core.selection import DEFAULT_FRACTION, Rule
+from selective_dpo.core.selection import select as apply_rule
+from selective_dpo.curriculum.table import COLUMNS, Curriculum, loss_column
+from selective_dpo.errors import ConfigError
+from selective_dpo.recipe_errors import explain
+
+
+def build_curriculum(
+    records: Records | LossTable,
+    select: SelectConfig | Mapping[str, Any] | None = None,
+    *,
+    provenance: Mapping[str, Any] | None = None,
+    cost: Mapping[str, Any] | None = None,
+    key: str = "",
+) -> Curriculum:
+    """Aggregate records into difficulties, select and order the pairs, and measure the agreement.
+
+    Args:
+        records: held-out records, or their losses by (pair, seed, evaluation).
+        select: the recipe's `select` block, or a mapping of its keys; default: the mean, easiest half,
+            easy to hard.
+        provenance: where the records come from; JSON values, kept as they are in the facts.
+        cost: what they cost; likewise.
+        key: content key of everything that the curriculum is made from.
+
+    Returns:
+        One row a pair, sorted by id. The facts hold the selection with its defaults filled in, and as
+        `partial` the number of pairs with fewer records than the others.
+
+    Raises:
+        RecordsError: records are missing (unless `allow_partial`), repeated or not finite.
+        ConfigError: the selection is not valid, or does not fit the number of pairs.
+    """
+    config = resolved_selection(select)
+    losses = records
+    if isinstance(losses, Records):
+        losses = loss_table(losses, allow_partial=config.allow_partial)
+    measured = difficulty(losses, config.aggregate, allow_partial=config.allow_partial)
+    rule = _rule(config)
+    selected = apply_rule(measured.difficulty_P, losses.pair_ids_P, rule)
+    columns: dict[str, NDArray[Any]] = {
+        "pair_id": losses.pair_ids_P,
+        "prompt_id": losses.prompt_ids_P,
+        "difficulty": measured.difficulty_P,
+        "spread": measured.spread_P,
+        "count": measured.count_P,
+        "rank": selected.rank_P,
+        "selected": selected.selected_P,
+        "reason": selected.reason_P,
+        "position": training_positions(selected, losses.pair_ids_P, config.order, config.seed or 0),
+    }
+    table = pa.table({name: pa.array(columns[name], type=kind) for name, kind in COLUMNS.items()})
+    complete = len(losses.seeds_S) * len(losses.evaluations_E)
+    facts = {
+        "key": key,
+        "pairs": len(losses.pair_ids_P),
+        "selected": int(selected.selected_P.sum()),
+        "select": config.model_dump(mode="json"),
+        "seeds": list(losses.seeds_S),
+        "evaluations": list(losses.evaluations_E),
+        "partial": int((measured.count_P < complete).sum()),
+        "agreement": agreement(losses, config.aggregate, rule),
+        "provenance": dict(provenance or {}),
+        "cost": dict(cost or {}),
+    }
+    return Curriculum(_with_losses(table, losses), facts)
+
+
+def resolved_selection(select: SelectConfig | Mapping[str, Any] | None) -> SelectConfig:
+    """The selection with the defaults that depend on its other keys filled in.
+
+    Raises:
+        ConfigError: `select` is a mapping with an unknown, wrong or contradictory key.
+    """
+    try:
+        config = select if isinstance(select, SelectConfig) else SelectConfig(**(select or {}))
+    except ValidationError as error:
+        raise ConfigError(f"select: {explain(error, SelectConfig)}") from None
+    filled: dict[str, Any] = {}
+    needs_size = config.rule in ("easiest", "hardest", "random")
+    if needs_size and config.fraction is None and config.count is None:
+        filled["fraction"] = DEFAULT_FRACTION
+    if config.seed is None and (config.rule == "random" or config.order == "shuffled"):
+        filled["seed"] = 0
+    return config.model_copy(update=filled)
+
+
+def _rule(config: SelectConfig) -> Rule:
+    return Rule(
+        name=config.rule,
+        fraction=config.fraction,
+        count=config.count,
+        threshold=config.threshold,
+        band=config.band,
+        seed=config.seed or 0,
+    )
+
+
+def _with_losses(table: pa.Table, losses: LossTable) -> pa.Table:
+    """Append one column of losses for each seed's evaluation, null where there is no record."""
+    for s, seed in enumerate(losses.seeds_S):
+        for e, evaluation in enumerate(losses.evaluations_E):
+            column_P = np.ascontiguousarray(losses.losses_PSE[:, s, e])
+            table = table.append_column(
+                loss_column(seed, evaluation), pa.array(column_P, mask=np.isnan(column_P))
+            )
+    return table

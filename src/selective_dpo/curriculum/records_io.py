@@ -1,0 +1,98 @@
+"""records.parquet: the columns of `Records`, by their names."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from selective_dpo.core.records import Records
+from selective_dpo.errors import ArtifactError
+
+_TEXT = ("pair_id", "prompt_id")
+_WHOLE = ("seed", "fold", "evaluation", "step")
+
+
+def _kind(name: str) -> pa.DataType:
+    if name in _TEXT:
+        return pa.string()
+    return pa.int64() if name in _WHOLE else pa.float64()
+
+
+SCHEMA = pa.schema(
+    [pa.field(field.name, _kind(field.name), nullable=False) for field in dataclasses.fields(Records)]
+)
+
+
+def write_records(records: Records, path: Path) -> None:
+    """Write records to `path`, as a file of a folder that is still being filled (see `publish_folder`).
+
+    Raises:
+        ValueError: the columns differ in length.
+    """
+    columns = [pa.array(getattr(records, field.name), type=field.type) for field in SCHEMA]
+    pq.write_table(pa.Table.from_arrays(columns, schema=SCHEMA), path)
+
+
+def read_records(path: Path) -> Records:
+    """Read a records file.
+
+    Raises:
+        ArtifactError: it is missing or not Parquet, its columns are not those of `Records` in name and
+            type, or a value is null.
+    """
+    table = _read_table(path)
+    columns: dict[str, Any] = {name: _to_numpy(table[name]) for name in SCHEMA.names}
+    return Records(**columns)
+
+
+def concat_records(parts: Sequence[Records]) -> Records:
+    """The records of several scorers, one after the other.
+
+    Raises:
+        ValueError: there are none to put together.
+    """
+    columns: dict[str, Any] = {
+        name: np.concatenate([getattr(part, name) for part in parts]) for name in SCHEMA.names
+    }
+    return Records(**columns)
+
+
+def _read_table(path: Path) -> pa.Table:
+    if not path.is_file():
+        raise ArtifactError(f"{path} does not exist: run the scoring that makes it")
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise ArtifactError(
+            f"{path} is not a Parquet file ({error}); delete its folder and score again"
+        ) from error
+    found = {field.name: field.type for field in table.schema}
+    wanted = {field.name: field.type for field in SCHEMA}
+    if found != wanted:
+        wrong = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+        raise ArtifactError(
+            f"{path} does not hold records: column(s) {', '.join(wrong)} missing, extra or mistyped"
+        )
+    empty = [name for name in SCHEMA.names if table[name].null_count]
+    if empty:
+        raise ArtifactError(f"{path} has nulls in column(s) {', '.join(empty)}")
+    return table.select(SCHEMA.names).cast(SCHEMA)
+
+
+def _to_numpy(column: pa.ChunkedArray) -> NDArray[Any]:
+    if column.type != pa.string():
+        return np.asarray(column.to_numpy())
+    # Ids repeat in every evaluation: only the distinct ones become Python strings on the way.
+    coded = pc.dictionary_encode(column).combine_chunks()
+    if isinstance(coded, pa.ChunkedArray):
+        return np.empty(0, dtype=np.str_)
+    distinct = np.asarray(coded.dictionary.to_pylist(), dtype=np.str_)
+    return np.asarray(distinct[coded.indices.to_numpy()])

@@ -1,0 +1,266 @@
+"""One raw row -> one preference pair, or the reason why not.
+
+The shapes that are understood (columns in brackets are optional):
+
+| shape | prompt | chosen, rejected |
+| --- | --- | --- |
+| explicit prompt, text | text | text |
+| implicit prompt, text | - | texts that begin with the prompt |
+| explicit prompt, chat | messages | messages |
+| implicit prompt, chat | - | message lists that begin with the prompt |
+| `ultrafeedback_binarized` | text | message lists that begin with the prompt |
+
+[`prompt_id`], [`score_chosen`, `score_rejected`] or [`chosen_rating`, `rejected_rating`] go with any.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+from selective_dpo.core import identity
+from selective_dpo.core.identity import Text
+
+KEPT = "kept"
+"""The status of a row that is a usable pair; every other status is a `DropReason`."""
+
+WANTED_COLUMNS = ("chosen", "rejected")
+"""Without these two no row can be a pair; `prompt` may be part of them."""
+
+ROLES = frozenset({"system", "user", "assistant", "tool"})
+_TURN = re.compile(r"\n\n(Human|Assistant):")
+_HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+
+Messages = list[dict[str, Any]]
+
+
+class DropReason(StrEnum):
+    """Why a row is not used. Each dropped row has exactly one."""
+
+    MALFORMED = "malformed"
+    """A value is missing or of the wrong type, the line does not parse, or no tokenizer can encode it."""
+    UNSUPPORTED = "tools or images"
+    """The row calls tools or shows images, which would be lost in plain messages."""
+    IDENTICAL = "identical"
+    """Chosen and rejected are the same: there is no preference."""
+    EMPTY_PROMPT = "empty prompt"
+    """The prompt is blank, or chosen and rejected have no beginning in common."""
+    EMPTY_COMPLETION = "empty completion"
+    """Chosen or rejected is blank after the prompt."""
+    ROLES_DIFFER = "roles differ"
+    """The completions are turns of different speakers, or different numbers of turns."""
+    ROLES_MISPLACED = "roles out of place"
+    """An unknown role, a late system message, a prompt that ends with neither user nor tool, or a
+    completion that holds another's turn than the assistant's."""
+    DUPLICATE = "duplicate pair"
+    """The same prompt, chosen and rejected stand in an earlier row."""
+    IN_TRAINING_DATA = "in training data"
+    """A test row whose prompt is one of the training pairs'."""
+    NOT_SAMPLED = "not sampled"
+    """Left out by `fraction` or `max_pairs`."""
+    TEMPLATE_REFUSES = "refused by the template"
+    """The chat template raised an error for this conversation."""
+    PROMPT_TOO_LONG = "prompt too long"
+    """More than `max_prompt_length` tokens."""
+    TOO_LONG = "too long"
+    """Prompt plus the longer completion has more than `max_length` tokens."""
+    IDENTICAL_TRUNCATED = "identical after truncation"
+    """The completions differ only in tokens that truncation cut off."""
+
+
+class Pair(NamedTuple):
+    """A prompt and its two completions: all three text, or all three messages."""
+
+    prompt: Text
+    chosen: Text
+    rejected: Text
+    prompt_id: str
+    """The data's own, else made from the prompt's content."""
+    pair_id: str
+    score_chosen: float | None = None
+    score_rejected: float | None = None
+
+    @property
+    def is_conversational(self) -> bool:
+        """Whether the pair is messages, which a chat template turns into text."""
+        return not isinstance(self.prompt, str)
+
+
+class _Parts(NamedTuple):
+    prompt: Text
+    chosen: Text
+    rejected: Text
+
+
+def parse_row(raw: Mapping[str, Any]) -> Pair | DropReason:
+    """The pair in a raw row, or why the row cannot be used. Never raises for what a row holds."""
+    pair = read_pair(raw)
+    return pair if isinstance(pair, DropReason) else fault_of(pair) or pair
+
+
+def read_pair(raw: Mapping[str, Any]) -> Pair | DropReason:
+    """Prompt, completions and ids of a row whose values have the right types, good to learn from or not."""
+    parts = _read_parts(raw)
+    if isinstance(parts, DropReason):
+        return parts
+    own_id = raw.get("prompt_id")
+    has_own_id = isinstance(own_id, str) and own_id != "" and _is_encodable(own_id)
+    return Pair(
+        *parts,
+        prompt_id=str(own_id) if has_own_id else identity.prompt_id(parts.prompt),
+        pair_id=identity.pair_id(*parts),
+        score_chosen=_score(raw, "score_chosen", "chosen_rating"),
+        score_rejected=_score(raw, "score_rejected", "rejected_rating"),
+    )
+
+
+def fault_of(pair: Pair) -> DropReason | None:
+    """What is wrong with a pair's content, if anything; lengths are another matter (see `tokenize`)."""
+    contents = [text for part in (pair.prompt, pair.chosen, pair.rejected) for text in _contents(part)]
+    if not all(map(_is_encodable, contents)):
+        return DropReason.MALFORMED
+    if pair.chosen == pair.rejected:
+        return DropReason.IDENTICAL
+    if not any(text.strip() for text in _contents(pair.prompt, skip_system=True)):
+        return DropReason.EMPTY_PROMPT
+    if not all(any(map(str.strip, _contents(part))) for part in (pair.chosen, pair.rejected)):
+        return DropReason.EMPTY_COMPLETION
+    chosen_roles, rejected_roles = _roles_after(pair, pair.chosen), _roles_after(pair, pair.rejected)
+    if chosen_roles != rejected_roles:
+        return DropReason.ROLES_DIFFER
+    prompt_is_fine = isinstance(pair.prompt, str) or _is_prompt(pair.prompt)
+    if not prompt_is_fine or set(chosen_roles) != {"assistant"}:
+        return DropReason.ROLES_MISPLACED
+    return None
+
+
+def _read_parts(raw: Mapping[str, Any]) -> _Parts | DropReason:
+    if any(raw.get(column) for column in ("tools", "images", "image")):
+        return DropReason.UNSUPPORTED
+    chosen, rejected = raw.get("chosen"), raw.get("rejected")
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        if "prompt" not in raw:
+            return _split_texts(chosen, rejected)
+        prompt = raw["prompt"]
+        return _Parts(prompt, chosen, rejected) if isinstance(prompt, str) else DropReason.MALFORMED
+    if isinstance(chosen, list) and isinstance(rejected, list):
+        return _read_conversations(raw, chosen, rejected)
+    return DropReason.MALFORMED
+
+
+def _read_conversations(
+    raw: Mapping[str, Any], raw_chosen: list[Any], raw_rejected: list[Any]
+) -> _Parts | DropReason:
+    # Every chat shape is brought to one: two whole conversations, which are then split.
+    chosen = _messages(raw_chosen)
+    if isinstance(chosen, DropReason):
+        return chosen
+    rejected = _messages(raw_rejected)
+    if isinstance(rejected, DropReason):
+        return rejected
+    if "prompt" not in raw:
+        return _split_conversations(chosen, rejected)
+    prompt = raw["prompt"]
+    if isinstance(prompt, str):
+        # A text prompt repeats the first user message, unless the lists hold nothing but the answers.
+        only_answers = all(part and part[0]["role"] == "assistant" for part in (chosen, rejected))
+        opening: Messages = [{"role": "user", "content": prompt}] if only_answers else []
+        return _split_conversations(opening + chosen, opening + rejected)
+    if not isinstance(prompt, list):
+        return DropReason.MALFORMED
+    shared = _messages(prompt)
+    if isinstance(shared, DropReason):
+        return shared
+    are_whole = all(part[: len(shared)] == shared for part in (chosen, rejected))
+    return _split_conversations(*((chosen, rejected) if are_whole else (shared + chosen, shared + rejected)))
+
+
+def _messages(raw: list[Any]) -> Messages | DropReason:
+    messages: Messages = []
+    for message in raw:
+        if not isinstance(message, Mapping):
+            return DropReason.MALFORMED
+        if message.get("tool_calls") or isinstance(message.get("content"), list):
+            return DropReason.UNSUPPORTED
+        role, content = message.get("role"), message.get("content")
+        if not isinstance(role, str) or not isinstance(content, str):
+            return DropReason.MALFORMED
+        messages.append({"role": role, "content": content})
+    return messages
+
+
+def _split_conversations(chosen: Messages, rejected: Messages) -> _Parts:
+    # The longest common prefix, less assistant messages at its end: the assistant's words are completion
+    # even where both sides begin alike, and an identical pair keeps a prompt.
+    shared = _common_length(chosen, rejected)
+    while shared and chosen[shared - 1]["role"] == "assistant":
+        shared -= 1
+    return _Parts(chosen[:shared], chosen[shared:], rejected[shared:])
+
+
+def _split_texts(chosen: str, rejected: str) -> _Parts:
+    shared = os.path.commonprefix([chosen, rejected])  # noqa: RUF071 (it is text, not paths)
+    turn = shared.rfind(_ASSISTANT)
+    if turn >= 0:
+        end = turn + len(_ASSISTANT)
+    elif chosen.startswith(_HUMAN):
+        end = 0  # A dialogue that parts before the assistant has spoken: no common prompt.
+    else:
+        end = _end_of_last_space(shared)
+    return _Parts(chosen[:end], chosen[end:], rejected[end:])
+
+
+def _end_of_last_space(text: str) -> int:
+    # Words are not split. One space goes to the completion, as most tokenizers join it to the next word;
+    # a line break stays with the prompt.
+    end = next((index for index in range(len(text), 0, -1) if text[index - 1].isspace()), 0)
+    return end - 1 if text[:end].endswith(" ") else end
+
+
+def _common_length(left: Messages, right: Messages) -> int:
+    pairs = enumerate(zip(left, right, strict=False))
+    return next((index for index, (a, b) in pairs if a != b), min(len(left), len(right)))
+
+
+def _is_prompt(messages: Messages) -> bool:
+    roles = [message["role"] for message in messages]
+    return set(roles) <= ROLES and "system" not in roles[1:] and roles[-1] in ("user", "tool")
+
+
+def _roles_after(pair: Pair, completion: Text) -> list[str]:
+    if not isinstance(completion, str):
+        return [str(message["role"]) for message in completion]
+    # Plain text has turns only where its prompt is a dialogue in the form of the HH data.
+    is_dialogue = isinstance(pair.prompt, str) and pair.prompt.rstrip().endswith(_ASSISTANT)
+    turns = _TURN.findall(completion) if is_dialogue else []
+    return ["assistant", *("assistant" if turn == "Assistant" else "user" for turn in turns)]
+
+
+def _contents(text: Text, *, skip_system: bool = False) -> list[str]:
+    if isinstance(text, str):
+        return [text]
+    return [message["content"] for message in text if not (skip_system and message["role"] == "system")]
+
+
+def _is_encodable(text: str) -> bool:
+    # A lone surrogate (half of a character, from a broken escape) has no UTF-8, so no tokens.
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _score(raw: Mapping[str, Any], *columns: str) -> float | None:
+    for column in columns:
+        try:
+            score = float(raw[column])
+        except (KeyError, TypeError, ValueError, OverflowError):
+            continue
+        if math.isfinite(score):
+            return score
+    return None

@@ -1,0 +1,137 @@
+"""Where rows come from: local files, saved `datasets` folders, and data sets of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from selective_dpo.artifacts import file_digest, folder_digests
+from selective_dpo.config import SourceConfig
+from selective_dpo.data.readers import BATCH_ROWS, Row, count_file, read_file, rows_of_batch
+from selective_dpo.digests import digest
+from selective_dpo.errors import ConfigError, DataError, name_some
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_SAVED_DATASET = "dataset_info.json"
+_SAVED_DATASET_DICT = "dataset_dict.json"
+_LOCAL_PATH = re.compile(r"^[/~.\\]|[/\\].*[/\\]|\.[A-Za-z]+$")
+"""What no hub name looks like: a leading slash, tilde or dot, two slashes, or a file's suffix."""
+
+
+class Source(NamedTuple):
+    """A source that exists and whose options make sense; no row has been read yet."""
+
+    label: str
+    """What it is called in tables and messages: its path, with subset, split and revision if given."""
+    rows: Callable[[], Iterator[Row]]
+    """The rows, from the first, one after the other."""
+    row_count: Callable[[], int]
+    """How many rows there are."""
+    digest: Callable[[], str]
+    """SHA-256 over the content (hub data: over the name and the fingerprint of the resolved revision)."""
+
+
+def open_source(config: SourceConfig) -> Source:
+    """Find what `config` names, without reading its rows (hub data are downloaded).
+
+    Raises:
+        ConfigError: an option that would have no effect here, or a missing split.
+        DataError: no such file, not a data folder, or the hub does not give the data.
+    """
+    path = Path(config.path).expanduser()
+    if path.is_dir():
+        return _open_folder(config, path)
+    if path.is_file():
+        _refuse_options(config, ("split", "subset", "revision"), "a plain file")
+        return Source(
+            config.path, lambda: read_file(path), lambda: count_file(path), lambda: _named_digest(path)
+        )
+    if _LOCAL_PATH.search(config.path):
+        raise DataError(f"no file or folder {config.path}; check the path (it is relative to {Path.cwd()})")
+    return _open_hub(config)
+
+
+def source_label(config: SourceConfig) -> str:
+    """The source's path, with subset, split and revision if given."""
+    options = {"subset": config.subset, "split": config.split, "revision": config.revision}
+    named = ", ".join(f"{name} {value}" for name, value in options.items() if value)
+    return f"{config.path} ({named})" if named else config.path
+
+
+def source_digest(config: SourceConfig) -> str:
+    """SHA-256 over the content of a source: equal digests, equal rows (see `Source.digest`)."""
+    return open_source(config).digest()
+
+
+def _open_folder(config: SourceConfig, path: Path) -> Source:
+    is_dict = (path / _SAVED_DATASET_DICT).is_file()
+    if not is_dict and not (path / _SAVED_DATASET).is_file():
+        raise DataError(f"{path} is not a folder of datasets' save_to_disk; name a file in it instead")
+    ignored = ("subset", "revision") if is_dict else ("split", "subset", "revision")
+    _refuse_options(config, ignored, "a saved DatasetDict" if is_dict else "a saved Dataset")
+    return _arrow_source(
+        config, _load_saved(config, path), lambda: digest([folder_digests(path), config.split])
+    )
+
+
+def _load_saved(config: SourceConfig, path: Path) -> Dataset:
+    import datasets
+
+    try:
+        saved = datasets.load_from_disk(str(path))
+    except Exception as error:  # datasets raises many kinds, and each of them means the same to the user
+        raise DataError(f"{path} cannot be loaded as a datasets folder: {error}") from error
+    if isinstance(saved, datasets.Dataset):
+        return saved
+    if config.split not in saved:
+        problem = f"has no split {config.split!r}" if config.split else "needs a split"
+        raise ConfigError(f"source {path} {problem}; it has {name_some(saved)}")
+    return saved[config.split]
+
+
+def _open_hub(config: SourceConfig) -> Source:
+    import datasets
+
+    if not config.split:
+        raise ConfigError(
+            f"source {config.path}: a data set of the hub needs a split, such as split: train "
+            "(if a local file was meant: there is none of this name)"
+        )
+    try:
+        dataset = datasets.load_dataset(
+            config.path, name=config.subset or None, split=config.split, revision=config.revision or None
+        )
+    except Exception as error:  # network, access, name, split: the hub's own words say which
+        first_line = next(iter(str(error).splitlines()), type(error).__name__)
+        raise DataError(
+            f"the hub does not give {source_label(config)}: {first_line}; check the name, your access and "
+            "the network, or download the data and name the local file"
+        ) from error
+    # The fingerprint that datasets gives a freshly loaded split is made from name, options and commit.
+    fingerprint = str(dataset._fingerprint)
+    return _arrow_source(config, dataset, lambda: digest(["hub", source_label(config), fingerprint]))
+
+
+def _arrow_source(config: SourceConfig, dataset: Any, content_digest: Callable[[], str]) -> Source:
+    def rows() -> Iterator[Row]:
+        for batch in dataset.with_format("arrow").iter(batch_size=BATCH_ROWS):
+            yield from rows_of_batch(batch)
+
+    return Source(source_label(config), rows, lambda: len(dataset), content_digest)
+
+
+def _named_digest(path: Path) -> str:
+    # The name's ending decides how the bytes are read, so it is part of the content; the folder is not.
+    return digest([path.name, file_digest(path)])
+
+
+def _refuse_options(config: SourceConfig, names: tuple[str, ...], what: str) -> None:
+    given = [name for name in names if getattr(config, name)]
+    if given:
+        raise ConfigError(
+            f"source {config.path} is {what}: {', '.join(given)} would have no effect; remove it"
+        )

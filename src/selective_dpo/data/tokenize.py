@@ -1,0 +1,196 @@
+"""Pairs -> token ids: the same ids as TRL's `DPOTrainer` makes, plus a decision on lengths.
+
+The boundary between prompt and completion is found on tokens, as TRL finds it: where the tokens of the
+prompt alone part from those of prompt plus completion, for either completion. Tokens may merge across the
+boundary, or a template may write a prompt differently when it stands alone; then the boundary falls before
+the prompt's end (`boundary_mismatch`), and the few tokens between belong to the completion.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jinja2
+
+from selective_dpo.config import DataConfig
+from selective_dpo.data.pairs import DropReason, Messages, Pair
+from selective_dpo.data.templates import require_template
+from selective_dpo.digests import digest
+from selective_dpo.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class PairTokens(NamedTuple):
+    """A pair as token ids. The model's inputs are prompt + chosen and prompt + rejected."""
+
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+    boundary_mismatch: bool = False
+    """The prompt's own tokens are not a prefix of prompt plus completion."""
+    truncated: bool = False
+
+
+class Fitted(NamedTuple):
+    """A pair after the decision on its length."""
+
+    tokens: PairTokens
+    drop: DropReason | None
+
+
+class _Texts(NamedTuple):
+    prompt: str
+    prompt_chosen: str
+    prompt_rejected: str
+
+
+def tokenize_pairs(
+    pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, *, empty_system_message: bool = False
+) -> list[PairTokens | DropReason]:
+    """The tokens of each pair, in the order of `pairs`; a reason where the chat template refuses one.
+
+    Text gets the tokenizer's special tokens, and its end-of-sequence token after a completion that does not
+    end with it. Conversations get what the template writes and nothing else, so no second BOS.
+
+    Raises:
+        TemplateError: conversations, and no chat template.
+        ConfigError: `empty_system_message`, and the template takes none.
+        ModelError: text, and the tokenizer has no end-of-sequence token.
+    """
+    results: list[PairTokens | DropReason] = [DropReason.TEMPLATE_REFUSES] * len(pairs)
+    chats = [index for index, pair in enumerate(pairs) if pair.is_conversational]
+    plain = [index for index, pair in enumerate(pairs) if not pair.is_conversational]
+    if chats:
+        require_template(tokenizer, empty_system_message=empty_system_message)
+        rendered = {index: _render(pairs[index], tokenizer, empty_system_message) for index in chats}
+        accepted = {index: texts for index, texts in rendered.items() if texts is not None}
+        encoded = _encode(list(accepted.values()), tokenizer, add_special_tokens=False)
+        results = _placed(results, list(accepted), encoded)
+    if plain:
+        texts = [_with_end(pairs[index], tokenizer) for index in plain]
+        results = _placed(results, plain, _encode(texts, tokenizer, add_special_tokens=True))
+    return results
+
+
+def fit_length(tokens: PairTokens, config: DataConfig) -> Fitted:
+    """Apply the length limits to one pair.
+
+    `drop`: a prompt above `max_prompt_length` goes, even if the whole would fit, and so does a pair whose
+    prompt plus longer completion is above `max_length`. `truncate`: only a pair above `max_length` changes:
+    its prompt keeps its last `max_prompt_length` tokens (so a BOS or system message may go), then the ends
+    of completions are cut. Either way a pair needs a token of prompt and of each completion, and completions
+    that differ.
+    """
+    prompt, chosen, rejected = tokens.prompt_ids, tokens.chosen_ids, tokens.rejected_ids
+    problems = [
+        (not prompt, DropReason.EMPTY_PROMPT),
+        (not chosen or not rejected, DropReason.EMPTY_COMPLETION),
+        (chosen == rejected, DropReason.IDENTICAL),
+    ]
+    for has_problem, reason in problems:
+        if has_problem:
+            return Fitted(tokens, reason)
+    length = len(prompt) + max(len(chosen), len(rejected))
+    if config.overlong == "drop":
+        if len(prompt) > config.max_prompt_length:
+            return Fitted(tokens, DropReason.PROMPT_TOO_LONG)
+        return Fitted(tokens, DropReason.TOO_LONG if length > config.max_length else None)
+    if length <= config.max_length:
+        return Fitted(tokens, None)
+    prompt = prompt[-config.max_prompt_length :]
+    room = config.max_length - len(prompt)
+    cut = PairTokens(prompt, chosen[:room], rejected[:room], tokens.boundary_mismatch, truncated=True)
+    is_identical = cut.chosen_ids == cut.rejected_ids
+    return Fitted(cut, DropReason.IDENTICAL_TRUNCATED if is_identical else None)
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 over what decides the ids of a text; the chat template has a digest of its own."""
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return digest([type(tokenizer).__name__, tokenizer.get_vocab(), special])
+    description = json.loads(backend.to_str())
+    # The last call's padding and truncation are remembered in the backend, and are no property of it.
+    description.pop("padding", None)
+    description.pop("truncation", None)
+    return digest([description, special])
+
+
+def _placed(
+    results: list[PairTokens | DropReason], positions: list[int], tokens: list[PairTokens]
+) -> list[PairTokens | DropReason]:
+    by_position = dict(zip(positions, tokens, strict=True))
+    return [by_position.get(position, result) for position, result in enumerate(results)]
+
+
+def _render(pair: Pair, tokenizer: PreTrainedTokenizerBase, empty_system_message: bool) -> _Texts | None:
+    # `sources` and `pairs` allow only parts of one kind; this tells the type checker.
+    assert isinstance(pair.prompt, list) and isinstance(pair.chosen, list) and isinstance(pair.rejected, list)
+    prompt = with_system(pair.prompt) if empty_system_message else pair.prompt
+    try:
+        return _Texts(
+            _template_text(tokenizer, prompt, add_generation_prompt=True),
+            _template_text(tokenizer, prompt + pair.chosen),
+            _template_text(tokenizer, prompt + pair.rejected),
+        )
+    except jinja2.TemplateError:
+        return None
+
+
+def _template_text(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, *, add_generation_prompt: bool = False
+) -> str:
+    text = tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=add_generation_prompt
+    )
+    return str(text)
+
+
+def with_system(prompt: Messages) -> Messages:
+    """`prompt` with an empty system message first, unless it has one."""
+    if prompt[0]["role"] == "system":
+        return prompt
+    return [{"role": "system", "content": ""}, *prompt]
+
+
+def _with_end(pair: Pair, tokenizer: PreTrainedTokenizerBase) -> _Texts:
+    assert isinstance(pair.prompt, str) and isinstance(pair.chosen, str) and isinstance(pair.rejected, str)
+    end = tokenizer.eos_token
+    if not end:
+        raise ModelError(
+            "the tokenizer has no end-of-sequence token, which text completions need; set one in its "
+            "tokenizer_config.json (eos_token)"
+        )
+    chosen, rejected = (text if text.endswith(end) else text + end for text in (pair.chosen, pair.rejected))
+    return _Texts(pair.prompt, pair.prompt + chosen, pair.prompt + rejected)
+
+
+def _encode(
+    texts: list[_Texts], tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: bool
+) -> list[PairTokens]:
+    if not texts:
+        return []
+    # One call for all: the fast tokenizers spread a batch over the cores.
+    flat = [text for triple in texts for text in triple]
+    ids: Any = tokenizer(
+        flat, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False
+    )["input_ids"]
+    return [_split(*ids[start : start + 3]) for start in range(0, len(flat), 3)]
+
+
+def _split(prompt: list[int], prompt_chosen: list[int], prompt_rejected: list[int]) -> PairTokens:
+    end = min(_shared_length(prompt, prompt_chosen), _shared_length(prompt, prompt_rejected))
+    return PairTokens(prompt[:end], prompt_chosen[end:], prompt_rejected[end:], end < len(prompt))
+
+
+def _shared_length(prompt: list[int], whole: list[int]) -> int:
+    if whole[: len(prompt)] == prompt:
+        return len(prompt)
+    return next(
+        (index for index, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(whole)
+    )

@@ -1,0 +1,126 @@
+"""A reward model as judge: a sequence classifier with one output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+from selective_dpo.core.identity import Text
+from selective_dpo.errors import ModelError
+from selective_dpo.evaluation.judges import RewardJudge
+from selective_dpo.progress import Progress
+
+_LOADING_ERRORS = (OSError, ValueError, ImportError, KeyError)
+
+
+class RewardModelJudge(RewardJudge):
+    """Prefers the answer to which a sequence classifier gives the larger output.
+
+    Prompt and answer are read as a conversation through the reward model's own chat template; a
+    plain-text prompt becomes its user message.
+    """
+
+    def __init__(self, path: str, *, device: str | torch.device | None = None, batch_size: int = 16) -> None:
+        """Check what can be checked cheaply; the weights are loaded when first needed.
+
+        By then the policies have left the device. `path` is a hub name or a folder; `device` defaults
+        to the GPU where there is one; `batch_size` is the number of conversations read at once.
+
+        Raises:
+            ModelError: not a classifier with one output, or its tokenizer has no chat template.
+        """
+        super().__init__()
+        self._path = path
+        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        try:
+            self._config: Any = AutoConfig.from_pretrained(path)
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(path)
+        except _LOADING_ERRORS as error:
+            raise ModelError(f"cannot load reward model {path!r}: {_first_line(error)}") from error
+        if self._config.num_labels != 1:
+            raise ModelError(
+                f"reward model {path!r} has {self._config.num_labels} outputs; "
+                "choose a sequence classifier with one"
+            )
+        if not self._tokenizer.chat_template:
+            raise ModelError(
+                f"the tokenizer of reward model {path!r} has no chat template; choose one that has"
+            )
+        # Causal classifiers find the last token by its not being padding. Without a padding token of the
+        # model's own, any other choice could hide a real last token, so nothing is padded then.
+        self._pad_id = self._config.get_text_config().pad_token_id
+        self._batch_size = batch_size if self._pad_id is not None else 1
+
+    @property
+    def name(self) -> str:
+        return f"reward-model {self._path}"
+
+    def rewards(self, prompts: Sequence[Text], answers: Sequence[str]) -> list[float]:
+        """The classifier's output for each conversation.
+
+        Raises:
+            ModelError: the weights cannot be loaded, or a conversation exceeds the model's positions.
+        """
+        rows = [self._encode(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        self._require_room(rows)
+        order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
+        rewards = [0.0] * len(rows)
+        with torch.no_grad(), Progress(len(rows), "rewards", unit="answers") as progress:
+            for start in range(0, len(rows), self._batch_size):
+                batch = order[start : start + self._batch_size]
+                for row, reward in zip(batch, self._forward([rows[row] for row in batch]), strict=True):
+                    rewards[row] = reward
+                progress.advance(len(batch))
+        return rewards
+
+    def _encode(self, prompt: Text, answer: str) -> list[int]:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        messages.append({"role": "assistant", "content": answer})
+        return list(self._tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False))
+
+    def _require_room(self, rows: Sequence[Sequence[int]]) -> None:
+        positions = getattr(self._config.get_text_config(), "max_position_embeddings", None)
+        longest = max(map(len, rows), default=0)
+        if positions is not None and longest > positions:
+            raise ModelError(
+                f"a conversation of {longest:,} tokens exceeds the {positions:,} positions of reward model "
+                f"{self._path!r}; lower generation.max_new_tokens or choose another"
+            )
+
+    def _forward(self, rows: Sequence[Sequence[int]]) -> list[float]:
+        width = max(map(len, rows))
+        input_ids = torch.full((len(rows), width), self._pad_id if self._pad_id is not None else 0)
+        attention_mask = torch.zeros_like(input_ids)
+        for number, row in enumerate(rows):
+            input_ids[number, : len(row)] = torch.tensor(row)
+            attention_mask[number, : len(row)] = 1
+        output = self._model(
+            input_ids=input_ids.to(self._device), attention_mask=attention_mask.to(self._device)
+        )
+        found: list[float] = output.logits.float().squeeze(-1).tolist()
+        return found
+
+    @cached_property
+    def _model(self) -> Any:
+        try:
+            model, loading = AutoModelForSequenceClassification.from_pretrained(
+                self._path,
+                dtype="auto" if self._device.type == "cuda" else torch.float32,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        except _LOADING_ERRORS as error:
+            raise ModelError(f"cannot load reward model {self._path!r}: {_first_line(error)}") from error
+        if loading["missing_keys"]:
+            # A language model without the classifier's head would load, with a random head
+            missing = sorted(loading["missing_keys"])[0]
+            raise ModelError(f"{self._path!r} is not a trained reward model: its weights lack {missing}")
+        return model.to(self._device).eval()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -1,0 +1,257 @@
+"""What a report shows, read from a run folder; nothing is drawn or worded here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from selective_dpo.artifacts import SCHEMA_VERSION, read_json, write_json
+from selective_dpo.config import SelectConfig
+from selective_dpo.core.estimates import Estimate
+from selective_dpo.core.identity import Text, positions_of
+from selective_dpo.curriculum.table import Curriculum
+from selective_dpo.data.pairs import KEPT
+from selective_dpo.errors import ArtifactError
+from selective_dpo.reporting.results import Results, estimate_to_json, parse_estimate, parse_results
+from selective_dpo.reporting.training_logs import TrainingLog, read_training_logs
+
+FINDINGS = "findings.json"
+EXAMPLES_PER_GROUP = 5
+# With these rules no difficulty separates the selected pairs from the others.
+_RULES_WITHOUT_EDGE = ("random", "all")
+
+
+class Lengths(NamedTuple):
+    """Token counts in the curriculum's row order; each [P] int64."""
+
+    prompt_P: NDArray[np.int64]
+    chosen_P: NDArray[np.int64]
+    rejected_P: NDArray[np.int64]
+
+    @property
+    def pair_P(self) -> NDArray[np.int64]:
+        """Tokens of the prompt and both completions, the prompt once."""
+        return self.prompt_P + self.chosen_P + self.rejected_P
+
+
+class DropCount(NamedTuple):
+    """How many input rows of a source ended with this status ("kept" or the reason of the drop)."""
+
+    source: str
+    status: str
+    rows: int
+
+
+class ExamplePair(NamedTuple):
+    """A pair to read, with what was measured for it."""
+
+    pair_id: str
+    rank: int
+    difficulty: float
+    spread: float
+    selected: bool
+    reason: str
+    prompt: Text
+    chosen: Text
+    rejected: Text
+
+
+class ExampleGroup(NamedTuple):
+    """Pairs from one region of the difficulty scale."""
+
+    title: str
+    pairs: tuple[ExamplePair, ...]
+
+
+class TruthRow(NamedTuple):
+    """A property that only the embedded world knows, such as "flipped label"."""
+
+    group: str
+    selected: Estimate
+    """Share of the selected pairs that have it."""
+    deselected: Estimate
+    """Share of the scored but not selected pairs that have it."""
+
+
+@dataclass(frozen=True)
+class ReportContent:
+    """Everything in a report. Parts that a run does not have are empty or None."""
+
+    title: str
+    subtitle: str
+    curriculum: Curriculum
+    select: SelectConfig
+    lengths: Lengths | None
+    """None where nothing was tokenized."""
+    examples: tuple[ExampleGroup, ...]
+    agreement: Mapping[str, Any]
+    results: Results | None
+    training_logs: tuple[TrainingLog, ...]
+    drops: tuple[DropCount, ...]
+    provenance: Mapping[str, Any]
+    cost: Mapping[str, Any]
+    config: Mapping[str, Any]
+    findings: tuple[str, ...] = ()
+    truth: tuple[TruthRow, ...] = ()
+
+    @property
+    def is_loss(self) -> bool:
+        """Whether difficulty is in nats, so that ln 2 means chance; mean ranks are not."""
+        return self.select.aggregate != "rank-mean"
+
+
+def load_report_content(run_folder: Path) -> ReportContent:
+    """Read a run folder. All but `pairs/` and the curriculum may be absent.
+
+    Raises:
+        ArtifactError: a file is missing, damaged or of another schema version.
+        IdentityError: the curriculum holds pairs that `pairs/` does not.
+    """
+    curriculum = Curriculum.load(run_folder)
+    pairs_path = run_folder / "pairs" / "pairs.parquet"
+    if not pairs_path.is_file():
+        raise ArtifactError(f"{pairs_path} does not exist: the report shows the pairs' texts and lengths")
+    try:
+        select = SelectConfig.model_validate(curriculum.facts.get("select", {}))
+    except ValidationError as error:
+        raise ArtifactError(f"the curriculum in {run_folder} holds a selection that is not valid") from error
+    config_path, results_path = run_folder / "config.json", run_folder / "evaluation" / "results.json"
+    config = read_json(config_path) if config_path.is_file() else {}
+    findings, truth = _read_findings(run_folder / FINDINGS)
+    return ReportContent(
+        title=str(config.get("name") or run_folder.resolve().name),
+        subtitle=_subtitle(config),
+        curriculum=curriculum,
+        select=select,
+        lengths=_read_lengths(pairs_path, curriculum.pair_ids),
+        examples=_read_examples(pairs_path, curriculum, select),
+        agreement=curriculum.facts.get("agreement") or {},
+        results=parse_results(read_json(results_path)) if results_path.is_file() else None,
+        training_logs=read_training_logs(run_folder),
+        drops=_read_drops(pairs_path),
+        provenance=_provenance(run_folder, curriculum),
+        cost=curriculum.facts.get("cost") or {},
+        config=config,
+        findings=findings,
+        truth=truth,
+    )
+
+
+def save_findings(run_folder: Path, findings: Sequence[str], truth: Sequence[TruthRow] = ()) -> None:
+    """Keep sentences that the caller measured, and the truth table, for this and later reports."""
+    rows = [
+        {
+            "group": row.group,
+            "selected": estimate_to_json(row.selected),
+            "deselected": estimate_to_json(row.deselected),
+        }
+        for row in truth
+    ]
+    write_json(
+        run_folder / FINDINGS, {"schema_version": SCHEMA_VERSION, "findings": list(findings), "truth": rows}
+    )
+
+
+def _read_findings(path: Path) -> tuple[tuple[str, ...], tuple[TruthRow, ...]]:
+    if not path.is_file():
+        return (), ()
+    value = read_json(path)
+    try:
+        truth = tuple(
+            TruthRow(str(row["group"]), parse_estimate(row["selected"]), parse_estimate(row["deselected"]))
+            for row in value.get("truth", [])
+        )
+        return tuple(str(sentence) for sentence in value.get("findings", [])), truth
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{path} is not in the format of this version ({error!r})") from error
+
+
+def _subtitle(config: Mapping[str, Any]) -> str:
+    model = (config.get("model") or {}).get("path", "")
+    sources = [source.get("path", "") for source in (config.get("data") or {}).get("train", [])]
+    return " on ".join(part for part in (str(model), ", ".join(map(str, sources))) if part)
+
+
+def _provenance(run_folder: Path, curriculum: Curriculum) -> dict[str, Any]:
+    facts = {
+        name: curriculum.facts[name] for name in ("key", "seeds", "evaluations") if name in curriculum.facts
+    }
+    summary_path = run_folder / "pairs" / "summary.json"
+    # The counts by status are shown on their own, from the table itself.
+    summary = read_json(summary_path) if summary_path.is_file() else {}
+    summary.pop("schema_version", None)
+    pairs = {name: value for name, value in summary.items() if not isinstance(value, dict | list)}
+    return {**facts, **(curriculum.facts.get("provenance") or {}), **({"pairs": pairs} if pairs else {})}
+
+
+def _read_drops(path: Path) -> tuple[DropCount, ...]:
+    table = pq.read_table(path, columns=["source", "status"])
+    counted = table.group_by(["source", "status"], use_threads=False).aggregate([([], "count_all")])
+    drops = [
+        DropCount(source or "", status, rows)
+        for source, status, rows in zip(
+            *(counted[name].to_pylist() for name in ("source", "status", "count_all")), strict=True
+        )
+    ]
+    return tuple(sorted(drops, key=lambda drop: (drop.source, drop.status != KEPT, -drop.rows, drop.status)))
+
+
+def _read_lengths(path: Path, pair_ids: list[str]) -> Lengths | None:
+    columns = ("prompt_tokens", "chosen_tokens", "rejected_tokens")
+    table = pq.read_table(path, columns=["pair_id", *columns], filters=pc.field("status") == KEPT)
+    where_P = positions_of(pair_ids, table["pair_id"].to_pylist(), what="curriculum and pairs.parquet")
+    lengths = Lengths(*(np.asarray(table[name].to_numpy(), dtype=np.int64)[where_P] for name in columns))
+    return lengths if lengths.pair_P.any() else None
+
+
+def _read_examples(path: Path, curriculum: Curriculum, select: SelectConfig) -> tuple[ExampleGroup, ...]:
+    table = curriculum.table
+    by_rank_P = np.argsort(table["rank"].to_numpy(), kind="stable")
+    selected_by_rank_P = np.asarray(table["selected"])[by_rank_P]
+    title, centre = borderline(selected_by_rank_P, select.rule)
+    half = EXAMPLES_PER_GROUP // 2 + 1
+    regions = {
+        "Easiest pairs": by_rank_P[:EXAMPLES_PER_GROUP],
+        title: by_rank_P[max(0, centre - half) : centre + half],
+        "Hardest pairs": by_rank_P[::-1][:EXAMPLES_PER_GROUP],
+    }
+    wanted = sorted({row for rows in regions.values() for row in rows.tolist()})
+    shown = {row["pair_id"]: row for row in table.take(wanted).to_pylist()}
+    texts = pq.read_table(
+        path,
+        columns=["pair_id", "prompt", "chosen", "rejected"],
+        filters=(pc.field("status") == KEPT) & pc.field("pair_id").isin(list(shown)),
+    ).to_pylist()
+    pairs = {text["pair_id"]: _example(shown[text["pair_id"]], text) for text in texts}
+    ids = table["pair_id"]
+    return tuple(
+        ExampleGroup(name, tuple(pairs[ids[row].as_py()] for row in rows.tolist()))
+        for name, rows in regions.items()
+    )
+
+
+def borderline(selected_by_rank_P: NDArray[np.bool_], rule: str) -> tuple[str, int]:
+    """Title and centre of the middle group: the rank at which selection changes, else the median.
+
+    Shapes: selected_by_rank_P [P] bool, easiest first. A band has two edges; the upper one is taken,
+    for there the pairs are that were held to be too hard.
+    """
+    edges = np.flatnonzero(selected_by_rank_P[1:] != selected_by_rank_P[:-1]) + 1
+    if rule in _RULES_WITHOUT_EDGE or not len(edges):
+        return "Pairs of median difficulty", len(selected_by_rank_P) // 2
+    return "Borderline pairs, around the edge of the selection", int(edges[-1])
+
+
+def _example(row: Mapping[str, Any], text: Mapping[str, Any]) -> ExamplePair:
+    prompt, chosen, rejected = (json.loads(text[name] or '""') for name in ("prompt", "chosen", "rejected"))
+    measured = {name: row[name] for name in ("pair_id", "rank", "difficulty", "spread", "selected", "reason")}
+    return ExamplePair(**measured, prompt=prompt, chosen=chosen, rejected=rejected)

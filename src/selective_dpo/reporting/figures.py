@@ -1,0 +1,243 @@
+"""The report's figures. Each `*_svg` gives inline SVG text, or None where the run has nothing to draw."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+
+from selective_dpo.artifacts import write_atomic
+from selective_dpo.core.estimates import Estimate
+from selective_dpo.errors import ConfigError
+from selective_dpo.reporting.arm_figures import draw_arms
+from selective_dpo.reporting.content import ReportContent
+from selective_dpo.reporting.length import binned_medians, clustered_spearman
+from selective_dpo.reporting.results import main_measure
+from selective_dpo.reporting.style import (
+    BLUE,
+    FAINT,
+    GREY,
+    INK,
+    MUTED,
+    VERMILLION,
+    WIDTH_INCHES,
+    new_figure,
+    report_style,
+    signed,
+    to_svg,
+)
+
+LN2 = math.log(2)
+_DIFFICULTY_IS = {
+    "mean": "mean held-out loss (nats)",
+    "final": "held-out loss at the end of training (nats)",
+    "median": "median held-out loss (nats)",
+    "rank-mean": "mean rank of the held-out loss, 1 is the hardest",
+}
+_BINS = 48
+_MOST_ANNOTATED_COLUMNS = 15
+_MOST_POINTS = 1500
+# The few pairs beyond these quantiles would flatten everything else; they are counted, not hidden.
+_SHOWN_QUANTILES = (0.002, 0.998)
+# Neither the date nor the version of the writer: equal content gives an equal file.
+_README_METADATA: dict[str, dict[str, None]] = {
+    "png": {"Software": None},
+    "svg": {"Date": None, "Creator": None},
+}
+
+
+def difficulty_svg(content: ReportContent) -> str:
+    """Histogram of the difficulty, the selected pairs apart from the others, and ln 2."""
+    with report_style():
+        figure, (axes,) = new_figure(3.3)
+        draw_difficulty(axes, content)
+        return to_svg(figure, name="difficulty", description=f"Histogram: {axes.get_title(loc='left')}")
+
+
+def draw_difficulty(axes: Any, content: ReportContent) -> None:
+    """Draw the histogram of `difficulty_svg` on `axes`."""
+    difficulty_P = content.curriculum.difficulty_P
+    selected_P = np.asarray(content.curriculum.table["selected"])
+    low, high = np.quantile(difficulty_P, _SHOWN_QUANTILES)
+    edges = np.linspace(low, max(high, low + 1e-6), _BINS + 1)
+    shown_P = np.clip(difficulty_P, edges[0], edges[-1])
+    selected, _ = np.histogram(shown_P[selected_P], edges)
+    others, _ = np.histogram(shown_P[~selected_P], edges)
+    bar = {"width": np.diff(edges), "align": "edge", "edgecolor": "white", "linewidth": 0.4}
+    axes.bar(edges[:-1], selected, color=BLUE, label=f"selected ({selected_P.sum():,})", **bar)
+    axes.bar(
+        edges[:-1],
+        others,
+        bottom=selected,
+        color=GREY,
+        label=f"not selected ({(~selected_P).sum():,})",
+        **bar,
+    )
+    title = f"{selected_P.sum():,} of {len(difficulty_P):,} pairs selected"
+    if content.is_loss:
+        title += f"; {float((difficulty_P > LN2).mean()):.1%} lie above ln 2"
+    if content.is_loss and edges[0] <= LN2 <= edges[-1]:
+        axes.axvline(LN2, color=VERMILLION, linestyle=(0, (4, 2)), linewidth=1.4, label="ln 2 (chance)")
+    axes.set_title(title)
+    axes.set_xlabel(f"difficulty: {_DIFFICULTY_IS[content.select.aggregate]}")
+    axes.set_ylabel("pairs")
+    axes.margins(x=0.01)
+    axes.set_ylim(0, 1.08 * max(selected + others))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.legend(loc="best", handlelength=1.4)
+
+
+def agreement_svg(content: ReportContent) -> str | None:
+    """Heat map of Spearman's correlation between the losses of all seeds and evaluations."""
+    columns = content.agreement.get("columns") or []
+    if len(columns) < 2:
+        return None
+    spearman = np.array(content.agreement["spearman"], dtype=np.float64)
+    if not np.isfinite(spearman[~np.eye(len(columns), dtype=bool)]).any():
+        return None
+    with report_style():
+        figure, (axes,) = new_figure(5.9)
+        _draw_agreement(figure, axes, columns, spearman)
+        return to_svg(figure, name="agreement", description=f"Heat map: {axes.get_title(loc='left')}")
+
+
+def _light_greys() -> Any:
+    # The dark end is kept for the line of medians.
+    return ListedColormap(matplotlib.colormaps["Greys"](np.linspace(0.12, 0.55, 32)))
+
+
+def _heat_map() -> Any:
+    # In steps: a smooth color bar would be drawn as an image, which the page's policy forbids.
+    return matplotlib.colormaps["Blues"].resampled(10)
+
+
+def _draw_agreement(figure: Figure, axes: Any, columns: list[dict[str, int]], spearman_CC: Any) -> None:
+    count = len(columns)
+    apart = spearman_CC[~np.eye(count, dtype=bool)]
+    floor = min(math.floor(10 * float(np.nanmin(apart))) / 10, 0.9)
+    mesh = axes.pcolormesh(
+        spearman_CC, cmap=_heat_map(), vmin=floor, vmax=1.0, edgecolor="white", linewidth=0.6
+    )
+    if count <= _MOST_ANNOTATED_COLUMNS:
+        for row, column in np.ndindex(count, count):
+            value = spearman_CC[row, column]
+            dark = value > floor + 0.55 * (1 - floor)
+            size = 7.2 if count > 8 else 9
+            text = f"{value:.2f}".replace("0.", ".", 1) if np.isfinite(value) else "–"
+            place = {"ha": "center", "va": "center"}
+            axes.text(column + 0.5, row + 0.5, text, color="white" if dark else INK, fontsize=size, **place)
+    starts = [place for place in range(1, count) if columns[place]["seed"] != columns[place - 1]["seed"]]
+    for start in starts:
+        axes.axhline(start, color="white", linewidth=3)
+        axes.axvline(start, color="white", linewidth=3)
+    centres = [(low + high) / 2 for low, high in zip([0, *starts], [*starts, count], strict=True)]
+    ticks, labels = np.arange(count) + 0.5, [str(column["evaluation"]) for column in columns]
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_ticks(ticks, labels)
+        axis.set_tick_params(length=0)
+    for start, centre in zip([0, *starts], centres, strict=True):
+        name = {"text": f"seed {columns[start]['seed']}", "textcoords": "offset points", "color": MUTED}
+        axes.annotate(
+            xy=(centre, 0), xycoords=("data", "axes fraction"), xytext=(0, -24), ha="center", **name
+        )
+        axes.annotate(
+            xy=(0, centre),
+            xycoords=("axes fraction", "data"),
+            xytext=(-26, 0),
+            va="center",
+            rotation=90,
+            ha="center",
+            **name,
+        )
+    axes.invert_yaxis()
+    axes.set_aspect("equal")
+    axes.spines[:].set_visible(False)
+    axes.set_title(
+        f"Rank correlation between any two evaluations: {np.nanmin(apart):.2f} to {np.nanmax(apart):.2f}"
+    )
+    colors = figure.colorbar(mesh, ax=axes, shrink=0.6, aspect=25, pad=0.03)
+    colors.outline.set_visible(False)
+    colors.set_label("Spearman's rank correlation")
+
+
+def length_svg(content: ReportContent) -> str | None:
+    """Difficulty against the pair's length, and against how much longer the chosen answer is."""
+    if content.lengths is None:
+        return None
+    with report_style():
+        figure, (whole, difference) = new_figure(3.6, columns=2, sharey=True)
+        lengths = content.lengths
+        _draw_length(whole, content, lengths.pair_P, "tokens of the pair", "Length of the pair")
+        longer_P = lengths.chosen_P - lengths.rejected_P
+        _draw_length(
+            difference, content, longer_P, "chosen minus rejected (tokens)", "Length of chosen over rejected"
+        )
+        whole.set_ylabel("difficulty (nats)" if content.is_loss else "difficulty (mean rank)")
+        titles = "; ".join(axes.get_title(loc="left") for axes in (whole, difference))
+        return to_svg(figure, name="length", description=f"Difficulty against length. {titles}")
+
+
+def _draw_length(axes: Any, content: ReportContent, length_P: Any, label: str, title: str) -> None:
+    difficulty_P = content.curriculum.difficulty_P
+    clusters_P = np.asarray(content.curriculum.table["prompt_id"].to_pylist())
+    (left, right), (low, high) = (
+        np.quantile(values, _SHOWN_QUANTILES) for values in (length_P, difficulty_P)
+    )
+    shown = (length_P >= left) & (length_P <= right) & (difficulty_P >= low) & (difficulty_P <= high)
+    if len(length_P) <= _MOST_POINTS:
+        axes.scatter(length_P[shown], difficulty_P[shown], s=9, color=MUTED, alpha=0.35, linewidths=0)
+    else:
+        axes.hexbin(
+            length_P[shown],
+            difficulty_P[shown],
+            gridsize=(34, 22),
+            cmap=_light_greys(),
+            bins="log",
+            mincnt=1,
+            linewidths=0.1,
+        )
+    bins = binned_medians(length_P, difficulty_P)
+    axes.fill_between(bins.centres, bins.lower, bins.upper, color=BLUE, alpha=0.18, linewidth=0)
+    axes.plot(bins.centres, bins.median, color=BLUE, linewidth=1.8, marker="o", markersize=4)
+    if content.is_loss:
+        axes.axhline(LN2, color=VERMILLION, linestyle=(0, (4, 2)), linewidth=1.2)
+    rho = clustered_spearman(length_P, difficulty_P, clusters_P)
+    axes.set_title(f"{title}\n{_in_words(rho)}")
+    axes.set_xlabel(label)
+    axes.grid(axis="y", color=FAINT)
+    axes.set_axisbelow(True)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}".replace("-", "\N{MINUS SIGN}"))
+
+
+def _in_words(rho: Estimate) -> str:
+    value, low, high = (signed(number, 2) for number in (rho.value, rho.low, rho.high))
+    return f"Spearman {value} (95% {low} to {high})"
+
+
+def save_readme_picture(content: ReportContent, path: Path) -> Path:
+    """Write histogram and arms side by side as one wide .png or .svg, and return its path.
+
+    Raises:
+        ConfigError: `path` ends in something else.
+    """
+    kind = path.suffix.removeprefix(".").lower()
+    if kind not in _README_METADATA:
+        raise ConfigError(f"the picture can be .png or .svg, not {path.suffix!r}")
+    measure = content.results and main_measure(content.results)
+    sink = io.BytesIO()
+    with report_style(outlines=True):
+        figure, axes = new_figure(
+            3.9, columns=2 if measure else 1, width_inches=11.5 if measure else WIDTH_INCHES
+        )
+        draw_difficulty(axes[0], content)
+        if content.results and measure:
+            draw_arms(axes[1], content.results, measure)
+        figure.savefig(sink, format=kind, dpi=160, facecolor="white", metadata=_README_METADATA[kind])
+    write_atomic(path, sink.getvalue())
+    return path

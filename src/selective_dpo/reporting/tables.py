@@ -1,0 +1,130 @@
+"""The results as plain text with aligned columns, for the terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from selective_dpo.config import SelectConfig
+from selective_dpo.core.estimates import Estimate
+from selective_dpo.data.pairs import KEPT
+from selective_dpo.reporting.content import DropCount
+from selective_dpo.reporting.results import REFERENCE, SELECTED, Results, main_measure, parse_estimate
+from selective_dpo.reporting.text import printable
+
+DEFAULT_FRACTION = 0.5
+_AGGREGATES = {"final": "by final loss", "median": "by median loss", "rank-mean": "by mean rank"}
+
+
+def label_for(select: SelectConfig) -> str:
+    """A selection and its order in words, such as "easiest 50%, easy to hard"."""
+    if select.count is not None:
+        size = f"{select.count:,} pairs"
+    else:
+        size = f"{100 * (DEFAULT_FRACTION if select.fraction is None else select.fraction):.4g}%"
+    low, high = select.band or (0.0, 1.0)
+    which = {
+        "below": f"difficulty <= {select.threshold or 0.0:.4g}",
+        "band": f"quantiles {low:g}-{high:g}",
+        "all": "all pairs",
+    }.get(select.rule, f"{select.rule} {size}")
+    parts = [which, select.order.replace("-", " ")]
+    if select.aggregate != "mean":
+        parts.append(_AGGREGATES[select.aggregate])
+    return ", ".join(parts)
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    """Rows under a header and a rule; the first `left` columns are flush left, the others right."""
+    cells = [[printable(cell).replace("\n", " ") for cell in row] for row in (header, *rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if column < left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    ]
+    return "\n".join([lines[0], "-" * (sum(widths) + 2 * (len(widths) - 1)), *lines[1:]])
+
+
+def arms_table(results: Results) -> str:
+    """Each arm: what it was trained on, its win rate or held-out accuracy, its difference to the run's own.
+
+    The difference is that of the run's own policy minus the arm, paired by prompt, in percentage points.
+    """
+    measure = main_measure(results)
+    with_difference = any(arm.difference for arm in results.arms if arm.name != SELECTED)
+    header = ["arm", "selection", "pairs", "updates"]
+    header += [f"{measure.name} (95%)"] if measure else []
+    header += ["selected minus it"] if with_difference else []
+    rows = []
+    for arm in results.arms:
+        trained = [""] * 2 if arm.name == REFERENCE else [f"{arm.pairs:,}", f"{arm.updates:,}"]
+        row = [arm.name, arm.label, *trained]
+        row += [share_with_reach(measure.values.get(arm.name))] if measure else []
+        row += ["" if arm.name == SELECTED else points_with_reach(arm.difference)] if with_difference else []
+        rows.append(row)
+    return text_table(header, rows, left=2)
+
+
+def drops_table(drops: Sequence[DropCount]) -> str:
+    """Rows of each source by status, kept ones first; the last line is the sum, all input rows."""
+    several = len({drop.source for drop in drops}) > 1
+    rows = [
+        [
+            *([drop.source] if several else []),
+            drop.status if drop.status == KEPT else f"dropped: {drop.status}",
+            f"{drop.rows:,}",
+        ]
+        for drop in drops
+    ]
+    rows.append([*([""] if several else []), "input rows", f"{sum(drop.rows for drop in drops):,}"])
+    header = [*(["source"] if several else []), "status", "rows"]
+    return text_table(header, rows, left=len(header) - 1)
+
+
+def agreement_table(agreement: Mapping[str, Any]) -> str:
+    """Agreement of each two seeds, with 95% intervals, and the share of pairs above ln 2."""
+    lines = [
+        [
+            f"seeds {entry['a']} and {entry['b']}",
+            *(number_with_reach(parse_estimate(entry[name])) for name in ("spearman", "overlap", "jaccard")),
+        ]
+        for entry in agreement.get("seeds") or []
+    ]
+    parts = []
+    if lines:
+        header = ["agreement (95%)", "Spearman", "overlap of selected", "Jaccard"]
+        parts.append(text_table(header, lines))
+    if agreement.get("above_chance"):
+        above = share_with_reach(parse_estimate(agreement["above_chance"]))
+        parts.append(f"pairs above ln 2 (the scorers disagree with the label): {above}")
+    return "\n".join(parts)
+
+
+def share_with_reach(estimate: Estimate | None) -> str:
+    """A share in percent and half its 95% interval: "55.8% ± 1.4"."""
+    return _with_reach(estimate, ".1f", scale=100, unit="%")
+
+
+def points_with_reach(estimate: Estimate | None) -> str:
+    """A difference of shares in percentage points: "+2.6 ± 1.4"."""
+    return _with_reach(estimate, ".1f", scale=100, sign="+")
+
+
+def number_with_reach(estimate: Estimate | None, decimals: int = 2) -> str:
+    """A number and half its 95% interval: "0.94 ± 0.01"."""
+    return _with_reach(estimate, f".{decimals}f")
+
+
+def _with_reach(
+    estimate: Estimate | None, form: str, *, scale: float = 1, sign: str = "", unit: str = ""
+) -> str:
+    if estimate is None or math.isnan(estimate.value):
+        return ""
+    value = f"{scale * estimate.value:{sign}{form}}{unit}"
+    half = scale * (estimate.high - estimate.low) / 2
+    # With one prompt only there is no standard error.
+    return f"{value} (no interval)" if math.isnan(half) else f"{value} ± {half:{form}}"

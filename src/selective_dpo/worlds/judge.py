@@ -1,0 +1,37 @@
+"""The judge of the embedded world: the gold reward, and nothing about the method."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from selective_dpo.worlds.tasks import gold_reward
+
+
+def gold_scores(prompts: Sequence[str], answers: Sequence[str]) -> NDArray[np.float64]:
+    """Gold reward in [0, 2] of each answer to its prompt, [N] float64.
+
+    Raises:
+        DataError: a prompt is not of the embedded world.
+    """
+    return np.array(
+        [gold_reward(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)],
+        dtype=np.float64,
+    )
+
+
+def compare_scores(scores_a: ArrayLike, scores_b: ArrayLike) -> NDArray[np.float64]:
+    """1 where a is better, 1/2 where they are equal, 0 where b is; shapes broadcast.
+
+    Equal rewards are equal to the last bit: both are 1 minus a ratio of small whole numbers.
+    """
+    difference = np.asarray(scores_a, dtype=np.float64) - np.asarray(scores_b, dtype=np.float64)
+    return np.asarray(0.5 + 0.5 * np.sign(difference))
+
+
+def compare(prompt: str, answer_a: str, answer_b: str) -> float:
+    """1 if answer a has the higher gold reward, 0 if answer b has, 1/2 for a tie."""
+    score_a, score_b = gold_scores([prompt, prompt], [answer_a, answer_b])
+    return float(compare_scores(score_a, score_b))

@@ -1,0 +1,164 @@
+"""results.json and the tables: what is written is what is read, and JSON knows no NaN."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from selective_dpo.core.estimates import Estimate
+from selective_dpo.core.preference_metrics import preference_metrics
+from selective_dpo.core.winrates import Verdicts
+from selective_dpo.errors import ArtifactError, DataError
+from selective_dpo.evaluation.alpaca_eval import instruction_of, write_model_outputs
+from selective_dpo.evaluation.generation import Answer, Prompt
+from selective_dpo.evaluation.results import (
+    ArmResult,
+    EvaluationResults,
+    arm_result,
+    from_json,
+    to_json,
+)
+from selective_dpo.evaluation.tables import (
+    GENERATION_COLUMNS,
+    VERDICT_COLUMNS,
+    ArmVerdicts,
+    generations_table,
+    verdicts_table,
+)
+
+CHAT = [
+    {"role": "user", "content": "first"},
+    {"role": "assistant", "content": "yes"},
+    {"role": "user", "content": "caf\u00e9 \ud83d?"},  # half of a surrogate pair: text that UTF-8 cannot hold
+]
+PROMPTS = [Prompt("p", "plain"), Prompt("q", CHAT)]
+ANSWERS = {"p": (Answer("a", 1), Answer("bb", 3)), "q": (Answer("c", 5), Answer("", 0))}
+
+
+def full_results() -> EvaluationResults:
+    arm = arm_result(
+        name="all",
+        label="all pairs, shuffled",
+        pairs=10,
+        updates=3,
+        held_out=preference_metrics([0.5, 0.7], [1.0, -1.0], ["p", "q"]),
+        answers=ANSWERS,
+        verdicts=Verdicts(["p", "q"], [0.5, 0.0]),
+        selected_verdicts=Verdicts(["q", "p"], [0.5, 1.0]),
+    )
+    return EvaluationResults("a judge", 2, 2, (ArmResult("reference", "starting model", 0, 0), arm))
+
+
+def test_an_arms_numbers() -> None:
+    arm = full_results().arms[1]
+    assert arm.win_rate is not None
+    assert arm.difference is not None
+    assert arm.answer_tokens is not None
+    assert arm.win_rate.value == 0.25
+    # p: 1 - .5, q: .5 - 0, the same difference
+    assert (arm.difference.value, arm.difference.standard_error) == (0.5, 0.0)
+    # Lengths 1, 3 | 5, 0: mean 9/4; residuals by prompt 4 - 4.5 = -.5 and .5; variance .5 / 4^2 * 2
+    assert arm.answer_tokens.value == 2.25
+    assert arm.answer_tokens.standard_error == pytest.approx(math.sqrt(0.5 / 16 * 2))
+
+
+def test_what_was_not_measured_is_absent() -> None:
+    arm = arm_result(
+        name="all",
+        label="",
+        pairs=1,
+        updates=1,
+        held_out=None,
+        answers={},
+        verdicts=None,
+        selected_verdicts=Verdicts(["p"], [1.0]),
+    )
+    assert (arm.held_out, arm.win_rate, arm.difference, arm.answer_tokens) == (None,) * 4
+
+
+def test_json_round_trip_has_the_fields_of_the_format() -> None:
+    content = to_json(full_results())
+    assert list(content) == ["schema_version", "judge", "prompts", "samples", "arms"]
+    reference, arm = content["arms"]
+    assert list(arm) == [
+        "name",
+        "label",
+        "pairs",
+        "updates",
+        "held_out",
+        "win_rate",
+        "difference",
+        "answer_tokens",
+    ]
+    assert list(arm["held_out"]) == ["pairs", "prompts", "loss", "accuracy", "margin"]
+    assert list(arm["win_rate"]) == ["value", "standard_error", "low", "high"]
+    assert reference["held_out"] is reference["win_rate"] is reference["difference"] is None
+    assert from_json(json.loads(json.dumps(content, allow_nan=False))) == full_results()
+
+
+def test_a_standard_error_that_does_not_exist_is_null() -> None:
+    lonely = ArmResult("all", "", 1, 1, win_rate=Estimate(0.5, math.nan, math.nan, math.nan))
+    content = json.loads(json.dumps(to_json(EvaluationResults("j", 1, 1, (lonely,))), allow_nan=False))
+    expected = {"value": 0.5, "standard_error": None, "low": None, "high": None}
+    assert content["arms"][0]["win_rate"] == expected
+    read = from_json(content).arms[0].win_rate
+    assert read is not None
+    assert math.isnan(read.standard_error)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"schema_version": 2},
+        {"arms": [{"name": "x"}]},
+        {"arms": 3},
+        {"surprise": 1},
+        {"arms": [{**to_json(full_results())["arms"][1], "win_rate": {"value": 1}}]},
+    ],
+)
+def test_other_content_is_refused(change: dict[str, object]) -> None:
+    with pytest.raises(ArtifactError, match=r"results\.json"):
+        from_json({**to_json(full_results()), **change})
+
+
+def test_generations_table() -> None:
+    table = generations_table(PROMPTS, {"reference": ANSWERS, "selected": {}})
+    assert dict(zip(table.schema.names, table.schema.types, strict=True)) == GENERATION_COLUMNS
+    assert table.column("sample").to_pylist() == [0, 1, 0, 1]
+    assert table.column("answer").to_pylist() == ["a", "bb", "c", ""]
+    assert table.column("tokens").to_pylist() == [1, 3, 5, 0]
+    assert [json.loads(text) for text in table.column("prompt").to_pylist()[1:3]] == ["plain", CHAT]
+    assert generations_table([], {}).num_rows == 0
+
+
+def test_verdicts_table() -> None:
+    verdicts = ArmVerdicts(["p", "q"], np.array([0, 1]), np.array([1, 0]), np.array([1.0, 0.5]))
+    table = verdicts_table({"a": verdicts, "b": verdicts})
+    assert dict(zip(table.schema.names, table.schema.types, strict=True)) == VERDICT_COLUMNS
+    assert table.to_pylist()[1] == {
+        "arm": "a",
+        "prompt_id": "q",
+        "sample": 1,
+        "opponent_sample": 0,
+        "score": 0.5,
+    }
+    assert table.num_rows == 4
+    assert verdicts_table({}).num_rows == 0
+
+
+def test_alpaca_eval_outputs(tmp_path: Path) -> None:
+    write_model_outputs(tmp_path / "out" / "selected.json", "selected", PROMPTS, ANSWERS)
+    outputs = json.loads((tmp_path / "out" / "selected.json").read_text("utf-8"))
+    assert outputs == [
+        {"instruction": "plain", "output": "a", "generator": "selected"},
+        {"instruction": CHAT[-1]["content"], "output": "c", "generator": "selected"},
+    ]
+
+
+def test_a_prompt_without_a_user_has_no_instruction() -> None:
+    with pytest.raises(DataError, match="without a user message"):
+        instruction_of([{"role": "system", "content": "x"}])

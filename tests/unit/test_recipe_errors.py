@@ -1,0 +1,105 @@
+"""Each mistake in a recipe ends in one line: key, what was given, what is allowed, what was meant."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from selective_dpo.config import Recipe
+from selective_dpo.errors import ConfigError
+from selective_dpo.recipe_errors import did_you_mean, dotted_keys, kind_at, show
+from selective_dpo.recipe_io import make_recipe
+
+MINIMAL: dict[str, Any] = {"name": "a", "model": {"path": "m"}, "data": {"train": [{"path": "x"}]}}
+RULES = "'easiest', 'hardest', 'random', 'below', 'band' or 'all'"
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (
+            {"select": {"fractoin": 0.7}},
+            "select.fractoin: unknown key (given 0.7); did you mean 'fraction'? (known in select: aggr",
+        ),
+        (
+            {"fraction": 0.7},
+            "fraction: unknown key (given 0.7); did you mean 'select.fraction'? (known: name,",
+        ),
+        ({"scroe": {}}, "scroe: unknown key (given {}); did you mean 'score'?"),
+        (
+            {"train": {"learning_rate": 1e-6}},
+            "train.learning_rate: unknown key (given 1e-06); TRL's DPOConfig keys go below train.trainer",
+        ),
+        ({"select": {"fraction": 1.7}}, "select.fraction is 1.7, but must be above 0 and at most 1"),
+        ({"select": {"fraction": "most"}}, 'select.fraction is "most", but must be a number'),
+        ({"select": {"rule": "eesiest"}}, f'select.rule is "eesiest", but must be {RULES}; did you mean'),
+        ({"select": {"rule": 5}}, f"select.rule is 5, but must be {RULES}"),
+        ({"select": {"rule": "below"}}, "select: rule 'below' needs a threshold"),
+        ({"select": 5}, "select is 5, but must be a block with keys of aggregate, rule, fraction,"),
+        ({"select": {"rule": "band", "band": [0.5]}}, "select.band.1 is missing"),
+        (
+            {"select": {"rule": "band", "band": [0, 0.5, 1]}},
+            "select.band is [0, 0.5, 1], but must be a list of at most 2",
+        ),
+        ({"select": {"allow_partial": "perhaps"}}, 'select.allow_partial is "perhaps", but must be true or'),
+        ({"score": {"seeds": 5}}, "score.seeds is 5, but must be a list"),
+        ({"score": {"seeds": [1, "a"]}}, 'score.seeds.1 is "a", but must be a whole number'),
+        ({"score": {"seeds": [1, 1]}}, "score: seeds must be distinct, and at least one"),
+        ({"score": {"lora": 16}}, "score.lora is 16, but must be a mapping of keys to values"),
+        ({"score": {"evaluations": 2}}, "score: protocol 'paper' is seeds [41, 42, 43] with 5 evaluations"),
+        ({"launch": {"workers": 0}}, "launch.workers is 0, but must be at least 1"),
+        ({"launch": {"workers": 1.5}}, "launch.workers is 1.5, but must be a whole number"),
+        ({"model": {"path": 7}}, "model.path is 7, but must be text; put it in quotes"),
+        ({"model": {}}, "model.path is missing: Hub name or local folder of the weights"),
+        ({"model": None}, "model is null, but must be a block with keys of path, revision,"),
+        ({"data": {"train": "x.jsonl"}}, 'data.train is "x.jsonl", but must be a list'),
+        ({"data": {"train": []}}, "data.train is [], but must be a list of at least 1"),
+        (
+            {"data": {"train": [{"pth": "x"}]}},
+            "data.train.0.pth: unknown key (given \"x\"); did you mean 'path'?",
+        ),
+        (
+            {"data": {"train": [{"path": "x", "fraction": 0}]}},
+            "data.train.0.fraction is 0, but must be above 0",
+        ),
+        (
+            {"evaluate": {"controls": {"other": {"rul": "random"}}}},
+            "evaluate.controls.other.rul: unknown key (given \"random\"); did you mean 'rule'?",
+        ),
+        ({"name": "a/b"}, 'name is "a/b", but must fit its meaning: Name of the run\'s folder'),
+        ({"name": "a", "x": "y" * 99}, 'x: unknown key (given "' + "y" * 59 + "...)"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(change: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_recipe({**MINIMAL, **change})
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(expected)
+
+
+def test_of_several_mistakes_the_misspelt_key_goes_first_and_the_others_are_counted() -> None:
+    # Wrong: score.evaluations (type), select.rule (choice), launch.wokers (unknown).
+    wrong = {"score": {"evaluations": "x"}, "select": {"rule": "x"}, "launch": {"wokers": 2}}
+    with pytest.raises(ConfigError, match=r"^launch\.wokers: unknown key .* \(and 2 more to mend\)$"):
+        make_recipe({**MINIMAL, **wrong})
+
+
+def test_did_you_mean_is_silent_when_nothing_is_close() -> None:
+    assert did_you_mean("fractoin", ["rule", "fraction"]) == "; did you mean 'fraction'?"
+    assert did_you_mean("Easy-To-Hard", ["easy_to_hard"]) == "; did you mean 'easy_to_hard'?"
+    assert did_you_mean("zzz", ["rule", "fraction"]) == ""
+
+
+def test_values_are_shown_short_and_on_one_line() -> None:
+    assert show(None) == "null"
+    assert show("a\nb") == '"a\\nb"'
+    assert len(show("x" * 500)) == 63
+
+
+def test_every_recipe_key_has_a_type_and_a_place() -> None:
+    keys = dotted_keys(Recipe)
+    assert {"name", "select.fraction", "evaluate.generation.prompts"} <= set(keys)
+    assert all(kind_at(Recipe, key.split(".")) is not None for key in keys)
+    assert kind_at(Recipe, ["data", "train", 0, "path"]) is str
+    assert kind_at(Recipe, ["nothing", "here"]) is None

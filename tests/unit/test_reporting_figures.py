@@ -1,0 +1,150 @@
+"""Figures are self-contained SVG: safe inside a page, deterministic, and drawn from the measured numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
+
+import matplotlib
+import pytest
+
+from selective_dpo.config import SelectConfig
+from selective_dpo.errors import ConfigError
+from selective_dpo.reporting.arm_figures import arms_svg, training_svg
+from selective_dpo.reporting.content import ReportContent, load_report_content
+from selective_dpo.reporting.figures import agreement_svg, difficulty_svg, length_svg, save_readme_picture
+from selective_dpo.reporting.style import signed
+from tests.fixtures.run_folder import make_run_folder
+
+Draw = Callable[[ReportContent], str | None]
+FIGURES: tuple[Draw, ...] = (difficulty_svg, agreement_svg, length_svg, arms_svg, training_svg)
+
+
+@pytest.fixture(scope="module")
+def content(tmp_path_factory: pytest.TempPathFactory) -> ReportContent:
+    return load_report_content(make_run_folder(tmp_path_factory.mktemp("figures") / "run", pairs=60))
+
+
+def svg_of(draw: Draw, content: ReportContent) -> str:
+    svg = draw(content)
+    assert svg is not None
+    return svg
+
+
+def attributes(svg: str) -> list[tuple[str, str]]:
+    return [item for element in ElementTree.fromstring(svg).iter() for item in element.attrib.items()]
+
+
+@pytest.mark.parametrize("draw", FIGURES)
+def test_a_figure_needs_nothing_and_equals_itself(draw: Draw, content: ReportContent) -> None:
+    svg = svg_of(draw, content)
+    assert svg == draw(content)
+    assert svg.startswith("<svg ")
+    root = ElementTree.fromstring(svg)
+    tags = {element.tag.rpartition("}")[2] for element in root.iter()}
+    assert tags <= {"svg", "g", "defs", "path", "use", "clipPath", "rect", "text"}, "no image, style, script"
+    assert root.attrib["aria-label"]
+    named = attributes(svg)
+    assert not [name for name, _ in named if name == "style" or name.startswith("on")]
+    ids = {value for name, value in named if name == "id"}
+    references = {value.removeprefix("#") for name, value in named if name == "href"}
+    references |= {value[5:-1] for name, value in named if value.startswith("url(#")}
+    assert references <= ids
+
+
+def test_figures_share_no_id(content: ReportContent) -> None:
+    ids = [value for draw in FIGURES for name, value in attributes(svg_of(draw, content)) if name == "id"]
+    assert len(ids) == len(set(ids))
+
+
+def test_the_histogram_says_what_was_selected(content: ReportContent) -> None:
+    above = (content.curriculum.difficulty_P > 0.6931471805599453).mean()
+    assert f"30 of 60 pairs selected; {above:.1%} lie above ln 2" in difficulty_svg(content)
+
+
+def test_the_arms_show_value_and_label(content: ReportContent) -> None:
+    svg = svg_of(arms_svg, content)
+    for text in ("56.1%", "38.9%", "easiest 50%, easy to hard", "hardest · 30 pairs", "+17.2", "+2.8"):
+        assert text in svg
+
+
+def test_hostile_names_are_text(content: ReportContent) -> None:
+    assert content.results is not None
+    hostile = '<img src=x onerror="1"> $x_1$ & \x00\ud800 漢字'
+    arms = tuple(arm._replace(label=hostile) for arm in content.results.arms)
+    svg = svg_of(arms_svg, replace(content, results=content.results._replace(arms=arms)))
+    texts = [element.text for element in ElementTree.fromstring(svg).iter() if element.tag.endswith("text")]
+    assert texts.count('<img src=x onerror="1"> $x_1$ & \ufffd\ufffd 漢字') == len(arms)
+
+
+def test_without_differences_there_is_one_panel(content: ReportContent) -> None:
+    assert content.results is not None
+    arms = tuple(arm._replace(difference=None) for arm in content.results.arms)
+    alone = replace(content, results=content.results._replace(arms=arms))
+    assert "Selected minus" not in svg_of(arms_svg, alone)
+
+
+def test_without_win_rates_held_out_accuracy_is_drawn(content: ReportContent) -> None:
+    assert content.results is not None
+    arms = tuple(arm._replace(win_rate=None, difference=None) for arm in content.results.arms)
+    svg = svg_of(arms_svg, replace(content, results=content.results._replace(arms=arms)))
+    # 0.55 + 0.5 (0.561 - 0.4) = 0.6305
+    assert "Held-out accuracy, 95% intervals" in svg
+    assert "63.0%" in svg or "63.1%" in svg
+
+
+def test_what_a_run_lacks_is_not_drawn(content: ReportContent) -> None:
+    bare = replace(content, results=None, training_logs=(), lengths=None, agreement={})
+    assert [draw(bare) for draw in FIGURES[1:]] == [None] * 4
+    assert difficulty_svg(bare)
+
+
+def test_ranks_are_not_called_losses(content: ReportContent) -> None:
+    ranked = replace(content, select=SelectConfig(aggregate="rank-mean"))
+    for draw in (difficulty_svg, length_svg):
+        svg = svg_of(draw, ranked)
+        assert "ln 2" not in svg
+        assert "nats" not in svg
+
+
+def test_undefined_agreement_is_not_drawn(content: ReportContent) -> None:
+    # What one prompt gives: every correlation is null.
+    nothing = [[None if a != b else 1.0 for a in range(15)] for b in range(15)]
+    assert agreement_svg(replace(content, agreement={**content.agreement, "spearman": nothing})) is None
+    partly = [
+        [0.5 if {a, b} == {0, 1} else value for a, value in enumerate(row)] for b, row in enumerate(nothing)
+    ]
+    svg = svg_of(agreement_svg, replace(content, agreement={**content.agreement, "spearman": partly}))
+    assert "0.50 to 0.50" in svg
+
+
+def test_the_users_matplotlib_settings_change_nothing(content: ReportContent) -> None:
+    before = difficulty_svg(content)
+    with matplotlib.rc_context({"axes.grid": True, "font.size": 30, "svg.fonttype": "path"}):
+        assert difficulty_svg(content) == before
+        assert matplotlib.rcParams["font.size"] == 30
+
+
+@pytest.mark.parametrize("kind", ["png", "svg"])
+def test_the_readme_picture_is_wide_and_deterministic(
+    kind: str, content: ReportContent, tmp_path: Path
+) -> None:
+    first = save_readme_picture(content, tmp_path / f"a.{kind}").read_bytes()
+    assert save_readme_picture(content, tmp_path / f"b.{kind}").read_bytes() == first
+    assert first.startswith(b"\x89PNG" if kind == "png" else b"<?xml")
+    if kind == "png":
+        width, height = (int.from_bytes(first[start : start + 4]) for start in (16, 20))
+        assert width > 2 * height
+    assert save_readme_picture(replace(content, results=None), tmp_path / f"c.{kind}").is_file()
+
+
+def test_other_kinds_of_picture_are_refused(content: ReportContent, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"\.png or \.svg"):
+        save_readme_picture(content, tmp_path / "a.gif")
+    assert not list(tmp_path.iterdir())
+
+
+def test_signed_numbers() -> None:
+    assert [signed(value, 1) for value in (2.84, -0.5, 0.0, -0.04)] == ["+2.8", "−0.5", "0.0", "0.0"]

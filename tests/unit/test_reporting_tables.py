@@ -1,0 +1,136 @@
+"""Labels and plain-text tables, and the reading of results.json."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from selective_dpo.config import SelectConfig
+from selective_dpo.core.estimates import Estimate
+from selective_dpo.core.preference_metrics import preference_metrics
+from selective_dpo.errors import ArtifactError
+from selective_dpo.reporting.content import DropCount
+from selective_dpo.reporting.results import main_measure, parse_results
+from selective_dpo.reporting.tables import agreement_table, arms_table, drops_table, label_for
+
+
+@pytest.mark.parametrize(
+    ("select", "label"),
+    [
+        ({}, "easiest 50%, easy to hard"),
+        ({"fraction": 0.5}, "easiest 50%, easy to hard"),
+        ({"fraction": 1 / 3, "order": "hard-to-easy"}, "easiest 33.33%, hard to easy"),
+        ({"rule": "hardest", "count": 1200}, "hardest 1,200 pairs, easy to hard"),
+        ({"rule": "random", "order": "shuffled", "seed": 3}, "random 50%, shuffled"),
+        ({"rule": "all", "order": "shuffled"}, "all pairs, shuffled"),
+        ({"rule": "below", "threshold": 0.69}, "difficulty <= 0.69, easy to hard"),
+        ({"rule": "band", "band": (0.1, 0.6)}, "quantiles 0.1-0.6, easy to hard"),
+        ({"aggregate": "final"}, "easiest 50%, easy to hard, by final loss"),
+    ],
+)
+def test_labels(select: dict[str, Any], label: str) -> None:
+    assert label_for(SelectConfig(**select)) == label
+
+
+def estimate(value: float, half: float) -> dict[str, float]:
+    return Estimate(value, half / 1.96, value - half, value + half)._asdict()
+
+
+def arm(name: str, win_rate: float | None, difference: float | None) -> dict[str, Any]:
+    return {
+        "name": name,
+        "label": f"the {name} pairs",
+        "pairs": 1500,
+        "updates": 47,
+        "held_out": None,
+        "win_rate": None if win_rate is None else estimate(win_rate, 0.014),
+        "difference": None if difference is None else estimate(difference, 0.02),
+        "answer_tokens": None,
+    }
+
+
+def results(*arms: dict[str, Any]) -> dict[str, Any]:
+    return {"schema_version": 1, "judge": "embedded-world", "prompts": 600, "samples": 4, "arms": list(arms)}
+
+
+def test_the_arms_table_is_aligned_and_has_intervals() -> None:
+    text = arms_table(
+        parse_results(
+            results(arm("reference", 0.503, 0.055), arm("selected", 0.558, None), arm("all", 0.6, -0.042))
+        )
+    )
+    header, rule, *lines = text.splitlines()
+    assert header.split("  ")[0] == "arm"
+    assert set(rule) == {"-"}
+    assert "50.3% ± 1.4" in lines[0]
+    assert "1,500" not in lines[0], "the starting model was not trained on pairs"
+    assert "1,500       47     55.8% ± 1.4" in lines[1]
+    assert lines[2].endswith("60.0% ± 1.4         -4.2 ± 2.0")
+    assert len({line.index("±") for line in lines}) == 1
+
+
+def test_without_win_rates_the_arms_table_shows_held_out_accuracy() -> None:
+    # Margins above 0 in 3 of 4 pairs.
+    metrics = preference_metrics([0.5, 0.6, 0.6, 0.8], [0.3, 0.1, 0.2, -0.2], ["a", "b", "c", "d"])
+    measured = {
+        name: value._asdict() if isinstance(value, Estimate) else value
+        for name, value in metrics._asdict().items()
+    }
+    parsed = parse_results(results({**arm("selected", None, None), "held_out": measured}))
+    measure = main_measure(parsed)
+    assert measure is not None
+    assert measure.name == "held-out accuracy"
+    assert "75.0% ±" in arms_table(parsed)
+
+
+def test_one_cluster_has_no_interval() -> None:
+    entry = arm("selected", 0.5, None)
+    entry["win_rate"] = {"value": 0.5, "standard_error": None, "low": None, "high": None}
+    assert "50.0% (no interval)" in arms_table(parse_results(results(entry)))
+
+
+def test_what_the_evaluation_writes_is_what_the_report_reads() -> None:
+    # Imported here, because with it comes all of transformers.
+    from selective_dpo.evaluation import results as written
+
+    metrics = preference_metrics([0.5, 0.6], [0.3, 0.1], ["a", "b"])
+    lone = Estimate(0.5, np.nan, np.nan, np.nan)
+    arms = (
+        written.ArmResult("reference", "starting model", 0, 0, metrics, lone, lone, lone),
+        written.ArmResult("selected", "easiest 50%", 10, 5, None, Estimate(0.6, 0.1, 0.4, 0.8)),
+    )
+    stored = written.to_json(written.EvaluationResults("none", 3, 2, arms))
+    read = parse_results(stored)
+    assert (read.judge, read.prompts, read.samples) == ("none", 3, 2)
+    assert read.arms[0].held_out == metrics
+    assert read.arms[1].win_rate == arms[1].win_rate
+    assert np.isnan(read.arms[0].win_rate or 0).tolist() == [False, True, True, True]
+
+
+@pytest.mark.parametrize("broken", [{}, {"judge": "x", "prompts": 1, "samples": 1, "arms": [{"name": "a"}]}])
+def test_broken_results_are_one_clear_error(broken: dict[str, Any]) -> None:
+    with pytest.raises(ArtifactError, match=r"results\.json is not in the format"):
+        parse_results(broken)
+
+
+def test_drop_counts_add_up() -> None:
+    drops = [DropCount("a", "kept", 1000), DropCount("a", "too long", 7), DropCount("b", "kept", 20)]
+    lines = drops_table(drops).splitlines()
+    assert lines[3].split() == ["a", "dropped:", "too", "long", "7"]
+    assert lines[-1].split() == ["input", "rows", "1,027"]
+    assert "source" not in drops_table(drops[:2]), "one source needs no column"
+
+
+def test_agreement_table() -> None:
+    seeds = {"a": 41, "b": 42, **{name: estimate(0.9, 0.02) for name in ("spearman", "overlap", "jaccard")}}
+    text = agreement_table({"seeds": [seeds], "above_chance": estimate(0.183, 0.01)})
+    assert text.splitlines()[2].split("  ")[0] == "seeds 41 and 42"
+    assert text.count("0.90 ± 0.02") == 3
+    assert text.endswith("18.3% ± 1.0")
+    assert agreement_table({"seeds": []}) == ""
+
+
+def test_control_characters_do_not_reach_the_terminal() -> None:
+    assert "\x1b" not in drops_table([DropCount("\x1b[31mred", "kept", 1), DropCount("b", "kept", 1)])
