@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
+import torch
 
 from selective_dpo.artifacts import read_json
 from selective_dpo.core.estimates import clustered_mean
@@ -25,6 +26,8 @@ NAME = "demo"
 
 def demo(output_dir: Path = Path("runs"), *, seed: int = 0, say: Callable[[str], object] = print) -> Path:
     """Make a world, score its pairs, train the arms, judge them, write the report; returns its path."""
+    # A model this small loses by sharing an operation between threads; whole trainings run side by side.
+    torch.set_num_threads(1)
     workers = min(2, os.cpu_count() or 1)
     root = output_dir / NAME
     say(f"world {seed}: a small model learns list tasks from careful and hasty demonstrators")

@@ -19,7 +19,7 @@ _OPTIMIZER: dict[str, Any] = {
     "max_grad_norm": 1.0,
     "per_device_train_batch_size": 32,
     "gradient_accumulation_steps": 1,
-    "gradient_checkpointing": False,
+    "activation_checkpointing": False,
     "bf16": False,
     "warmup_steps": 0.1,
     "lr_scheduler_type": "linear",
