@@ -46,18 +46,18 @@ def ensure_evaluation(run: Run) -> None:
         policies={name: _weights(files) for name, files in policies.items()},
         evaluate=run.recipe.evaluate.model_dump(mode="json", exclude={"controls"}),
         held_out=read_manifest(run.folder.test_pairs).files[TOKENS] if has_test else "",
-        prompts=[prompt.prompt_id for prompt in _prompts(run)],
+        prompts=[prompt.prompt_id for prompt in prompts_to_answer(run)],
     )
     if is_complete(run.folder.evaluation, key=key):
         return
     wait_for_everyone()
     arms = [_arm(run, name) for name in run.arms]
-    reference = Arm(REFERENCE, "starting model", 0, 0, lambda: _load(run, None), _held_out_measure(run))
+    reference = Arm(REFERENCE, "starting model", 0, 0, lambda: load_arm(run, None), _held_out_measure(run))
     evaluation = evaluate_arms(
         arms,
         reference,
         tokenizer=run.tokenizer,
-        prompts=_prompts(run),
+        prompts=prompts_to_answer(run),
         config=run.recipe.evaluate,
         encode=lambda text: _encode(run, text),
     )
@@ -75,10 +75,10 @@ def _arm(run: Run, name: str) -> Arm:
     policy = folder / "policy"
     updates = int(read_json(policy / "cost.json")["optimizer_steps"])
     pairs = len(Curriculum.load(folder).order)
-    return Arm(name, label_for(select), pairs, updates, lambda: _load(run, policy), _held_out_measure(run))
+    return Arm(name, label_for(select), pairs, updates, lambda: load_arm(run, policy), _held_out_measure(run))
 
 
-def _load(run: Run, policy: Path | None) -> Any:
+def load_arm(run: Run, policy: Path | None) -> Any:
     """The starting model, or a trained policy: its own weights, or the starting model with its adapter."""
     config = run.recipe.model
     if policy is None or (policy / "adapter_config.json").is_file():
@@ -121,7 +121,12 @@ def _held_out_measure(run: Run) -> Any:
     return measure
 
 
-def _prompts(run: Run) -> list[Prompt]:
+def prompts_to_answer(run: Run) -> list[Prompt]:
+    """The prompts that answers are drawn for: a file's, or the held-out pairs'.
+
+    Raises:
+        DataError: the file is not there, or a row of it has no prompt.
+    """
     generation = run.recipe.evaluate.generation
     if generation.prompts == 0:
         return []

@@ -147,11 +147,11 @@ def build_curricula(run: Run) -> Curriculum:
 def ensure_policy(run: Run) -> None:
     """Train the run's policy, and its controls', where they are missing."""
     ensure_curriculum(run)
-    jobs = [_training_job(run, name) for name in run.arms]
+    jobs = [training_job(run, name) for name in run.arms]
     missing = [job for job in jobs if not is_complete(job.folder, key=job.key)]
     if not missing:
         return
-    run.tell(f"training: {', '.join(job.label for job in missing)}")
+    run.tell(f"training: {'; '.join(job.label for job in missing)}")
     wait_for_everyone()
     run_in_workers(
         train_policy,
@@ -223,7 +223,8 @@ def _scorer_job(run: Run, scorer: ScorerRun) -> ScorerJob:
     return ScorerJob(recipe, scorer, run.folder.pairs, run.folder.reference, folder, key)
 
 
-def _training_job(run: Run, name: str) -> TrainingJob:
+def training_job(run: Run, name: str) -> TrainingJob:
+    """What trains the arm `name`, from its curriculum as it is on disk."""
     recipe = run.recipe
     select, folder = run.arms[name]
     curriculum = Curriculum.load(folder)
