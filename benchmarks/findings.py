@@ -131,7 +131,7 @@ def _mean(values_W: np.ndarray) -> dict[str, float | int]:
 def as_text(summary: dict[str, Any]) -> str:
     """The tables, as Markdown."""
     lines = [
-        f"{summary['worlds']} worlds; sampled win rate against the SFT model, mean ± standard error over worlds",
+        f"{summary['worlds']} worlds; sampled win rate against the SFT model, mean ± standard error",
         "",
         "| arm | win rate | minus all pairs |",
         "| --- | --- | --- |",

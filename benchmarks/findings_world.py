@@ -15,9 +15,9 @@ import torch
 from selective_dpo.artifacts import content_key, read_json, write_json
 from selective_dpo.config import GenerationConfig, Recipe
 from selective_dpo.core.identity import positions_of
+from selective_dpo.core.results import REFERENCE, from_json
 from selective_dpo.curriculum.table import TABLE, Curriculum
 from selective_dpo.evaluation.evaluate import Arm, evaluate_arms
-from selective_dpo.evaluation.results import REFERENCE, from_json
 from selective_dpo.launch.quiet import quieten_libraries
 from selective_dpo.pipeline.evaluation_stage import ensure_evaluation, load_arm, prompts_to_answer
 from selective_dpo.pipeline.stages import SELECTED, Run, training_job

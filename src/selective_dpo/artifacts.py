@@ -8,6 +8,7 @@ complete, and a killed writer leaves only a `.partial-*` folder that the next wr
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -66,9 +67,11 @@ def folder_digests(folder: Path) -> dict[str, str]:
 def publish_folder(folder: Path, *, kind: str, key: str) -> Iterator[Path]:
     """Fill the folder that this yields; on leaving without an error it becomes `folder`, complete.
 
-    An existing `folder` is replaced only at that moment. On an error nothing of it is left behind.
-    Only one process may publish a folder (in a distributed run, the main one).
+    An existing `folder` is replaced only at that moment. On an error nothing of it is left behind, nor
+    of the folders above it that were made for it. Only one process may publish a folder (in a
+    distributed run, the main one).
     """
+    made = [parent for parent in folder.parents if not parent.exists()]
     folder.parent.mkdir(parents=True, exist_ok=True)
     remove_partials(folder)
     partial = folder.parent / f".partial-{folder.name}-{uuid.uuid4().hex[:8]}"
@@ -83,12 +86,16 @@ def publish_folder(folder: Path, *, kind: str, key: str) -> Iterator[Path]:
         _replace_folder(partial, folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):  # something else was put there meanwhile
+            for parent in made:
+                parent.rmdir()
         raise
 
 
 def remove_partials(folder: Path) -> None:
     """Remove what a killed writer of `folder` left behind."""
-    for leftover in folder.parent.glob(f".partial-{folder.name}-*"):
+    # The name's random end is spelled out: `.partial-a-*` would be those of a folder `a-b`, too.
+    for leftover in folder.parent.glob(f".partial-{glob.escape(folder.name)}-{'[0-9a-f]' * 8}"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
@@ -103,6 +110,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise ArtifactError(f"{folder} is not complete: it has no {MANIFEST}; run the stage that makes it")
     try:
         manifest = Manifest(**json.loads(path.read_text("utf-8")))
+        manifest = manifest._replace(files=dict(manifest.files))
     except (ValueError, TypeError) as error:
         raise ArtifactError(f"{path} is not a manifest ({error}); delete {folder} and run again") from error
     if manifest.schema_version != SCHEMA_VERSION:

@@ -7,8 +7,9 @@ import time
 from types import TracebackType
 from typing import Self
 
-from accelerate import PartialState
 from tqdm import tqdm
+
+from selective_dpo.engine.processes import this_process
 
 SECONDS_BETWEEN_LINES = 30.0
 
@@ -23,7 +24,7 @@ class Progress:
         self._total, self._what, self._unit = total, what, unit
         self._done = 0
         self._started = self._last_line = time.monotonic()
-        self._shown = PartialState().is_main_process
+        self._shown = this_process().is_main_process
         terminal = self._shown and sys.stderr.isatty()
         self._bar = tqdm(total=total or None, desc=what, unit=f" {unit}", leave=False) if terminal else None
 

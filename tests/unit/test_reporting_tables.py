@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from selective_dpo.artifacts import SCHEMA_VERSION
 from selective_dpo.config import SelectConfig
 from selective_dpo.core.estimates import Estimate
 from selective_dpo.core.preference_metrics import preference_metrics
+from selective_dpo.core.results import ArmResult, EvaluationResults, from_json, main_measure, to_json
 from selective_dpo.errors import ArtifactError
 from selective_dpo.reporting.content import DropCount
-from selective_dpo.reporting.results import main_measure, parse_results
 from selective_dpo.reporting.tables import agreement_table, arms_table, drops_table, label_for
 
 
@@ -57,7 +58,7 @@ def results(*arms: dict[str, Any]) -> dict[str, Any]:
 
 def test_the_arms_table_is_aligned_and_has_intervals() -> None:
     text = arms_table(
-        parse_results(
+        from_json(
             results(arm("reference", 0.503, 0.055), arm("selected", 0.558, None), arm("all", 0.6, -0.042))
         )
     )
@@ -78,7 +79,7 @@ def test_without_win_rates_the_arms_table_shows_held_out_accuracy() -> None:
         name: value._asdict() if isinstance(value, Estimate) else value
         for name, value in metrics._asdict().items()
     }
-    parsed = parse_results(results({**arm("selected", None, None), "held_out": measured}))
+    parsed = from_json(results({**arm("selected", None, None), "held_out": measured}))
     measure = main_measure(parsed)
     assert measure is not None
     assert measure.name == "held-out accuracy"
@@ -88,31 +89,29 @@ def test_without_win_rates_the_arms_table_shows_held_out_accuracy() -> None:
 def test_one_cluster_has_no_interval() -> None:
     entry = arm("selected", 0.5, None)
     entry["win_rate"] = {"value": 0.5, "standard_error": None, "low": None, "high": None}
-    assert "50.0% (no interval)" in arms_table(parse_results(results(entry)))
+    assert "50.0% (no interval)" in arms_table(from_json(results(entry)))
 
 
-def test_what_the_evaluation_writes_is_what_the_report_reads() -> None:
-    # Imported here, because with it comes all of transformers.
-    from selective_dpo.evaluation import results as written
-
+def test_results_are_read_as_they_were_written() -> None:
     metrics = preference_metrics([0.5, 0.6], [0.3, 0.1], ["a", "b"])
     lone = Estimate(0.5, np.nan, np.nan, np.nan)
     arms = (
-        written.ArmResult("reference", "starting model", 0, 0, metrics, lone, lone, lone),
-        written.ArmResult("selected", "easiest 50%", 10, 5, None, Estimate(0.6, 0.1, 0.4, 0.8)),
+        ArmResult("reference", "starting model", 0, 0, metrics, lone, lone, lone),
+        ArmResult("selected", "easiest 50%", 10, 5, None, Estimate(0.6, 0.1, 0.4, 0.8)),
     )
-    stored = written.to_json(written.EvaluationResults("none", 3, 2, arms))
-    read = parse_results(stored)
+    read = from_json(to_json(EvaluationResults("none", 3, 2, arms)))
     assert (read.judge, read.prompts, read.samples) == ("none", 3, 2)
     assert read.arms[0].held_out == metrics
     assert read.arms[1].win_rate == arms[1].win_rate
     assert np.isnan(read.arms[0].win_rate or 0).tolist() == [False, True, True, True]
 
 
-@pytest.mark.parametrize("broken", [{}, {"judge": "x", "prompts": 1, "samples": 1, "arms": [{"name": "a"}]}])
+@pytest.mark.parametrize(
+    "broken", [{}, {"judge": "x", "prompts": 1, "samples": 1, "arms": [{"name": "a"}]}]
+)
 def test_broken_results_are_one_clear_error(broken: dict[str, Any]) -> None:
     with pytest.raises(ArtifactError, match=r"results\.json is not in the format"):
-        parse_results(broken)
+        from_json({"schema_version": SCHEMA_VERSION, **broken})
 
 
 def test_drop_counts_add_up() -> None:

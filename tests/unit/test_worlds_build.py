@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from selective_dpo.artifacts import verify_folder
 from selective_dpo.core.identity import pair_id
-from selective_dpo.errors import ArtifactError
+from selective_dpo.errors import ArtifactError, DataError
 from selective_dpo.worlds.build import World, build_world, exact_shares, load_world, world_key
 from selective_dpo.worlds.config import PairsConfig, SFTConfig, TasksConfig, WorldConfig
 from selective_dpo.worlds.tasks import gold_reward
@@ -106,6 +106,14 @@ def test_the_seed_decides_every_text_and_weight(world: World, tmp_path: Path) ->
     again = build_world(tmp_path / "again", seed=3, config=SMALL)
     for name in ("pairs.jsonl", "test_pairs.jsonl", "test_prompts.jsonl", "model/model.safetensors"):
         assert (again.folder / name).read_bytes() == (world.folder / name).read_bytes()
+
+
+def test_a_world_without_pairs_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    # So cold that sampling is greedy: two answers to a prompt are always equal.
+    cold = SMALL.pairs.model_copy(update={"temperature": 1e-6})
+    with pytest.raises(DataError, match=r"raise pairs\.prompts or temperature"):
+        build_world(tmp_path / "world", seed=3, config=SMALL.model_copy(update={"pairs": cold}))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_absent_world_is_said_to_be_absent(tmp_path: Path) -> None:

@@ -6,7 +6,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from selective_dpo.errors import ConfigError
+
 TAKES_OVERRIDES = False
+WITH_TEXTS = ("jsonl", "datasets")
+"""Formats that hold the pairs' texts, and not only their ids."""
 
 
 def add_options(parser: argparse.ArgumentParser, verb: str) -> None:
@@ -29,11 +33,14 @@ def execute(verb: str, options: argparse.Namespace, overrides: Sequence[tuple[st
     from selective_dpo.curriculum.table import Curriculum
     from selective_dpo.data.store import load_pairs
 
+    if options.pairs and options.format not in WITH_TEXTS:
+        raise ConfigError(f"--pairs has no effect with --format {options.format}; leave it out")
     source = Path(options.curriculum)
     curriculum = Curriculum.load(source)
     beside = (source.parent if source.suffix == ".parquet" else source) / "pairs"
     folder = Path(options.pairs) if options.pairs else beside
-    pairs = load_pairs(folder) if options.pairs or folder.is_dir() else None
+    wanted = options.format in WITH_TEXTS and (options.pairs or folder.is_dir())
+    pairs = load_pairs(folder) if wanted else None
     path = export_curriculum(
         curriculum, Path(options.out), options.format, pairs=pairs, overwrite=options.overwrite
     )

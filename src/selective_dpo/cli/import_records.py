@@ -14,6 +14,11 @@ def add_options(parser: argparse.ArgumentParser, verb: str) -> None:
     """DIR, where to write, and the selection."""
     parser.add_argument("folder", metavar="DIR", help="folder of seed41_step00.csv[.gz] and the like")
     parser.add_argument("--out", required=True, metavar="CURRICULUM", help="a .parquet file, or a folder")
+    parser.add_argument(
+        "--allow-partial",
+        action="store_true",
+        help="accept missing files and ids; short for --select.allow_partial true",
+    )
     add_select_options(parser)
 
 
@@ -21,6 +26,8 @@ def execute(verb: str, options: argparse.Namespace, overrides: Sequence[tuple[st
     """Import, write, and say what was found."""
     from selective_dpo.curriculum.importing import import_records
 
+    if options.allow_partial:
+        overrides = [*overrides, ("select.allow_partial", "true")]
     imported = import_records(options.folder, select=read_select(overrides))
     path = imported.curriculum.save(options.out)
     print(imported.describe())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -32,6 +33,10 @@ _MODULES = {
 }
 # Recipe keys that would otherwise look like a verb's own options.
 _KEYS_WITHOUT_A_BLOCK = ("name", "output_dir")
+# Faults of a disk or a path, not of this package.
+_DISK_FAULTS = frozenset(
+    (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
+)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -40,8 +45,14 @@ def main(arguments: Sequence[str]) -> int:
         return _dispatch(list(arguments))
     except SelectiveDPOError as error:
         message = " ".join(str(error).split())
-        print(f"selective-dpo: error: {message}", file=sys.stderr)
-        return 2
+    except OSError as error:
+        if error.errno not in _DISK_FAULTS:
+            raise
+        message = f"cannot write: {error.strerror or error}: {error.filename}; check the path and the disk"
+    except SystemExit as shown:  # argparse, after --help or --version
+        return int(shown.code or 0)
+    print(f"selective-dpo: error: {message}", file=sys.stderr)
+    return 2
 
 
 def entry_point() -> None:
@@ -84,6 +95,8 @@ def _dispatch(arguments: list[str]) -> int:
         allow_abbrev=False,
     )
     module.add_options(verb_parser, verb)
+    # As given, for a verb that starts itself again in several processes.
+    verb_parser.set_defaults(command_line=arguments)
     overrides, others = _split_overrides(arguments[1:])
     if overrides and not module.TAKES_OVERRIDES:
         raise ConfigError(f"{verb} takes no recipe keys, so --{overrides[0][0]} would have no effect")
@@ -101,9 +114,8 @@ def _split_overrides(arguments: list[str]) -> tuple[list[tuple[str, str]], list[
             others.append(word)
             continue
         if not equals:
-            following = next(words, None)
-            if following is None:
-                raise ConfigError(f"--{key} needs a value")
-            value = following
+            value = next(words, "--")
+            if value.startswith("--"):
+                raise ConfigError(f"--{key} needs a value: --{key} VALUE or --{key}=VALUE")
         overrides.append((key, value))
     return overrides, others

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 from selective_dpo.cli.recipe_options import add_recipe_options, read_recipe
@@ -43,4 +42,4 @@ def execute(verb: str, options: argparse.Namespace, overrides: Sequence[tuple[st
     from selective_dpo.pipeline import verbs
 
     only = tuple(name for name in getattr(options, "only", "").split(",") if name)
-    return verbs.run_verb(verb, recipe, fresh=options.fresh, only=only, command_line=sys.argv[1:])
+    return verbs.run_verb(verb, recipe, fresh=options.fresh, only=only, command_line=options.command_line)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import reduce
+from accelerate.utils import parse_flag_from_env, reduce
 from numpy.typing import NDArray
 
 from selective_dpo.artifacts import publish_folder
@@ -19,7 +21,9 @@ from selective_dpo.errors import IdentityError, name_some
 
 def this_process() -> PartialState:
     """The process group that `accelerate launch` or `torchrun` made, or this process alone."""
-    return PartialState()
+    # accelerate itself takes several CPU processes for lone ones, unless told of the CPU; transformers
+    # reads the same variable.
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 def wait_for_everyone() -> None:

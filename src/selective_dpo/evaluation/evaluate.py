@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import gc
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ import torch
 from selective_dpo.artifacts import write_json
 from selective_dpo.config import EvaluateConfig, GenerationConfig
 from selective_dpo.core.preference_metrics import PreferenceMetrics
+from selective_dpo.core.results import REFERENCE, SELECTED, EvaluationResults, to_json
 from selective_dpo.core.winrates import Pairing, cross_pairing, self_pairing
 from selective_dpo.errors import ConfigError
 from selective_dpo.evaluation import alpaca_eval
@@ -31,12 +31,12 @@ from selective_dpo.evaluation.generation import (
     Answers,
     Encode,
     Prompt,
-    check_generation,
     choose_prompts,
     generate_answers,
 )
 from selective_dpo.evaluation.judges import Judge, judge_for
-from selective_dpo.evaluation.results import REFERENCE, SELECTED, EvaluationResults, arm_result, to_json
+from selective_dpo.evaluation.preflight import check_arm_names, check_generation
+from selective_dpo.evaluation.results import arm_result
 from selective_dpo.evaluation.tables import ArmVerdicts, generations_table, verdicts_table
 
 if TYPE_CHECKING:
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 RESULTS = "results.json"
 GENERATIONS = "generations.parquet"
 VERDICTS = "verdicts.parquet"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 class Arm(NamedTuple):
@@ -180,16 +179,7 @@ def _judge_all(
 def _require_names(arms: Sequence[Arm], reference: Arm) -> None:
     if reference.name != REFERENCE:
         raise ConfigError(f"the starting model's arm must be named {REFERENCE!r}, not {reference.name!r}")
-    taken = {REFERENCE}
-    for arm in arms:
-        # Names become file names
-        if not _NAME.fullmatch(arm.name):
-            raise ConfigError(
-                f"evaluate.controls: {arm.name!r} cannot be a name; use letters, digits, '.', '_' and '-'"
-            )
-        if arm.name in taken:
-            raise ConfigError(f"evaluate.controls: the name {arm.name!r} is taken; choose another")
-        taken.add(arm.name)
+    check_arm_names([arm.name for arm in arms])
 
 
 def _asked(prompts: Sequence[Prompt], config: GenerationConfig) -> list[Prompt]:

@@ -18,7 +18,8 @@ import transformers
 from selective_dpo.config import GenerationConfig
 from selective_dpo.core.identity import Text, require_unique
 from selective_dpo.digests import digest
-from selective_dpo.errors import ConfigError, DataError, ModelError
+from selective_dpo.errors import DataError, ModelError
+from selective_dpo.evaluation.preflight import check_generation
 from selective_dpo.evaluation.prompt_tokens import encode_prompt, turn_end_id
 from selective_dpo.progress import Progress
 
@@ -112,16 +113,6 @@ def generate_answers(
         prompt_id: tuple(samples[number] for number in range(config.samples))
         for prompt_id, samples in answers.items()
     }
-
-
-def check_generation(config: GenerationConfig) -> None:
-    """Raise `ConfigError` where greedy decoding leaves an option without effect."""
-    if config.temperature > 0.0:
-        return
-    if config.samples > 1:
-        raise ConfigError("generation.samples above 1 has no effect at temperature 0: all would be the same")
-    if config.top_p < 1.0:
-        raise ConfigError("generation.top_p has no effect at temperature 0; leave it out")
 
 
 def _rows(prompts: Sequence[Prompt], config: GenerationConfig, encode: Encode) -> list[_Row]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -20,7 +21,21 @@ def relaunch(arguments: Sequence[str], *, processes: int) -> int:
 
     A launcher reports any failure as 1; what went wrong stands in the failing process's own output.
     """
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += ["--multi_gpu"] if torch.cuda.is_available() else ["--cpu"]
-    return subprocess.run([*command, "-m", "selective_dpo", *arguments], check=False).returncode
+    command, environment = launch_command(processes)
+    return subprocess.run(
+        [*command, "-m", "selective_dpo", *arguments], check=False, env={**os.environ, **environment}
+    ).returncode
+
+
+def launch_command(processes: int) -> tuple[list[str], dict[str, str]]:
+    """The launcher, to be followed by `-m MODULE ...`, and the environment variables it needs.
+
+    `accelerate launch --cpu` starts one process, whatever number it is given, so on a CPU it is PyTorch's
+    own launcher, with the variable that `accelerate launch --cpu` would set.
+    """
+    if torch.cuda.is_available():
+        command = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
+        command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        return [sys.executable, "-m", *command], {}
+    command = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return [sys.executable, "-m", *command], {"ACCELERATE_USE_CPU": "true"}

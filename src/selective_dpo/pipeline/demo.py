@@ -13,10 +13,10 @@ import torch
 from selective_dpo.artifacts import read_json
 from selective_dpo.core.estimates import clustered_mean
 from selective_dpo.core.identity import positions_of
+from selective_dpo.core.results import EvaluationResults, from_json
 from selective_dpo.curriculum.table import Curriculum
-from selective_dpo.pipeline.verbs import open_run, run_all
+from selective_dpo.pipeline.verbs import evaluate, open_run, report
 from selective_dpo.reporting.content import TruthRow, save_findings
-from selective_dpo.reporting.results import Results, parse_results
 from selective_dpo.reporting.tables import agreement_table, arms_table
 from selective_dpo.worlds.build import World, build_world
 from selective_dpo.worlds.recipe import world_recipe
@@ -35,48 +35,51 @@ def demo(output_dir: Path = Path("runs"), *, seed: int = 0, say: Callable[[str],
     say(_world_line(world))
     recipe = world_recipe(world, name=NAME, output_dir=output_dir, workers=workers)
     run = open_run(recipe, fresh=True, say=say)
-    run_all(run)
-    results = parse_results(read_json(run.folder.evaluation / "results.json"))
+    evaluate(run)
+    results = from_json(read_json(run.folder.evaluation / "results.json"))
     curriculum = Curriculum.load(run.folder.curriculum)
-    findings = describe_findings(results)
     truth = truth_about_selection(curriculum, world)
-    save_findings(run.folder.root, findings, truth)
-    report = run_all(run)
-    say("")
-    say(arms_table(results))
-    say("")
-    say(agreement_table(curriculum.facts["agreement"]))
-    say("")
-    for line in [*findings, *_truth_lines(truth)]:
+    # The report's own headline compares the arms already.
+    save_findings(run.folder.root, hardest_half(results), truth)
+    path = report(run)
+    say("\n" + arms_table(results))
+    say("\n" + agreement_table(curriculum.facts["agreement"]) + "\n")
+    for line in [*comparisons(results), *hardest_half(results), *_truth_lines(truth)]:
         say(line)
-    say(f"\nreport: {report}")
-    return report
+    return path
 
 
-def describe_findings(results: Results) -> list[str]:
-    """What this one run shows of the method's claims, and what it does not."""
-    by_name = {arm.name: arm for arm in results.arms}
+def comparisons(results: EvaluationResults) -> list[str]:
+    """Whether this one run shows that the easiest half beats all pairs, and a random half."""
     sentences = []
-    for name, claim in (
-        ("all", "the easiest half beats all pairs"),
-        ("random", "the easiest half beats a random half"),
-    ):
-        difference = by_name[name].difference if name in by_name else None
-        if difference is not None:
-            shows = difference.low > 0
-            verdict = "shows in this run" if shows else "does NOT show in this run: the interval holds 0"
+    for name, claim in (("all", "beats all pairs"), ("random", "beats a random half")):
+        arm = results.arm(name)
+        if arm is not None and arm.difference is not None:
+            difference = arm.difference
             sentences.append(
-                f"{claim.capitalize()}: {verdict} (win rate difference {difference.value:+.3f}, "
-                f"95% interval {difference.low:+.3f} to {difference.high:+.3f})."
+                f"The easiest half {claim}: {_verdict(difference.low > 0, difference.high < 0)} (win rate "
+                f"difference {difference.value:+.3f}, 95% interval {difference.low:+.3f} to "
+                f"{difference.high:+.3f})."
             )
-    hardest = by_name["hardest"].win_rate if "hardest" in by_name else None
-    if hardest is not None:
-        verdict = "shows in this run" if hardest.high < 0.5 else "does NOT show in this run"
-        sentences.append(
-            f"Training on the hardest half hurts: {verdict} (win rate against the starting model "
-            f"{hardest.value:.3f}, 95% interval {hardest.low:.3f} to {hardest.high:.3f})."
-        )
     return sentences
+
+
+def hardest_half(results: EvaluationResults) -> list[str]:
+    """Whether this one run shows that training on the hardest half hurts."""
+    arm = results.arm("hardest")
+    if arm is None or arm.win_rate is None:
+        return []
+    rate = arm.win_rate
+    return [
+        f"Training on the hardest half hurts: {_verdict(rate.high < 0.5, rate.low > 0.5)} (win rate against "
+        f"the starting model {rate.value:.3f}, 95% interval {rate.low:.3f} to {rate.high:.3f})."
+    ]
+
+
+def _verdict(shows: bool, opposite: bool) -> str:
+    if shows:
+        return "shows in this run"
+    return "the OPPOSITE shows in this run" if opposite else "does NOT show in this run"
 
 
 def truth_about_selection(curriculum: Curriculum, world: World) -> list[TruthRow]:

@@ -12,10 +12,10 @@ from trl.trainer.utils import add_fused_lm_head
 from selective_dpo.artifacts import content_key, is_complete, read_json, read_manifest
 from selective_dpo.core.identity import Text, prompt_id
 from selective_dpo.core.preference_metrics import PreferenceMetrics
+from selective_dpo.core.results import REFERENCE
 from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.data.readers import Malformed, read_file
 from selective_dpo.data.store import TOKENS, load_pairs, load_tokens
-from selective_dpo.data.tokenize import with_system
 from selective_dpo.engine.logprobs import pair_logps
 from selective_dpo.engine.models import load_policy
 from selective_dpo.engine.processes import publish_from_main, this_process, wait_for_everyone
@@ -25,7 +25,6 @@ from selective_dpo.evaluation.evaluate import Arm, evaluate_arms
 from selective_dpo.evaluation.generation import Prompt
 from selective_dpo.evaluation.held_out import held_out_metrics
 from selective_dpo.evaluation.prompt_tokens import encode_prompt
-from selective_dpo.evaluation.results import REFERENCE
 from selective_dpo.pipeline.stages import Run, ensure_policy
 from selective_dpo.reporting.tables import label_for
 from selective_dpo.training.arguments import autocast_dtype, dpo_arguments
@@ -38,16 +37,7 @@ def ensure_evaluation(run: Run) -> None:
     by each, and the main process's are kept.
     """
     ensure_policy(run)
-    policies = {name: read_manifest(folder / "policy").files for name, (_, folder) in run.arms.items()}
-    has_test = bool(run.recipe.data.test)
-    key = content_key(
-        stage="evaluation",
-        weights=run.model_digest,
-        policies={name: _weights(files) for name, files in policies.items()},
-        evaluate=run.recipe.evaluate.model_dump(mode="json", exclude={"controls"}),
-        held_out=read_manifest(run.folder.test_pairs).files[TOKENS] if has_test else "",
-        prompts=[prompt.prompt_id for prompt in prompts_to_answer(run)],
-    )
+    key = evaluation_key(run)
     if is_complete(run.folder.evaluation, key=key):
         return
     wait_for_everyone()
@@ -59,11 +49,27 @@ def ensure_evaluation(run: Run) -> None:
         tokenizer=run.tokenizer,
         prompts=prompts_to_answer(run),
         config=run.recipe.evaluate,
-        encode=lambda text: _encode(run, text),
+        encode=lambda text: encode_prompt(
+            run.tokenizer, text, empty_system_message=run.recipe.data.empty_system_message
+        ),
     )
     with publish_from_main(run.folder.evaluation, kind="evaluation", key=key) as partial:
         evaluation.write(partial)
     run.tell(f"evaluation: {len(arms)} arm(s), {evaluation.results.prompts:,} prompts answered")
+
+
+def evaluation_key(run: Run) -> str:
+    """Key of the evaluation of the arms that are trained. `ArtifactError` while one is not."""
+    policies = {name: read_manifest(folder / "policy").files for name, (_, folder) in run.arms.items()}
+    has_test = bool(run.recipe.data.test)
+    return content_key(
+        stage="evaluation",
+        weights=run.model_digest,
+        policies={name: _weights(files) for name, files in policies.items()},
+        evaluate=run.recipe.evaluate.model_dump(mode="json", exclude={"controls"}),
+        held_out=read_manifest(run.folder.test_pairs).files[TOKENS] if has_test else "",
+        prompts=[prompt.prompt_id for prompt in prompts_to_answer(run)],
+    )
 
 
 def _weights(files: dict[str, str]) -> dict[str, str]:
@@ -149,9 +155,3 @@ def _read_prompts(path: Path) -> list[Prompt]:
             raise DataError(f"{path}, row {number}: needs a prompt, as text or messages")
         prompts.append(Prompt(prompt_id(text), text))
     return prompts
-
-
-def _encode(run: Run, text: Text) -> list[int]:
-    if isinstance(text, list) and run.recipe.data.empty_system_message:
-        text = with_system(text)
-    return encode_prompt(run.tokenizer, text)

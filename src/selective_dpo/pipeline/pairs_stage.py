@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from selective_dpo.artifacts import is_complete
-from selective_dpo.config import SourceConfig
+from selective_dpo.config import DataConfig, SourceConfig
 from selective_dpo.data.prepare import pairs_key, prepare_pairs
 from selective_dpo.data.store import prompt_keys
 from selective_dpo.engine.processes import this_process, wait_for_everyone
@@ -23,12 +23,7 @@ def ensure_prepared(run: Run, sources: Sequence[SourceConfig], folder: Path, *, 
     `exclude` is the folder of the training pairs when held-out ones are prepared: a prompt in both
     would not be held out. The main process works, the others wait.
     """
-    excluded = prompt_keys(exclude) if exclude is not None else frozenset()
-    data, tokenizer = run.recipe.data, run.tokenizer
-    if exclude is not None:
-        # A limit on the training rows is not one on the held-out ones.
-        data = data.model_copy(update={"max_pairs": 0})
-    key = pairs_key(sources, data, tokenizer, exclude_prompts=excluded)
+    key = prepared_key(run, sources, exclude=exclude)
     if is_complete(folder, key=key):
         return
     wait_for_everyone()
@@ -36,12 +31,27 @@ def ensure_prepared(run: Run, sources: Sequence[SourceConfig], folder: Path, *, 
         with Progress(0, folder.name, unit="rows") as progress:
             summary = prepare_pairs(
                 sources,
-                data,
-                tokenizer,
+                _limits(run, exclude),
+                run.tokenizer,
                 folder,
                 key=key,
-                exclude_prompts=excluded,
+                exclude_prompts=_excluded(exclude),
                 progress=progress.advance,
             )
         run.tell(f"{folder.name}: {summary.describe()}")
     wait_for_everyone()
+
+
+def prepared_key(run: Run, sources: Sequence[SourceConfig], *, exclude: Path | None) -> str:
+    """The key that `ensure_prepared` publishes under. It reads the sources' bytes and writes nothing."""
+    return pairs_key(sources, _limits(run, exclude), run.tokenizer, exclude_prompts=_excluded(exclude))
+
+
+def _limits(run: Run, exclude: Path | None) -> DataConfig:
+    # A limit on the number of training rows is not one on the held-out ones.
+    data = run.recipe.data
+    return data if exclude is None else data.model_copy(update={"max_pairs": 0})
+
+
+def _excluded(exclude: Path | None) -> frozenset[str]:
+    return frozenset() if exclude is None else prompt_keys(exclude)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
 
-from selective_dpo.artifacts import read_json, write_atomic, write_json
+from selective_dpo.artifacts import read_json, write_atomic
 from selective_dpo.errors import RunChangedError, name_some
 from selective_dpo.recipe_io import diff_config, dump_config
 
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from selective_dpo.config import Recipe
     from selective_dpo.scoring.plan import ScorerRun
 
+RECIPE, CONFIG = "recipe.yaml", "config.json"
 # They decide where and how fast, not what comes out.
 _WITHOUT_EFFECT_ON_RESULTS = ("launch", "output_dir", "name")
 
@@ -79,27 +82,38 @@ class RunDirectory:
         """A control arm: its `curriculum.parquet` and its `policy` folder."""
         return self.root / "controls" / name
 
-    def claim(self, recipe: Recipe, *, fresh: bool) -> None:
-        """Make this folder the recipe's, or refuse it.
-
-        With `fresh`, a changed recipe is accepted: stages whose inputs did not change are kept, the
-        others are made again.
+    def require_unchanged(self, recipe: Recipe) -> None:
+        """Refuse a recipe that differs from the one this folder was claimed for; nothing is written.
 
         Raises:
-            RunChangedError: the folder was made with another recipe; the differences are named.
+            RunChangedError: it differs; the differences are named.
         """
-        config_path = self.root / "config.json"
-        config = dump_config(recipe)
-        if config_path.exists() and not fresh:
-            changes = [
-                change
-                for change in diff_config(read_json(config_path), config)
-                if not change.startswith(_WITHOUT_EFFECT_ON_RESULTS)
-            ]
-            if changes:
-                raise RunChangedError(
-                    f"{self.root} was made with another recipe ({name_some(changes, limit=8)}): give this "
-                    "one another name, or pass --fresh to redo the stages that the change touches"
-                )
-        write_atomic(self.root / "recipe.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-        write_json(config_path, config)
+        config_path = self.root / CONFIG
+        if not config_path.exists():
+            return
+        changes = [
+            change
+            for change in diff_config(read_json(config_path), dump_config(recipe))
+            if re.split(r"[.:]", change)[0] not in _WITHOUT_EFFECT_ON_RESULTS
+        ]
+        if changes:
+            raise RunChangedError(
+                f"{self.root} was made with another recipe ({name_some(changes, limit=8)}): give this "
+                "one another name, or pass --fresh to redo the stages that the change touches"
+            )
+
+    def claim(self, recipe: Recipe) -> None:
+        """Write down whose folder this is: the recipe as it was given, and with all its defaults.
+
+        To be called with the first result: a recipe that never came so far leaves nothing, and its
+        mended form is not a changed one. Files that say so already are left alone.
+        """
+        given = recipe.model_dump(mode="json", exclude_unset=True)
+        contents = {
+            RECIPE: yaml.safe_dump(given, sort_keys=False, allow_unicode=True),
+            CONFIG: json.dumps(dump_config(recipe), indent=2) + "\n",
+        }
+        for name, content in contents.items():
+            path = self.root / name
+            if not path.is_file() or path.read_bytes() != content.encode("utf-8"):
+                write_atomic(path, content)

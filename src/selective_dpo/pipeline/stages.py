@@ -8,25 +8,34 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from selective_dpo.artifacts import content_key, is_complete, read_json, read_manifest
+from selective_dpo.artifacts import is_complete, read_json
 from selective_dpo.config import Recipe, SelectConfig
 from selective_dpo.core.records import Records
 from selective_dpo.curriculum.build import build_curriculum
-from selective_dpo.curriculum.table import TABLE, Curriculum
-from selective_dpo.data.store import TOKENS, load_tokens
+from selective_dpo.curriculum.table import Curriculum
+from selective_dpo.data.store import load_tokens
 from selective_dpo.engine.models import load_policy, load_tokenizer, model_digest
 from selective_dpo.engine.processes import this_process, wait_for_everyone
 from selective_dpo.engine.reference import publish_reference
-from selective_dpo.errors import ArtifactError, ConfigError, RecordsError, name_some
+from selective_dpo.errors import ConfigError, RecordsError, name_some
 from selective_dpo.launch.workers import run_in_workers
+from selective_dpo.pipeline.jobs import (
+    curriculum_key,
+    has_curriculum,
+    record_digests,
+    reference_key,
+    scorer_arguments,
+    scorer_job,
+    training_job,
+)
 from selective_dpo.pipeline.pairs_stage import ensure_prepared
 from selective_dpo.pipeline.provenance import provenance
 from selective_dpo.pipeline.run_directory import RunDirectory
 from selective_dpo.reporting.tables import label_for
 from selective_dpo.scoring.plan import ScorerRun, planned_runs
 from selective_dpo.scoring.score import collect_records, run_scorers
-from selective_dpo.scoring.scorer import COST, RECORDS, ScorerJob
-from selective_dpo.training.arguments import autocast_dtype, dpo_arguments
+from selective_dpo.scoring.scorer import COST, ScorerJob
+from selective_dpo.training.arguments import autocast_dtype
 from selective_dpo.training.train import TrainingJob, train_policy
 
 SELECTED = "selected"
@@ -60,9 +69,20 @@ class Run:
     @property
     def arms(self) -> dict[str, tuple[SelectConfig, Path]]:
         """Selection and folder of the run's own arm and of each control."""
-        controls = self.recipe.evaluate.controls
-        own = {SELECTED: (self.recipe.select, self.folder.root)}
-        return own | {name: (select, self.folder.control(name)) for name, select in controls.items()}
+        own = self.recipe.select
+        # Controls come from the same records: incomplete ones are accepted for all arms or for none.
+        controls = {
+            name: select.model_copy(update={"allow_partial": own.allow_partial})
+            for name, select in self.recipe.evaluate.controls.items()
+        }
+        return {SELECTED: (own, self.folder.root)} | {
+            name: (select, self.folder.control(name)) for name, select in controls.items()
+        }
+
+    def claim(self) -> None:
+        """Write down once whose folder this is (see `RunDirectory.claim`)."""
+        if this_process().is_main_process:
+            self.folder.claim(self.recipe)
 
     def tell(self, line: str) -> None:
         """Say something once, whatever the number of processes."""
@@ -75,6 +95,7 @@ def ensure_pairs(run: Run) -> None:
     ensure_prepared(run, run.recipe.data.train, run.folder.pairs, exclude=None)
     if run.recipe.data.test:
         ensure_prepared(run, run.recipe.data.test, run.folder.test_pairs, exclude=run.folder.pairs)
+    run.claim()
 
 
 def ensure_reference(run: Run) -> None:
@@ -96,7 +117,7 @@ def ensure_scores(run: Run, *, only: tuple[str, ...] = ()) -> None:
         known = ", ".join(scorer.name for scorer in run.scorer_runs)
         raise ConfigError(f"no scorer named {name_some(unknown)}; this recipe has {known}")
     ensure_reference(run)
-    jobs = [_scorer_job(run, scorer) for scorer in run.scorer_runs if not only or scorer.name in only]
+    jobs = [scorer_job(run, scorer) for scorer in run.scorer_runs if not only or scorer.name in only]
     missing = [job for job in jobs if not is_complete(job.folder, key=job.key)]
     if not missing:
         return
@@ -120,16 +141,17 @@ def build_curricula(run: Run) -> Curriculum:
     complete: list[ScorerJob] = []
     missing: list[ScorerJob] = []
     for scorer in run.scorer_runs:
-        job = _scorer_job(run, scorer)
+        job = scorer_job(run, scorer)
         (complete if is_complete(job.folder, key=job.key) else missing).append(job)
     if missing and not (run.recipe.select.allow_partial and complete):
         names = name_some(job.run.name for job in missing)
         raise RecordsError(f"records are missing of {names}: score them, or pass --select.allow_partial true")
-    inputs = {job.run.name: read_manifest(job.folder).files[RECORDS] for job in complete}
+    run.claim()
+    inputs = record_digests(complete)
     records: Records | None = None
     for name, (select, folder) in run.arms.items():
-        key = content_key(stage="curriculum", records=inputs, select=select.model_dump(mode="json"))
-        if _has_curriculum(folder, key):
+        key = curriculum_key(inputs, select)
+        if has_curriculum(folder, key):
             continue
         records = records or collect_records([job.folder for job in complete])
         if this_process().is_main_process:
@@ -164,14 +186,7 @@ def ensure_policy(run: Run) -> None:
 
 def _ensure_reference_of(run: Run, pairs: Path, folder: Path) -> None:
     recipe = run.recipe
-    arguments = _scorer_arguments(run)
-    key = content_key(
-        stage="reference",
-        tokens=read_manifest(pairs).files[TOKENS],
-        **_model_key(run),
-        autocast=str(autocast_dtype(arguments)),
-        tokens_per_batch=recipe.score.tokens_per_batch,
-    )
+    key = reference_key(run, pairs)
     if is_complete(folder, key=key):
         return
     wait_for_everyone()
@@ -183,82 +198,9 @@ def _ensure_reference_of(run: Run, pairs: Path, folder: Path) -> None:
         tokens=tokens,
         tokens_per_batch=recipe.score.tokens_per_batch,
         pad_token_id=run.tokenizer.pad_token_id,
-        autocast_dtype=autocast_dtype(arguments),
+        autocast_dtype=autocast_dtype(scorer_arguments(run)),
     )
     run.tell(f"{folder.name}: {len(tokens):,} pairs")
-
-
-def _model_key(run: Run) -> dict[str, object]:
-    # Content, not paths: a model moved elsewhere is the same. Tokenizer and template decide the tokens,
-    # which have a digest of their own.
-    numerics = run.recipe.model.model_dump(mode="json", include={"dtype", "attention"})
-    return {"weights": run.model_digest, "numerics": numerics}
-
-
-def _scorer_arguments(run: Run) -> Any:
-    return dpo_arguments(
-        run.recipe.score.trainer,
-        model=run.recipe.model,
-        max_length=run.recipe.data.max_length,
-        output_dir=run.folder.root,
-        seed=0,
-        sequential=False,
-    )
-
-
-def _scorer_job(run: Run, scorer: ScorerRun) -> ScorerJob:
-    recipe = run.recipe
-    # Not the list of seeds: adding one must not throw away the others' records.
-    settings = recipe.score.model_dump(mode="json", exclude={"protocol", "seeds"})
-    key = content_key(
-        stage="records",
-        scorer=scorer.name,
-        score=settings,
-        max_length=recipe.data.max_length,
-        **_model_key(run),
-        tokens=read_manifest(run.folder.pairs).files[TOKENS],
-        reference=read_manifest(run.folder.reference).files,
-    )
-    folder = run.folder.scores(scorer)
-    return ScorerJob(recipe, scorer, run.folder.pairs, run.folder.reference, folder, key)
-
-
-def training_job(run: Run, name: str) -> TrainingJob:
-    """What trains the arm `name`, from its curriculum as it is on disk."""
-    recipe = run.recipe
-    select, folder = run.arms[name]
-    curriculum = Curriculum.load(folder)
-    has_test = bool(recipe.data.test)
-    key = content_key(
-        stage="policy",
-        order=curriculum.order_digest,
-        curriculum=curriculum.facts["key"],
-        train=recipe.train.model_dump(mode="json", include={"lora", "trainer"}),
-        max_length=recipe.data.max_length,
-        **_model_key(run),
-        tokens=read_manifest(run.folder.pairs).files[TOKENS],
-        reference=read_manifest(run.folder.reference).files,
-        held_out=read_manifest(run.folder.test_reference).files if has_test else {},
-    )
-    return TrainingJob(
-        recipe,
-        name,
-        label_for(select),
-        run.folder.pairs,
-        run.folder.reference,
-        run.folder.test_pairs if has_test else None,
-        run.folder.test_reference if has_test else None,
-        folder / TABLE,
-        folder / "policy",
-        key,
-    )
-
-
-def _has_curriculum(folder: Path, key: str) -> bool:
-    try:
-        return bool(Curriculum.load(folder).facts["key"] == key)
-    except ArtifactError:
-        return False
 
 
 def _measured(job: ScorerJob) -> str:

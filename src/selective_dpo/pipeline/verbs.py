@@ -11,6 +11,7 @@ from selective_dpo.core.records import Records
 from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.engine.processes import this_process, wait_for_everyone
 from selective_dpo.errors import ConfigError
+from selective_dpo.evaluation.preflight import check_evaluation
 from selective_dpo.launch.processes import relaunch, under_a_launcher
 from selective_dpo.library_options import check_recipe_options
 from selective_dpo.pipeline.evaluation_stage import ensure_evaluation
@@ -32,16 +33,21 @@ if TYPE_CHECKING:
 
 
 def open_run(recipe: Recipe, *, fresh: bool = False, say: Callable[[str], object] = print) -> Run:
-    """The run that `recipe` names, its folder claimed for it.
+    """The run that `recipe` names; nothing is written yet.
+
+    With `fresh`, a recipe that differs from the one the folder was made with is accepted: stages whose
+    inputs did not change are kept, the others are made again.
 
     Raises:
-        ConfigError: settings that TRL, transformers or PEFT would refuse or ignore.
+        ConfigError: settings that TRL, transformers or PEFT would refuse or ignore; an evaluation that
+            cannot be done.
         RunChangedError: the folder belongs to another recipe, and not `fresh`.
     """
     check_recipe_options(recipe)
+    check_evaluation(recipe.evaluate, has_test=bool(recipe.data.test))
     run = Run(recipe, RunDirectory.of(recipe), say)
-    if this_process().is_main_process:
-        run.folder.claim(recipe, fresh=fresh)
+    if not fresh:
+        run.folder.require_unchanged(recipe)
     wait_for_everyone()
     return run
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from selective_dpo.core.estimates import Estimate
+from selective_dpo.core.results import REFERENCE, SELECTED, EvaluationResults, Measure, main_measure
 from selective_dpo.reporting.content import ReportContent
-from selective_dpo.reporting.results import REFERENCE, SELECTED, Measure, Results, main_measure
 from selective_dpo.reporting.style import (
     FAINT,
     INK,
@@ -52,7 +52,7 @@ def arms_svg(content: ReportContent) -> str | None:
         return to_svg(figure, name="arms", description=f"Dot plot with 95% intervals: {title}")
 
 
-def draw_arms(axes: Any, results: Results, measure: Measure) -> None:
+def draw_arms(axes: Any, results: EvaluationResults, measure: Measure) -> None:
     """Draw each arm's estimate with its 95% interval, one line an arm, beside what it was trained on."""
     names = list(measure.values)
     axes.axvline(_CHANCE, color=MUTED, linewidth=1)

@@ -18,10 +18,10 @@ from selective_dpo.artifacts import SCHEMA_VERSION, read_json, write_json
 from selective_dpo.config import SelectConfig
 from selective_dpo.core.estimates import Estimate
 from selective_dpo.core.identity import Text, positions_of
+from selective_dpo.core.results import EvaluationResults, estimate_from_json, estimate_to_json, from_json
 from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.data.pairs import KEPT
 from selective_dpo.errors import ArtifactError
-from selective_dpo.reporting.results import Results, estimate_to_json, parse_estimate, parse_results
 from selective_dpo.reporting.training_logs import TrainingLog, read_training_logs
 
 FINDINGS = "findings.json"
@@ -94,7 +94,7 @@ class ReportContent:
     """None where nothing was tokenized."""
     examples: tuple[ExampleGroup, ...]
     agreement: Mapping[str, Any]
-    results: Results | None
+    results: EvaluationResults | None
     training_logs: tuple[TrainingLog, ...]
     drops: tuple[DropCount, ...]
     provenance: Mapping[str, Any]
@@ -135,7 +135,7 @@ def load_report_content(run_folder: Path) -> ReportContent:
         lengths=_read_lengths(pairs_path, curriculum.pair_ids),
         examples=_read_examples(pairs_path, curriculum, select),
         agreement=curriculum.facts.get("agreement") or {},
-        results=parse_results(read_json(results_path)) if results_path.is_file() else None,
+        results=from_json(read_json(results_path)) if results_path.is_file() else None,
         training_logs=read_training_logs(run_folder),
         drops=_read_drops(pairs_path),
         provenance=_provenance(run_folder, curriculum),
@@ -167,7 +167,9 @@ def _read_findings(path: Path) -> tuple[tuple[str, ...], tuple[TruthRow, ...]]:
     value = read_json(path)
     try:
         truth = tuple(
-            TruthRow(str(row["group"]), parse_estimate(row["selected"]), parse_estimate(row["deselected"]))
+            TruthRow(
+                str(row["group"]), estimate_from_json(row["selected"]), estimate_from_json(row["deselected"])
+            )
             for row in value.get("truth", [])
         )
         return tuple(str(sentence) for sentence in value.get("findings", [])), truth

@@ -14,11 +14,11 @@ from matplotlib.figure import Figure
 
 from selective_dpo.artifacts import write_atomic
 from selective_dpo.core.estimates import Estimate
+from selective_dpo.core.results import main_measure
 from selective_dpo.errors import ConfigError
 from selective_dpo.reporting.arm_figures import draw_arms
 from selective_dpo.reporting.content import ReportContent
 from selective_dpo.reporting.length import binned_medians, clustered_spearman
-from selective_dpo.reporting.results import main_measure
 from selective_dpo.reporting.style import (
     BLUE,
     FAINT,

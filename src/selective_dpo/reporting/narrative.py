@@ -8,8 +8,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from selective_dpo.core.estimates import Estimate
+from selective_dpo.core.results import (
+    REFERENCE,
+    SELECTED,
+    ArmResult,
+    EvaluationResults,
+    estimate_from_json,
+    main_measure,
+)
 from selective_dpo.reporting.content import ReportContent
-from selective_dpo.reporting.results import REFERENCE, SELECTED, Arm, Results, main_measure, parse_estimate
 from selective_dpo.reporting.tables import label_for
 
 _JUDGES = {
@@ -36,7 +43,7 @@ def tiles(content: ReportContent) -> list[Tile]:
     if measure and own:
         against = "ties count one half; 50% is no change" if measure.name == "win rate" else "50% is chance"
         shown.append(Tile(measure.name.capitalize(), f"{own.value:.1%}", f"{interval(own)}; {against}"))
-    seeds = [parse_estimate(entry["spearman"]) for entry in content.agreement.get("seeds") or []]
+    seeds = [estimate_from_json(entry["spearman"]) for entry in content.agreement.get("seeds") or []]
     between = [estimate for estimate in seeds if np.isfinite(estimate.value)]
     if between:
         low, high = (min(between), max(between))
@@ -46,7 +53,7 @@ def tiles(content: ReportContent) -> list[Tile]:
             Tile("Agreement of seeds", value, f"Spearman's correlation of difficulty, ± {width:.2f}")
         )
     chance = content.agreement.get("above_chance")
-    above = parse_estimate(chance) if chance else None
+    above = estimate_from_json(chance) if chance else None
     if above and np.isfinite(above.value):
         shown.append(
             Tile("Above ln 2", f"{above.value:.1%}", f"{interval(above)}; scorers disagree with the label")
@@ -72,7 +79,7 @@ def headline(content: ReportContent) -> list[str]:
     return sentences + _evaluation(content.results)
 
 
-def _evaluation(results: Results) -> list[str]:
+def _evaluation(results: EvaluationResults) -> list[str]:
     measure = main_measure(results)
     if measure is None:
         return ["The evaluation compared no answers and had no held-out pairs."]
@@ -94,7 +101,7 @@ def _evaluation(results: Results) -> list[str]:
     return sentences + [_comparison(arm, arm.difference) for arm in controls if arm.difference]
 
 
-def _comparison(arm: Arm, difference: Estimate) -> str:
+def _comparison(arm: ArmResult, difference: Estimate) -> str:
     measured = (
         f"{100 * difference.value:+.1f} percentage points "
         f"(95% interval {100 * difference.low:+.1f} to {100 * difference.high:+.1f}, paired by prompt)"

@@ -14,12 +14,12 @@ import jinja2
 from markupsafe import Markup
 
 from selective_dpo.artifacts import write_atomic
+from selective_dpo.core.results import REFERENCE, SELECTED, estimate_from_json
 from selective_dpo.data.pairs import KEPT
 from selective_dpo.reporting import narrative, tables
 from selective_dpo.reporting.arm_figures import arms_svg, training_svg
 from selective_dpo.reporting.content import DropCount, ReportContent, load_report_content
 from selective_dpo.reporting.figures import agreement_svg, difficulty_svg, length_svg
-from selective_dpo.reporting.results import REFERENCE, SELECTED, parse_estimate
 from selective_dpo.reporting.text import preview, printable, turns
 
 REPORT = "report.html"
@@ -137,7 +137,7 @@ def _seeds(agreement: Mapping[str, Any]) -> Table | None:
         (
             f"{entry['a']} and {entry['b']}",
             *(
-                tables.number_with_reach(parse_estimate(entry[name])) or "–"
+                tables.number_with_reach(estimate_from_json(entry[name])) or "–"
                 for name in ("spearman", "overlap", "jaccard")
             ),
         )

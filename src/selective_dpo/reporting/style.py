@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 import matplotlib
 from matplotlib.figure import Figure
 
-from selective_dpo.reporting.results import REFERENCE, SELECTED
+from selective_dpo.core.results import REFERENCE, SELECTED
 from selective_dpo.reporting.text import printable
 
 BLUE = "#0072B2"

@@ -8,9 +8,15 @@ from typing import Any
 
 from selective_dpo.config import SelectConfig
 from selective_dpo.core.estimates import Estimate
+from selective_dpo.core.results import (
+    REFERENCE,
+    SELECTED,
+    EvaluationResults,
+    estimate_from_json,
+    main_measure,
+)
 from selective_dpo.data.pairs import KEPT
 from selective_dpo.reporting.content import DropCount
-from selective_dpo.reporting.results import REFERENCE, SELECTED, Results, main_measure, parse_estimate
 from selective_dpo.reporting.text import printable
 
 DEFAULT_FRACTION = 0.5
@@ -49,7 +55,7 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: in
     return "\n".join([lines[0], "-" * (sum(widths) + 2 * (len(widths) - 1)), *lines[1:]])
 
 
-def arms_table(results: Results) -> str:
+def arms_table(results: EvaluationResults) -> str:
     """Each arm: what it was trained on, its win rate or held-out accuracy, its difference to the run's own.
 
     The difference is that of the run's own policy minus the arm, paired by prompt, in percentage points.
@@ -90,7 +96,10 @@ def agreement_table(agreement: Mapping[str, Any]) -> str:
     lines = [
         [
             f"seeds {entry['a']} and {entry['b']}",
-            *(number_with_reach(parse_estimate(entry[name])) for name in ("spearman", "overlap", "jaccard")),
+            *(
+                number_with_reach(estimate_from_json(entry[name]))
+                for name in ("spearman", "overlap", "jaccard")
+            ),
         ]
         for entry in agreement.get("seeds") or []
     ]
@@ -99,7 +108,7 @@ def agreement_table(agreement: Mapping[str, Any]) -> str:
         header = ["agreement (95%)", "Spearman", "overlap of selected", "Jaccard"]
         parts.append(text_table(header, lines))
     if agreement.get("above_chance"):
-        above = share_with_reach(parse_estimate(agreement["above_chance"]))
+        above = share_with_reach(estimate_from_json(agreement["above_chance"]))
         parts.append(f"pairs above ln 2 (the scorers disagree with the label): {above}")
     return "\n".join(parts)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from selective_dpo.artifacts import read_json
+from selective_dpo.core.results import SELECTED
 from selective_dpo.errors import ArtifactError
-from selective_dpo.reporting.results import SELECTED
 
 TRAINER_LOG = "trainer_log.json"
 

@@ -14,6 +14,7 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from selective_dpo.artifacts import (
     write_atomic,
     write_json,
 )
+from selective_dpo.errors import DataError
 from selective_dpo.worlds.config import WorldConfig
 from selective_dpo.worlds.model import save_model, train_sft
 from selective_dpo.worlds.pairs import LabelledPairs, label_pairs, to_jsonl, truth_table
@@ -102,14 +104,17 @@ def build_world(folder: str | Path, *, seed: int, config: WorldConfig | None = N
 
     The same seed and configuration give the same model and pairs on the same machine. The default
     configuration takes under a minute on one core.
+
+    Raises:
+        DataError: the configuration gives no pairs, since the model's two answers are always equal.
     """
     folder = Path(folder)
     config = config or WorldConfig()
     key = world_key(seed, config)
     if is_complete(folder, key=key):
         return load_world(folder)
-    with publish_folder(folder, kind=KIND, key=key) as partial:
-        _fill(partial, seed, config)
+    with publish_folder(folder, kind=KIND, key=key) as unfinished:
+        _fill(unfinished, seed, config)
     return load_world(folder)
 
 
@@ -126,55 +131,55 @@ def _fill(folder: Path, seed: int, config: WorldConfig) -> None:
     clock = _Clock()
     trained = train_sft(config.tasks, config.sft, seed=seeds.sft)
     clock.lap("sft")
-    tokenizer = build_tokenizer()
-
-    def sampled(
-        prompts: Sequence[str], samples: int, sampling_seed: int, temperature: float
-    ) -> list[list[str]]:
-        return sample_answers(
-            trained.model,
-            tokenizer,
-            prompts,
-            samples=samples,
-            max_new_tokens=sizes.max_answer_tokens,
-            seed=sampling_seed,
-            temperature=temperature,
+    sampled = partial(
+        sample_answers, trained.model, build_tokenizer(), max_new_tokens=sizes.max_answer_tokens
+    )
+    labelled = partial(
+        label_pairs,
+        generator=np.random.default_rng(seeds.annotator),
+        annotator_temperature=sizes.annotator_temperature,
+    )
+    train_answers = sampled(train_prompts, samples=2, seed=seeds.train_answers, temperature=sizes.temperature)
+    test_answers = sampled(
+        test_pair_prompts, samples=2, seed=seeds.test_answers, temperature=sizes.temperature
+    )
+    train, test = labelled(train_prompts, train_answers), labelled(test_pair_prompts, test_answers)
+    if not (train.pairs and test.pairs):
+        raise DataError(
+            "the model gave two equal answers to every prompt: raise pairs.prompts or temperature"
         )
-
-    annotator = np.random.default_rng(seeds.annotator)
-    train_answers = sampled(train_prompts, 2, seeds.train_answers, sizes.temperature)
-    train = label_pairs(
-        train_prompts, train_answers, annotator, annotator_temperature=sizes.annotator_temperature
-    )
-    test_answers = sampled(test_pair_prompts, 2, seeds.test_answers, sizes.temperature)
-    test = label_pairs(
-        test_pair_prompts, test_answers, annotator, annotator_temperature=sizes.annotator_temperature
-    )
     clock.lap("pairs")
-    greedy = sampled(test_prompts, 1, seeds.check_answers, 0.0)
+    greedy = sampled(test_prompts, samples=1, seed=seeds.check_answers, temperature=0.0)
     save_model(trained.model, folder / "model")
+    _write_texts(folder, train, test, test_prompts)
+    write_json(
+        folder / "world.json",
+        {
+            "seed": seed,
+            "config": config.model_dump(mode="json"),
+            "sft": {
+                "loss": trained.loss,
+                "parameters": trained.model.num_parameters(),
+                "exact_greedy": exact_shares(test_prompts, greedy),
+                "exact_sampled": exact_shares(train_prompts, train_answers),
+            },
+            "pairs": pair_facts(train),
+            "test_pairs": pair_facts(test),
+            "test_prompts": len(test_prompts),
+            "seconds": clock.seconds,
+        },
+    )
+
+
+def _write_texts(
+    folder: Path, train: LabelledPairs, test: LabelledPairs, test_prompts: Sequence[str]
+) -> None:
     write_atomic(folder / "pairs.jsonl", to_jsonl(train.pairs))
     write_atomic(folder / "test_pairs.jsonl", to_jsonl(test.pairs))
-    write_atomic(
-        folder / "test_prompts.jsonl", "".join(json.dumps({"prompt": text}) + "\n" for text in test_prompts)
-    )
-    truth = pa.concat_tables([truth_table(train.pairs, split="train"), truth_table(test.pairs, split="test")])
-    pq.write_table(truth, folder / "truth.parquet")
-    facts = {
-        "seed": seed,
-        "config": config.model_dump(mode="json"),
-        "sft": {
-            "loss": trained.loss,
-            "parameters": trained.model.num_parameters(),
-            "exact_greedy": exact_shares(test_prompts, greedy),
-            "exact_sampled": exact_shares(train_prompts, train_answers),
-        },
-        "pairs": pair_facts(train),
-        "test_pairs": pair_facts(test),
-        "test_prompts": len(test_prompts),
-        "seconds": clock.seconds,
-    }
-    write_json(folder / "world.json", facts)
+    lines = [json.dumps({"prompt": prompt}) + "\n" for prompt in test_prompts]
+    write_atomic(folder / "test_prompts.jsonl", "".join(lines))
+    truth = [truth_table(train.pairs, split="train"), truth_table(test.pairs, split="test")]
+    pq.write_table(pa.concat_tables(truth), folder / "truth.parquet")
 
 
 def _draw_prompts(seed: int, config: WorldConfig) -> tuple[list[str], list[str], list[str]]:

@@ -1,0 +1,149 @@
+"""What each arm reached, and how sure that is: the content of `results.json` as types."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from selective_dpo.artifacts import SCHEMA_VERSION
+from selective_dpo.core.estimates import Estimate
+from selective_dpo.core.preference_metrics import PreferenceMetrics
+from selective_dpo.errors import ArtifactError
+
+SELECTED = "selected"
+"""Name of the arm that is the run's own policy."""
+REFERENCE = "reference"
+"""Name of the arm that is the starting model, every arm's opponent."""
+
+
+class ArmResult(NamedTuple):
+    """One trained policy, or the starting model."""
+
+    name: str
+    label: str
+    """What it was trained on, for people."""
+    pairs: int
+    """Pairs it was trained on."""
+    updates: int
+    held_out: PreferenceMetrics | None = None
+    """On the pairs of `data.test`."""
+    win_rate: Estimate | None = None
+    """Against the starting model; of the starting model, between its own samples."""
+    difference: Estimate | None = None
+    """Win rate of the arm `selected` minus this one's, paired by prompt."""
+    answer_tokens: Estimate | None = None
+    """Mean length of its answers."""
+
+
+class EvaluationResults(NamedTuple):
+    """All arms, the starting model first."""
+
+    judge: str
+    prompts: int
+    """Prompts that were answered."""
+    samples: int
+    """Answers per prompt and arm; 0 where none were generated."""
+    arms: tuple[ArmResult, ...]
+
+    def arm(self, name: str) -> ArmResult | None:
+        """The arm of that name, if it was evaluated."""
+        return next((arm for arm in self.arms if arm.name == name), None)
+
+    @property
+    def has_win_rates(self) -> bool:
+        """Whether any trained arm's answers were judged."""
+        return any(arm.win_rate is not None for arm in self.arms if arm.name != REFERENCE)
+
+
+class Measure(NamedTuple):
+    """The quantity that the arms are compared by."""
+
+    name: str
+    values: dict[str, Estimate]
+    """Arm's name -> estimate in [0, 1], in the arms' order; only arms that have one."""
+
+
+def main_measure(results: EvaluationResults) -> Measure | None:
+    """The win rate where answers were judged, else the accuracy on held-out pairs, else nothing."""
+    if results.has_win_rates:
+        return Measure("win rate", {arm.name: arm.win_rate for arm in results.arms if arm.win_rate})
+    held_out = {arm.name: arm.held_out.accuracy for arm in results.arms if arm.held_out}
+    return Measure("held-out accuracy", held_out) if held_out else None
+
+
+def to_json(results: EvaluationResults) -> dict[str, Any]:
+    """The content of `results.json`. A standard error that does not exist (NaN) becomes null."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "judge": results.judge,
+        "prompts": results.prompts,
+        "samples": results.samples,
+        "arms": [_arm_to_json(arm) for arm in results.arms],
+    }
+
+
+def from_json(content: Mapping[str, Any]) -> EvaluationResults:
+    """The inverse of `to_json`.
+
+    Raises:
+        ArtifactError: another schema version, or fields that are missing or unknown.
+    """
+    fields = dict(content)
+    version = fields.pop("schema_version", None)
+    if version != SCHEMA_VERSION:
+        raise ArtifactError(f"results.json has schema version {version}, this package reads {SCHEMA_VERSION}")
+    try:
+        arms = tuple(_arm_from_json(arm) for arm in fields.pop("arms"))
+        return EvaluationResults(arms=arms, **fields)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ArtifactError(f"results.json is not in the format of this version: {error}") from error
+
+
+def estimate_to_json(estimate: Estimate) -> dict[str, float | None]:
+    """An estimate as a JSON object, NaN as null."""
+    return {name: None if math.isnan(value) else value for name, value in estimate._asdict().items()}
+
+
+def estimate_from_json(content: Mapping[str, float | None]) -> Estimate:
+    """The inverse of `estimate_to_json`."""
+    return Estimate(**{name: math.nan if value is None else value for name, value in content.items()})
+
+
+_ESTIMATES = ("win_rate", "difference", "answer_tokens")
+_HELD_OUT_ESTIMATES = ("loss", "accuracy", "margin")
+
+
+def _arm_to_json(arm: ArmResult) -> dict[str, Any]:
+    held_out = arm.held_out
+    return {
+        "name": arm.name,
+        "label": arm.label,
+        "pairs": arm.pairs,
+        "updates": arm.updates,
+        "held_out": None if held_out is None else _held_out_to_json(held_out),
+        **{name: _optional(getattr(arm, name)) for name in _ESTIMATES},
+    }
+
+
+def _held_out_to_json(held_out: PreferenceMetrics) -> dict[str, Any]:
+    return {
+        "pairs": held_out.pairs,
+        "prompts": held_out.prompts,
+        **{name: estimate_to_json(getattr(held_out, name)) for name in _HELD_OUT_ESTIMATES},
+    }
+
+
+def _optional(estimate: Estimate | None) -> dict[str, float | None] | None:
+    return None if estimate is None else estimate_to_json(estimate)
+
+
+def _arm_from_json(content: Mapping[str, Any]) -> ArmResult:
+    fields = dict(content)
+    held_out = fields["held_out"]
+    if held_out is not None:
+        estimates = {name: estimate_from_json(held_out[name]) for name in _HELD_OUT_ESTIMATES}
+        fields["held_out"] = PreferenceMetrics(**{**held_out, **estimates})
+    for name in _ESTIMATES:
+        fields[name] = None if fields[name] is None else estimate_from_json(fields[name])
+    return ArmResult(**fields)

@@ -1,0 +1,118 @@
+"""What each stage's work is and which key its result gets. Asking changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from selective_dpo.artifacts import content_key, read_manifest
+from selective_dpo.config import SelectConfig
+from selective_dpo.curriculum.table import TABLE, Curriculum
+from selective_dpo.data.store import TOKENS
+from selective_dpo.errors import ArtifactError
+from selective_dpo.reporting.tables import label_for
+from selective_dpo.scoring.plan import ScorerRun
+from selective_dpo.scoring.scorer import RECORDS, ScorerJob
+from selective_dpo.training.arguments import autocast_dtype, dpo_arguments
+from selective_dpo.training.train import TrainingJob
+
+if TYPE_CHECKING:
+    from selective_dpo.pipeline.stages import Run
+
+
+def reference_key(run: Run, pairs: Path) -> str:
+    """Key of the reference's log-probs of the prepared pairs in the folder `pairs`."""
+    return content_key(
+        stage="reference",
+        tokens=read_manifest(pairs).files[TOKENS],
+        **_model_key(run),
+        autocast=str(autocast_dtype(scorer_arguments(run))),
+        tokens_per_batch=run.recipe.score.tokens_per_batch,
+    )
+
+
+def scorer_arguments(run: Run) -> Any:
+    """The scorers' `DPOConfig`, but for their seed and folder; the reference runs in its precision."""
+    return dpo_arguments(
+        run.recipe.score.trainer,
+        model=run.recipe.model,
+        max_length=run.recipe.data.max_length,
+        output_dir=run.folder.root,
+        seed=0,
+        sequential=False,
+    )
+
+
+def scorer_job(run: Run, scorer: ScorerRun) -> ScorerJob:
+    """One scorer's work and key. `ArtifactError` while pairs or reference are not complete."""
+    recipe = run.recipe
+    # Not the list of seeds: adding one must not throw away the others' records.
+    settings = recipe.score.model_dump(mode="json", exclude={"protocol", "seeds"})
+    key = content_key(
+        stage="records",
+        scorer=scorer.name,
+        score=settings,
+        max_length=recipe.data.max_length,
+        **_model_key(run),
+        tokens=read_manifest(run.folder.pairs).files[TOKENS],
+        reference=read_manifest(run.folder.reference).files,
+    )
+    folder = run.folder.scores(scorer)
+    return ScorerJob(recipe, scorer, run.folder.pairs, run.folder.reference, folder, key)
+
+
+def record_digests(jobs: Sequence[ScorerJob]) -> dict[str, str]:
+    """SHA-256 of the records of each finished scorer, by its name."""
+    return {job.run.name: read_manifest(job.folder).files[RECORDS] for job in jobs}
+
+
+def curriculum_key(records: Mapping[str, str], select: SelectConfig) -> str:
+    """Key of the curriculum made from these records (see `record_digests`)."""
+    return content_key(stage="curriculum", records=dict(records), select=select.model_dump(mode="json"))
+
+
+def has_curriculum(folder: Path, key: str) -> bool:
+    """Whether `folder` holds the curriculum that was made under `key`."""
+    try:
+        return bool(Curriculum.load(folder).facts["key"] == key)
+    except ArtifactError:
+        return False
+
+
+def training_job(run: Run, name: str) -> TrainingJob:
+    """What trains the arm `name`, from its curriculum as it is on disk."""
+    recipe = run.recipe
+    select, folder = run.arms[name]
+    curriculum = Curriculum.load(folder)
+    has_test = bool(recipe.data.test)
+    key = content_key(
+        stage="policy",
+        order=curriculum.order_digest,
+        curriculum=curriculum.facts["key"],
+        train=recipe.train.model_dump(mode="json", include={"lora", "trainer"}),
+        max_length=recipe.data.max_length,
+        **_model_key(run),
+        tokens=read_manifest(run.folder.pairs).files[TOKENS],
+        reference=read_manifest(run.folder.reference).files,
+        held_out=read_manifest(run.folder.test_reference).files if has_test else {},
+    )
+    return TrainingJob(
+        recipe,
+        name,
+        label_for(select),
+        run.folder.pairs,
+        run.folder.reference,
+        run.folder.test_pairs if has_test else None,
+        run.folder.test_reference if has_test else None,
+        folder / TABLE,
+        folder / "policy",
+        key,
+    )
+
+
+def _model_key(run: Run) -> dict[str, object]:
+    # Content, not paths: a model moved elsewhere is the same. Tokenizer and template decide the tokens,
+    # which have a digest of their own.
+    numerics = run.recipe.model.model_dump(mode="json", include={"dtype", "attention"})
+    return {"weights": run.model_digest, "numerics": numerics}
