@@ -1,0 +1,88 @@
+"""Two ways of doing one thing, timed in turn, and the ratio with its spread."""
+
+from __future__ import annotations
+
+import gc
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from selective_dpo.artifacts import write_json
+
+
+class Round(NamedTuple):
+    """Seconds of one pair of runs."""
+
+    ours: float
+    theirs: float
+
+    @property
+    def ratio(self) -> float:
+        """How many times longer theirs takes."""
+        return self.theirs / self.ours
+
+
+def interleave(
+    ours: Callable[[], object], theirs: Callable[[], object], *, rounds: int, device: str = "cpu"
+) -> list[Round]:
+    """Run A B A B ...; a warm-up of each comes first and is not counted.
+
+    On a shared machine speed drifts; runs side by side in time see the same drift, so their ratio holds
+    where neither absolute time does.
+    """
+    measured = []
+    for number in range(rounds + 1):
+        found = Round(_seconds(ours, device), _seconds(theirs, device))
+        if number:
+            measured.append(found)
+    return measured
+
+
+def summary(
+    name: str, rounds: list[Round], *, max_abs_diff: float, details: dict[str, Any]
+) -> dict[str, Any]:
+    """The numbers of a comparison, as every benchmark writes them."""
+    ratios = [each.ratio for each in rounds]
+    return {
+        "name": name,
+        "ratio_median": statistics.median(ratios),
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+        "rounds": len(rounds),
+        "max_abs_diff": max_abs_diff,
+        "details": {
+            **details,
+            "seconds": [each._asdict() for each in rounds],
+            "machine": {"cpu": platform.machine(), "threads": torch.get_num_threads()},
+            "torch": torch.__version__,
+        },
+    }
+
+
+def show(results: list[dict[str, Any]], path: Path | None) -> None:
+    """Print a line per comparison, and write all of them where asked."""
+    for each in results:
+        print(
+            f"{each['name']:<28} {each['ratio_median']:6.2f}x  (of {each['rounds']} rounds "
+            f"{each['ratio_min']:.2f} to {each['ratio_max']:.2f}), results differ by at most "
+            f"{each['max_abs_diff']:.1e}"
+        )
+    if path is not None:
+        write_json(path, json.loads(json.dumps({"results": results})))
+
+
+def _seconds(work: Callable[[], object], device: str) -> float:
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
