@@ -170,7 +170,8 @@ def as_text(result: dict[str, Any]) -> str:
     """Markdown tables."""
     models = result["models"]
     lines = [
-        "| model | protocol | seeds | Spearman with `paper` | overlap with `paper` | overlap with the other seeds |",
+        "| model | protocol | seeds | Spearman with `paper` | overlap with `paper` "
+        "| overlap with the other seeds |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for name, model in models.items():
@@ -206,8 +207,8 @@ def as_text(result: dict[str, Any]) -> str:
     if total["predictions"]:
         lines += [
             "",
-            f"{total['predictions']} predictions in all ({len(COVERED)} selections, three sets of evaluations): "
-            f"the interval holds the observation in {100 * total['covered']:.1f}%, mean error "
+            f"{total['predictions']} predictions in all ({len(COVERED)} selections, three sets of "
+            f"evaluations): the interval holds the observation in {100 * total['covered']:.1f}%, mean error "
             f"{total['error_mean']:+.4f}, root mean square {total['error_rms']:.4f}, "
             f"largest {total['error_largest']:.4f}.",
         ]

@@ -59,6 +59,7 @@ def check_dpo_options(settings: Settings, where: str, stage: Stage) -> None:
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("1", "true", "yes"):
         return  # a launched process: a config would set DeepSpeed up here, and the launcher has checked it
     _try_dpo_config(settings, where)
+    _check_trackers(settings.get("report_to"), where)
 
 
 def check_lora_options(settings: Settings | None, where: str) -> None:
@@ -85,6 +86,26 @@ def check_lora_options(settings: Settings | None, where: str) -> None:
     ignored = [one_line(warning.message) for warning in caught if "ignored" in str(warning.message)]
     if ignored:
         raise ConfigError(f"{where}: {ignored[0]}")
+
+
+def _check_trackers(given: str | list[str] | None, where: str) -> None:
+    from transformers.integrations import integration_utils
+
+    known = integration_utils.INTEGRATION_TO_CALLBACK
+    installed = integration_utils.get_available_reporting_integrations()  # type: ignore[no-untyped-call]
+    for name in [given] if isinstance(given, str) else given or []:
+        if name in ("all", "none"):
+            continue
+        if name not in known:
+            raise ConfigError(
+                f"{where}.report_to: {show(name)} is not a tracker that transformers knows"
+                f"{did_you_mean(name, known)}"
+            )
+        if name not in ("azure_ml", "flyte") and name not in installed:
+            raise ConfigError(
+                f"{where}.report_to: {name} is not installed, or switched off by its environment variables; "
+                "install it, or take it out of the list"
+            )
 
 
 def _check_names_and_types(

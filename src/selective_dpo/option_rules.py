@@ -44,6 +44,7 @@ DECIDED: dict[str, str] = {
     "sync_ref_model": _REFERENCE,
     "ref_model_mixup_alpha": _REFERENCE,
     "ref_model_sync_steps": _REFERENCE,
+    "ld_alpha": "the reference's log-probs are computed once, as sums over tokens, which it would weigh",
     "model_init_kwargs": _LOADING,
     "trust_remote_code": _LOADING,
     "pad_token": "model.tokenizer decides",

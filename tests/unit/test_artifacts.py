@@ -165,13 +165,13 @@ def test_a_killed_writer_leaves_what_was_there_and_the_next_one_cleans_up(
 
 
 def test_only_the_folders_own_leftovers_are_removed(tmp_path: Path) -> None:
-    names = [".partial-a-0123abcd", ".partial-a-b-0123abcd", ".partial-a[1]-0123abcd", ".partial-a1-0123abcd"]
+    names = [f".partial-{folder}-0123abcd" for folder in ("a", "a-b", "a1", "a[1]")]
     for name in names:
         (tmp_path / name).mkdir()
     remove_partials(tmp_path / "a")
     assert hidden(tmp_path) == names[1:]
     remove_partials(tmp_path / "a[1]")  # the brackets are no pattern
-    assert hidden(tmp_path) == [names[1], names[3]]
+    assert hidden(tmp_path) == names[1:3]
 
 
 def test_a_flipped_bit_is_named(tmp_path: Path) -> None:

@@ -13,12 +13,12 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2ForSequenceClassifi
 
 from selective_dpo.config import EvaluateConfig, GenerationConfig
 from selective_dpo.core.identity import Text
+from selective_dpo.core.winrates import scores_from_rewards
 from selective_dpo.errors import DataError, ModelError
 from selective_dpo.evaluation.judges import (
     EmbeddedWorldJudge,
     RewardJudge,
     judge_for,
-    scores_from_rewards,
 )
 from selective_dpo.evaluation.reward_model import RewardModelJudge
 from tests.fixtures.tokenizers import PAD_ID, VOCABULARY_SIZE, byte_tokenizer

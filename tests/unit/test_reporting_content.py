@@ -15,10 +15,10 @@ from selective_dpo.errors import ArtifactError, IdentityError
 from selective_dpo.reporting.content import (
     DropCount,
     TruthRow,
-    borderline,
     load_report_content,
     save_findings,
 )
+from selective_dpo.reporting.examples import borderline
 from selective_dpo.reporting.training_logs import Curve
 from tests.fixtures.run_folder import DROPPED, HOSTILE, LONG_ANSWER, make_run_folder
 

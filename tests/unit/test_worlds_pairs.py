@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from selective_dpo.core.identity import pair_id
-from selective_dpo.worlds.judge import compare, compare_scores, gold_scores
+from selective_dpo.core.winrates import scores_from_rewards
+from selective_dpo.worlds.judge import compare, gold_scores
 from selective_dpo.worlds.pairs import (
     TRUTH_COLUMNS,
     LabelledPair,
@@ -97,5 +98,5 @@ def test_gold_scores_and_comparisons_broadcast() -> None:
     scores = gold_scores([PROMPT] * 3, [RIGHT, NEAR, OTHER_NEAR])
     np.testing.assert_array_equal(scores, [2.0, 0.75, 0.75])
     np.testing.assert_array_equal(
-        compare_scores(scores[:, None], scores[None, :]), [[0.5, 1, 1], [0, 0.5, 0.5], [0, 0.5, 0.5]]
+        scores_from_rewards(scores[:, None], scores[None, :]), [[0.5, 1, 1], [0, 0.5, 0.5], [0, 0.5, 0.5]]
     )

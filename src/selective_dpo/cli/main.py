@@ -48,7 +48,8 @@ def main(arguments: Sequence[str]) -> int:
     except OSError as error:
         if error.errno not in _DISK_FAULTS:
             raise
-        message = f"cannot write: {error.strerror or error}: {error.filename}; check the path and the disk"
+        place = f"{error.filename}: " if error.filename else ""
+        message = f"{place}{error.strerror or error}; check the path, its permissions and the disk"
     except SystemExit as shown:  # argparse, after --help or --version
         return int(shown.code or 0)
     print(f"selective-dpo: error: {message}", file=sys.stderr)

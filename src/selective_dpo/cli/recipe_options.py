@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from selective_dpo.config import Recipe
 
 
-def add_recipe_options(parser: argparse.ArgumentParser) -> None:
-    """RECIPE, and a word about overrides."""
-    parser.add_argument("recipe", metavar="RECIPE", help="a recipe's YAML file")
+def add_recipe_options(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
+    """RECIPE, and a word about overrides. Left out where that is `optional`, it is empty."""
+    parser.add_argument(
+        "recipe", metavar="RECIPE", help="a recipe's YAML file", nargs="?" if optional else None, default=""
+    )
     parser.epilog = (
         "Any recipe key can be given as an option: --select.fraction 0.6, --score.seeds '[41, 42]', "
         "--train.trainer.beta 0.05. Keys: docs/recipe.md."

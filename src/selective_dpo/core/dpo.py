@@ -45,6 +45,8 @@ def dpo_losses(
     if not beta > 0.0:
         raise ValueError(f"beta must be positive, got {beta}")
     policy_chosen, policy_rejected, reference_chosen, reference_rejected = columns
-    margin = beta * ((policy_chosen - reference_chosen) - (policy_rejected - reference_rejected))
-    # log(1 + e^-m) without overflow for either sign of m
-    return PairLosses(margin, np.logaddexp(0.0, -margin))
+    # The callers look for what is not finite; a NumPy warning beside their error would say nothing more.
+    with np.errstate(invalid="ignore"):
+        margin = beta * ((policy_chosen - reference_chosen) - (policy_rejected - reference_rejected))
+        # log(1 + e^-m) without overflow for either sign of m
+        return PairLosses(margin, np.logaddexp(0.0, -margin))

@@ -37,6 +37,12 @@ class Pairing(NamedTuple):
     opponent_sample_C: NDArray[np.int64]
 
 
+def scores_from_rewards(rewards_a: ArrayLike, rewards_b: ArrayLike) -> NDArray[np.float64]:
+    """1 where a's reward is larger, 0.5 where both are equal to the last bit, 0 where b's is; broadcasts."""
+    difference = np.asarray(rewards_a, dtype=np.float64) - np.asarray(rewards_b, dtype=np.float64)
+    return np.select([difference > 0, difference < 0], [WIN, LOSS], default=TIE)
+
+
 def cross_pairing(samples: int, opponent_samples: int) -> Pairing:
     """Each of the arm's samples against each of the opponent's: C = samples * opponent_samples.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 DIFFICULTY = "difficulty"
 PAIR_ID = "pair_id"
 
+logger = logging.getLogger(__name__)
+
 
 def apply_curriculum(curriculum: Curriculum, dataset: Dataset, *, allow_unscored: bool = False) -> Dataset:
     """The selected pairs of `dataset` in training order, with columns `pair_id` and `difficulty`.
@@ -26,8 +29,8 @@ def apply_curriculum(curriculum: Curriculum, dataset: Dataset, *, allow_unscored
     result looks into `dataset` through indices.
 
     Args:
-        allow_unscored: leave out rows that the curriculum does not know, instead of refusing them. They
-            were never scored, so nothing says whether they belong in or out.
+        allow_unscored: leave out rows that the curriculum does not know, and log how many, instead of
+            refusing them. They were never scored, so nothing says whether they belong in or out.
 
     Raises:
         IdentityError: selected pairs are missing from `dataset`, or it holds rows that were not scored.
@@ -40,6 +43,12 @@ def apply_curriculum(curriculum: Curriculum, dataset: Dataset, *, allow_unscored
             f"{scored_row.null_count:,} of {len(ids):,} rows are not in the curriculum "
             f"({_unscored(ids, scored_row)}); apply it to the data it was made from, or leave them out: "
             "apply(dataset, allow_unscored=True)"
+        )
+    if scored_row.null_count:
+        logger.warning(
+            "%s of %s rows are not in the curriculum and are left out",
+            f"{scored_row.null_count:,}",
+            f"{len(ids):,}",
         )
     order = pa.array(curriculum.order, type=pa.string())
     # index_in gives the first of several equal ids, which is the row that the rest of the package keeps.

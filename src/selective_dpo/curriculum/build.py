@@ -53,7 +53,7 @@ def build_curriculum(
     if isinstance(losses, Records):
         losses = loss_table(losses, allow_partial=config.allow_partial)
     measured = difficulty(losses, config.aggregate, allow_partial=config.allow_partial)
-    rule = _rule(config)
+    rule = rule_of(config)
     selected = apply_rule(measured.difficulty_P, losses.pair_ids_P, rule)
     columns: dict[str, NDArray[Any]] = {
         "pair_id": losses.pair_ids_P,
@@ -102,7 +102,8 @@ def resolved_selection(select: SelectConfig | Mapping[str, Any] | None) -> Selec
     return config.model_copy(update=filled)
 
 
-def _rule(config: SelectConfig) -> Rule:
+def rule_of(config: SelectConfig) -> Rule:
+    """The selection's rule, as `core.selection` takes it."""
     return Rule(
         name=config.rule,
         fraction=config.fraction,

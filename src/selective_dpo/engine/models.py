@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from selective_dpo.data.templates import apply_template
 from selective_dpo.digests import digest
 from selective_dpo.errors import ModelError
 
+_LOCAL_PATH = re.compile(r"[/~.\\]|[^/]*/[^/]*/")
+"""What no hub name looks like: a leading slash, tilde or dot, or two slashes."""
 _LOADING_ERRORS = (OSError, ValueError, ImportError, KeyError)
 
 
@@ -82,5 +85,13 @@ def model_digest(config: ModelConfig) -> str:
 
 
 def _explain(what: str, path: str, error: BaseException) -> str:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return f"cannot load {what} {path!r}: {reason[:300]}"
+    folder = Path(path).expanduser()
+    if not folder.is_dir() and _LOCAL_PATH.match(path):
+        return f"cannot load {what} {path!r}: there is no such folder; check the path"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reason = (lines[0] if lines else type(error).__name__)[:300].rstrip(" .:")
+    if folder.is_dir():
+        remedy = "the folder needs config.json, the tokenizer's files and *.safetensors weights"
+    else:
+        remedy = "check the name, your access and the network, or name a local folder"
+    return f"cannot load {what} {path!r}: {reason}; {remedy}"

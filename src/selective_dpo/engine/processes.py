@@ -18,12 +18,18 @@ from numpy.typing import NDArray
 from selective_dpo.artifacts import publish_folder
 from selective_dpo.errors import IdentityError, name_some
 
+_USE_CPU = "ACCELERATE_USE_CPU"
+_LONGEST_WAIT = timedelta(days=1)
+"""For the other processes, while the main one prepares a large data set."""
+
 
 def this_process() -> PartialState:
     """The process group that `accelerate launch` or `torchrun` made, or this process alone."""
-    # accelerate itself takes several CPU processes for lone ones, unless told of the CPU; transformers
-    # reads the same variable.
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    if "LOCAL_RANK" in os.environ and not torch.accelerator.is_available():
+        # Unless told of the CPU, accelerate (and transformers, which reads the same variable) takes each of
+        # several CPU processes for the only one: all would train alone and publish over each other.
+        os.environ.setdefault(_USE_CPU, "true")
+    return PartialState(cpu=parse_flag_from_env(_USE_CPU), timeout=_LONGEST_WAIT)
 
 
 def wait_for_everyone() -> None:

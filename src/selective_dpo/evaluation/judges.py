@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from selective_dpo.config import EvaluateConfig
 from selective_dpo.core.identity import Text, canonical_text
-from selective_dpo.core.winrates import LOSS, TIE, WIN
+from selective_dpo.core.winrates import scores_from_rewards
 from selective_dpo.digests import canonical_json
 from selective_dpo.errors import DataError, ModelError, name_some
 
@@ -76,6 +76,7 @@ class EmbeddedWorldJudge(RewardJudge):
 
     @property
     def name(self) -> str:
+        """See `RewardJudge`."""
         return "embedded-world"
 
     def rewards(self, prompts: Sequence[Text], answers: Sequence[str]) -> list[float]:
@@ -92,14 +93,6 @@ class EmbeddedWorldJudge(RewardJudge):
                 raise DataError("judge 'embedded-world' reads its own plain-text prompts, not chat messages")
             found.append(gold_reward(prompt, answer))
         return found
-
-
-def scores_from_rewards(rewards_a_N: ArrayLike, rewards_b_N: ArrayLike) -> NDArray[np.float64]:
-    """1 where a's reward is larger, 0 where b's is, 0.5 where they are equal; shapes [N]."""
-    difference = np.sign(
-        np.asarray(rewards_a_N, dtype=np.float64) - np.asarray(rewards_b_N, dtype=np.float64)
-    )
-    return np.select([difference > 0, difference < 0], [WIN, LOSS], default=TIE)
 
 
 def judge_for(config: EvaluateConfig) -> Judge | None:

@@ -57,6 +57,7 @@ class RewardModelJudge(RewardJudge):
 
     @property
     def name(self) -> str:
+        """See `RewardJudge`."""
         return f"reward-model {self._path}"
 
     def rewards(self, prompts: Sequence[Text], answers: Sequence[str]) -> list[float]:

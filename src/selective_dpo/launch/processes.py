@@ -1,9 +1,8 @@
-"""Starting a command again as several data-parallel processes, through `accelerate launch`."""
+"""Starting a command again as several data-parallel processes, through a launcher."""
 
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -38,4 +37,6 @@ def launch_command(processes: int) -> tuple[list[str], dict[str, str]]:
         command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
         return [sys.executable, "-m", *command], {}
     command = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return [sys.executable, "-m", *command], {"ACCELERATE_USE_CPU": "true"}
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+    return [sys.executable, "-m", *command], {"ACCELERATE_USE_CPU": "true", **environment}

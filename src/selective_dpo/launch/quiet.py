@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
+
+_LIBRARIES = r"(accelerate|datasets|huggingface_hub|peft|torch|transformers|trl)(\..*)?$"
 
 
 def quieten_libraries() -> None:
@@ -15,6 +18,8 @@ def quieten_libraries() -> None:
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # What they will change in their next versions is for this package to follow, not for its users.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=_LIBRARIES)
     from datasets.utils import logging as datasets_logging
     from datasets.utils.logging import disable_progress_bar
     from transformers.utils import logging as transformers_logging

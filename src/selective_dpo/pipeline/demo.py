@@ -19,19 +19,29 @@ from selective_dpo.pipeline.verbs import evaluate, open_run, report
 from selective_dpo.reporting.content import TruthRow, save_findings
 from selective_dpo.reporting.tables import agreement_table, arms_table
 from selective_dpo.worlds.build import World, build_world
+from selective_dpo.worlds.config import WorldConfig
 from selective_dpo.worlds.recipe import world_recipe
 
 NAME = "demo"
 
 
-def demo(output_dir: Path = Path("runs"), *, seed: int = 0, say: Callable[[str], object] = print) -> Path:
-    """Make a world, score its pairs, train the arms, judge them, write the report; returns its path."""
+def demo(
+    output_dir: Path = Path("runs"),
+    *,
+    seed: int = 0,
+    config: WorldConfig | None = None,
+    say: Callable[[str], object] = print,
+) -> Path:
+    """Make a world, score its pairs, train the arms, judge them, write the report; returns its path.
+
+    `config` describes another world than the default one, such as a smaller one.
+    """
     # A model this small loses by sharing an operation between threads; whole trainings run side by side.
     torch.set_num_threads(1)
     workers = min(2, os.cpu_count() or 1)
     root = output_dir / NAME
     say(f"world {seed}: a small model learns list tasks from careful and hasty demonstrators")
-    world = build_world(root / "world", seed=seed)
+    world = build_world(root / "world", seed=seed, config=config)
     say(_world_line(world))
     recipe = world_recipe(world, name=NAME, output_dir=output_dir, workers=workers)
     run = open_run(recipe, fresh=True, say=say)

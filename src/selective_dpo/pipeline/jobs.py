@@ -59,7 +59,8 @@ def scorer_job(run: Run, scorer: ScorerRun) -> ScorerJob:
         reference=read_manifest(run.folder.reference).files,
     )
     folder = run.folder.scores(scorer)
-    return ScorerJob(recipe, scorer, run.folder.pairs, run.folder.reference, folder, key)
+    tracking = run.folder.tracking / scorer.name
+    return ScorerJob(recipe, scorer, run.folder.pairs, run.folder.reference, folder, key, tracking)
 
 
 def record_digests(jobs: Sequence[ScorerJob]) -> dict[str, str]:
@@ -108,6 +109,7 @@ def training_job(run: Run, name: str) -> TrainingJob:
         folder / TABLE,
         folder / "policy",
         key,
+        run.folder.tracking / name,
     )
 
 

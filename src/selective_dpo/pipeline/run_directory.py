@@ -74,6 +74,11 @@ class RunDirectory:
         """One self-contained page."""
         return self.root / "report.html"
 
+    @property
+    def tracking(self) -> Path:
+        """Local files of trackers (`report_to`), a folder a training; there only if they write any."""
+        return self.root / "tracking"
+
     def scores(self, run: ScorerRun) -> Path:
         """One scorer's records."""
         return self.root / "scores" / run.name

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from selective_dpo.artifacts import is_complete, read_json
+from selective_dpo.artifacts import MANIFEST, is_complete, read_json
 from selective_dpo.config import Recipe, SelectConfig
 from selective_dpo.core.records import Records
 from selective_dpo.curriculum.build import build_curriculum
@@ -30,6 +30,7 @@ from selective_dpo.pipeline.jobs import (
 )
 from selective_dpo.pipeline.pairs_stage import ensure_prepared
 from selective_dpo.pipeline.provenance import provenance
+from selective_dpo.pipeline.room import require_room_for_evaluations
 from selective_dpo.pipeline.run_directory import RunDirectory
 from selective_dpo.reporting.tables import label_for
 from selective_dpo.scoring.plan import ScorerRun, planned_runs
@@ -91,10 +92,15 @@ class Run:
 
 
 def ensure_pairs(run: Run) -> None:
-    """Prepare the training pairs, and the held-out ones where the recipe has any."""
+    """Prepare the training pairs, and the held-out ones where the recipe has any.
+
+    Raises:
+        ConfigError: too few pairs for the scorers' evaluations.
+    """
     ensure_prepared(run, run.recipe.data.train, run.folder.pairs, exclude=None)
     if run.recipe.data.test:
         ensure_prepared(run, run.recipe.data.test, run.folder.test_pairs, exclude=run.folder.pairs)
+    require_room_for_evaluations(run)
     run.claim()
 
 
@@ -124,6 +130,7 @@ def ensure_scores(run: Run, *, only: tuple[str, ...] = ()) -> None:
     run.tell(f"scores: {len(missing)} of {len(jobs)} scorers to train")
     wait_for_everyone()
     run_scorers(missing, workers=run.recipe.launch.workers, done=lambda job: run.tell(f"  {_measured(job)}"))
+    _tell_tracking(run)
 
 
 def ensure_curriculum(run: Run) -> Curriculum:
@@ -138,6 +145,8 @@ def ensure_curriculum(run: Run) -> Curriculum:
 
 def build_curricula(run: Run) -> Curriculum:
     """Build each arm's curriculum from the records that are there, without running a scorer."""
+    if not (run.folder.reference / MANIFEST).is_file():
+        raise RecordsError(f"nothing was scored yet in {run.folder.root}: run `selective-dpo score` first")
     complete: list[ScorerJob] = []
     missing: list[ScorerJob] = []
     for scorer in run.scorer_runs:
@@ -182,6 +191,7 @@ def ensure_policy(run: Run) -> None:
         name=lambda job: job.name,
         done=lambda job: run.tell(f"  {_trained(job)}"),
     )
+    _tell_tracking(run)
 
 
 def _ensure_reference_of(run: Run, pairs: Path, folder: Path) -> None:
@@ -201,6 +211,11 @@ def _ensure_reference_of(run: Run, pairs: Path, folder: Path) -> None:
         autocast_dtype=autocast_dtype(scorer_arguments(run)),
     )
     run.tell(f"{folder.name}: {len(tokens):,} pairs")
+
+
+def _tell_tracking(run: Run) -> None:
+    if run.folder.tracking.is_dir():
+        run.tell(f"  trackers' files: {run.folder.tracking}")
 
 
 def _measured(job: ScorerJob) -> str:

@@ -92,8 +92,9 @@ def report(run: Run) -> Path:
 def run_all(run: Run) -> Path:
     """All stages; returns the report's path."""
     ensure_evaluation(run)
-    push(run)
-    return report(run)
+    path = report(run)
+    push(run)  # last: the hub may fail, and everything else is there then
+    return path
 
 
 def push(run: Run) -> None:
@@ -101,7 +102,8 @@ def push(run: Run) -> None:
     if run.recipe.train.hub_id and this_process().is_main_process:
         from selective_dpo.training.hub import push_policy
 
-        push_policy(run.folder.policy, run.folder.root / "hub.json", run.recipe.train)
+        if push_policy(run.folder.policy, run.folder.root / "hub.json", run.recipe.train):
+            run.tell(f"policy: pushed to {run.recipe.train.hub_id}")
 
 
 def run_verb(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,17 +16,15 @@ from pydantic import ValidationError
 from selective_dpo.artifacts import SCHEMA_VERSION, read_json, write_json
 from selective_dpo.config import SelectConfig
 from selective_dpo.core.estimates import Estimate
-from selective_dpo.core.identity import Text, positions_of
+from selective_dpo.core.identity import positions_of
 from selective_dpo.core.results import EvaluationResults, estimate_from_json, estimate_to_json, from_json
 from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.data.pairs import KEPT
 from selective_dpo.errors import ArtifactError
+from selective_dpo.reporting.examples import ExampleGroup, report_examples
 from selective_dpo.reporting.training_logs import TrainingLog, read_training_logs
 
 FINDINGS = "findings.json"
-EXAMPLES_PER_GROUP = 5
-# With these rules no difficulty separates the selected pairs from the others.
-_RULES_WITHOUT_EDGE = ("random", "all")
 
 
 class Lengths(NamedTuple):
@@ -49,27 +46,6 @@ class DropCount(NamedTuple):
     source: str
     status: str
     rows: int
-
-
-class ExamplePair(NamedTuple):
-    """A pair to read, with what was measured for it."""
-
-    pair_id: str
-    rank: int
-    difficulty: float
-    spread: float
-    selected: bool
-    reason: str
-    prompt: Text
-    chosen: Text
-    rejected: Text
-
-
-class ExampleGroup(NamedTuple):
-    """Pairs from one region of the difficulty scale."""
-
-    title: str
-    pairs: tuple[ExamplePair, ...]
 
 
 class TruthRow(NamedTuple):
@@ -133,7 +109,7 @@ def load_report_content(run_folder: Path) -> ReportContent:
         curriculum=curriculum,
         select=select,
         lengths=_read_lengths(pairs_path, curriculum.pair_ids),
-        examples=_read_examples(pairs_path, curriculum, select),
+        examples=report_examples(pairs_path, curriculum, select.rule),
         agreement=curriculum.facts.get("agreement") or {},
         results=from_json(read_json(results_path)) if results_path.is_file() else None,
         training_logs=read_training_logs(run_folder),
@@ -213,47 +189,3 @@ def _read_lengths(path: Path, pair_ids: list[str]) -> Lengths | None:
     where_P = positions_of(pair_ids, table["pair_id"].to_pylist(), what="curriculum and pairs.parquet")
     lengths = Lengths(*(np.asarray(table[name].to_numpy(), dtype=np.int64)[where_P] for name in columns))
     return lengths if lengths.pair_P.any() else None
-
-
-def _read_examples(path: Path, curriculum: Curriculum, select: SelectConfig) -> tuple[ExampleGroup, ...]:
-    table = curriculum.table
-    by_rank_P = np.argsort(table["rank"].to_numpy(), kind="stable")
-    selected_by_rank_P = np.asarray(table["selected"])[by_rank_P]
-    title, centre = borderline(selected_by_rank_P, select.rule)
-    half = EXAMPLES_PER_GROUP // 2 + 1
-    regions = {
-        "Easiest pairs": by_rank_P[:EXAMPLES_PER_GROUP],
-        title: by_rank_P[max(0, centre - half) : centre + half],
-        "Hardest pairs": by_rank_P[::-1][:EXAMPLES_PER_GROUP],
-    }
-    wanted = sorted({row for rows in regions.values() for row in rows.tolist()})
-    shown = {row["pair_id"]: row for row in table.take(wanted).to_pylist()}
-    texts = pq.read_table(
-        path,
-        columns=["pair_id", "prompt", "chosen", "rejected"],
-        filters=(pc.field("status") == KEPT) & pc.field("pair_id").isin(list(shown)),
-    ).to_pylist()
-    pairs = {text["pair_id"]: _example(shown[text["pair_id"]], text) for text in texts}
-    ids = table["pair_id"]
-    return tuple(
-        ExampleGroup(name, tuple(pairs[ids[row].as_py()] for row in rows.tolist()))
-        for name, rows in regions.items()
-    )
-
-
-def borderline(selected_by_rank_P: NDArray[np.bool_], rule: str) -> tuple[str, int]:
-    """Title and centre of the middle group: the rank at which selection changes, else the median.
-
-    Shapes: selected_by_rank_P [P] bool, easiest first. A band has two edges; the upper one is taken,
-    for there the pairs are that were held to be too hard.
-    """
-    edges = np.flatnonzero(selected_by_rank_P[1:] != selected_by_rank_P[:-1]) + 1
-    if rule in _RULES_WITHOUT_EDGE or not len(edges):
-        return "Pairs of median difficulty", len(selected_by_rank_P) // 2
-    return "Borderline pairs, around the edge of the selection", int(edges[-1])
-
-
-def _example(row: Mapping[str, Any], text: Mapping[str, Any]) -> ExamplePair:
-    prompt, chosen, rejected = (json.loads(text[name] or '""') for name in ("prompt", "chosen", "rejected"))
-    measured = {name: row[name] for name in ("pair_id", "rank", "difficulty", "spread", "selected", "reason")}
-    return ExamplePair(**measured, prompt=prompt, chosen=chosen, rejected=rejected)

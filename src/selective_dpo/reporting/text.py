@@ -11,6 +11,8 @@ from selective_dpo.digests import canonical_json
 LONGEST_SHOWN = 1500
 _LONGEST_PREVIEW = 160
 _REPLACEMENT = "\ufffd"
+# They turn the direction of what follows, so that a text could show otherwise than it is.
+_DIRECTION_MARKS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 class Turn(NamedTuple):
@@ -23,29 +25,32 @@ class Turn(NamedTuple):
 
 
 def printable(text: str) -> str:
-    """`text` with control characters and lone surrogates, but for line breaks and tabs, as U+FFFD."""
+    """`text` with U+FFFD for control characters other than line breaks and tabs, lone surrogates, and marks
+    that turn the direction of writing."""
     return "".join(
         character
-        if character in "\n\t" or unicodedata.category(character) not in ("Cc", "Cs")
+        if character in "\n\t"
+        or (unicodedata.category(character) not in ("Cc", "Cs") and character not in _DIRECTION_MARKS)
         else _REPLACEMENT
         for character in text.replace("\r\n", "\n")
     )
 
 
-def turns(text: Text) -> tuple[Turn, ...]:
-    """The messages of `text`, each cut after `LONGEST_SHOWN` characters; plain text is one of them."""
+def turns(text: Text, longest: int | None = LONGEST_SHOWN) -> tuple[Turn, ...]:
+    """The messages of `text`, each cut after `longest` characters (None: whole); plain text is one."""
     if isinstance(text, str):
-        return (_turn("", text),)
-    return tuple(_turn(str(message.get("role", "")), message.get("content")) for message in text)
+        return (_turn("", text, longest),)
+    return tuple(_turn(str(message.get("role", "")), message.get("content"), longest) for message in text)
 
 
 def preview(text: Text) -> str:
     """The beginning of `text`, or of its last message, on one line."""
     last = text if isinstance(text, str) else (text[-1].get("content") if text else "")
-    return " ".join(_turn("", last).text[:_LONGEST_PREVIEW].split())
+    return " ".join(_turn("", last, LONGEST_SHOWN).text[:_LONGEST_PREVIEW].split())
 
 
-def _turn(role: str, content: object) -> Turn:
+def _turn(role: str, content: object, longest: int | None) -> Turn:
     # Content that is not a string (parts, tool calls) is shown as the JSON that it is.
     text = content if isinstance(content, str) else canonical_json(content)
-    return Turn(printable(role), printable(text[:LONGEST_SHOWN]), max(0, len(text) - LONGEST_SHOWN))
+    shown = text[:longest]
+    return Turn(printable(role), printable(shown), len(text) - len(shown))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +26,8 @@ from selective_dpo.scoring.plan import ScorerRun, split_pairs
 from selective_dpo.training.arguments import autocast_dtype, dpo_arguments, lora_config
 from selective_dpo.training.pair_trainer import PairTrainer, with_cached_reference
 from selective_dpo.training.progress import TrainingProgress, without_printed_logs
-from selective_dpo.training.publish import save_policy, trainer_facts
+from selective_dpo.training.publish import save_policy, trainer_facts, training_log
+from selective_dpo.training.trackers import training_folder
 
 RECORDS = "records.parquet"
 COST = "cost.json"
@@ -45,6 +45,8 @@ class ScorerJob(NamedTuple):
     folder: Path
     """Where to publish."""
     key: str
+    tracking: Path | None = None
+    """Where the local files of trackers go; None: they are deleted."""
 
 
 def run_scorer(job: ScorerJob) -> None:
@@ -60,14 +62,14 @@ def run_scorer(job: ScorerJob) -> None:
     reference = load_reference(job.reference)
     split = split_pairs(list(tokens["prompt_id"]), job.run)
     train, held_out = (with_reference(tokens.select(rows), reference) for rows in split)
-    with tempfile.TemporaryDirectory() as scratch:
-        trainer, evaluations = _make_trainer(job, train, held_out, Path(scratch))
+    with training_folder(config.trainer, job.tracking) as training:
+        trainer, evaluations = _make_trainer(job, train, held_out, training)
         trainer.train()
     records = _to_records(job.run, held_out, reference, evaluations.measurements, beta=trainer.args.beta)
-    _require_finite(records, job.run)
+    _require_finite(records)
     with publish_from_main(job.folder, kind="records", key=job.key) as partial:
         write_records(records, partial / RECORDS)
-        write_json(partial / "trainer_log.json", {"log_history": trainer.state.log_history})
+        write_json(partial / "trainer_log.json", training_log(trainer))
         facts = trainer_facts(trainer)
         write_json(
             partial / COST,
@@ -84,14 +86,14 @@ def run_scorer(job: ScorerJob) -> None:
 
 
 def _make_trainer(
-    job: ScorerJob, train: Dataset, held_out: Dataset, scratch: Path
+    job: ScorerJob, train: Dataset, held_out: Dataset, folder: Path
 ) -> tuple[PairTrainer, HeldOutEvaluations]:
     config = job.recipe.score
     args = dpo_arguments(
-        config.trainer,
+        {"run_name": f"{job.recipe.name}-{job.run.name}", **config.trainer},
         model=job.recipe.model,
         max_length=job.recipe.data.max_length,
-        output_dir=scratch,
+        output_dir=folder,
         seed=job.run.seed,
         sequential=False,
     )
@@ -160,10 +162,10 @@ def _to_records(
     )
 
 
-def _require_finite(records: Records, run: ScorerRun) -> None:
+def _require_finite(records: Records) -> None:
     bad = np.unique(records.pair_id[~np.isfinite(records.loss)])
     if len(bad):
         raise RecordsError(
-            f"{run.name}: the held-out loss of {len(bad):,} pairs is not finite: {name_some(bad)}; "
+            f"the held-out loss of {len(bad):,} pairs is not finite: {name_some(bad)}; "
             "lower score.trainer.learning_rate, or use float32"
         )

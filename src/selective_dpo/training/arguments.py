@@ -42,9 +42,14 @@ def dpo_arguments(
     """
     given: dict[str, Any] = {**ORIGINAL_DEFAULTS, **settings}
     given.setdefault("bf16", model.dtype == "bfloat16" and not given.get("fp16", False))
+    # transformers takes bfloat16 on a CPU only where it is told that the CPU is meant.
+    given.setdefault("use_cpu", not torch.accelerator.is_available())
     given.setdefault("report_to", "none")
     given.setdefault("save_strategy", "no")
     given.setdefault("seed", seed)
+    if "gradient_checkpointing" not in given and hasattr(DPOConfig, "activation_checkpointing"):
+        # TRL's own default, by the name that transformers does not warn about.
+        given.setdefault("activation_checkpointing", True)
     try:
         return DPOConfig(
             output_dir=str(output_dir),

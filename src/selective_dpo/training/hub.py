@@ -10,15 +10,17 @@ from selective_dpo.digests import digest
 from selective_dpo.errors import PublishError
 
 
-def push_policy(policy: Path, receipt: Path, config: TrainConfig) -> None:
+def push_policy(policy: Path, receipt: Path, config: TrainConfig) -> bool:
     """Upload the folder `policy` to `config.hub_id`, unless `receipt` says that was done with these files.
+
+    Returns whether it was uploaded now.
 
     Raises:
         PublishError: the hub refused or could not be reached; running the command again tries again.
     """
     content = {"hub_id": config.hub_id, "files": digest(read_manifest(policy).files)}
     if receipt.is_file() and read_json(receipt) == content:
-        return
+        return False
     from huggingface_hub import HfApi
 
     try:
@@ -33,3 +35,4 @@ def push_policy(policy: Path, receipt: Path, config: TrainConfig) -> None:
             "run the same command again to push it"
         ) from error
     write_json(receipt, content)
+    return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -23,8 +24,10 @@ def model_card(
         order: what was really consumed.
         key: the digest of every input of this training.
     """
+    # The hub takes only its own names for a base model, and refuses a card with a path.
+    is_local = Path(recipe.model.path).is_dir()
     header = {
-        "base_model": recipe.model.path,
+        **({} if is_local else {"base_model": recipe.model.path}),
         "library_name": "peft" if recipe.train.lora is not None else "transformers",
         "tags": ["selective-dpo", "dpo", "trl"],
         "pipeline_tag": "text-generation",

@@ -24,12 +24,17 @@ class ConsumedOrder(NamedTuple):
 
     @property
     def matches(self) -> bool:
-        """Whether exactly the curriculum's order was consumed."""
-        return self.expected_digest == self.consumed_digest
+        """Whether the curriculum's order was consumed, from its beginning; part of an epoch will do."""
+        return self.consumed > 0 and self.expected_digest == self.consumed_digest
+
+    @property
+    def epochs(self) -> float:
+        """How often the curriculum was run through."""
+        return self.consumed / self.pairs
 
     def to_json(self) -> dict[str, Any]:
         """For `order.json`."""
-        return {**self._asdict(), "matches": self.matches}
+        return {**self._asdict(), "epochs": self.epochs, "matches": self.matches}
 
 
 class OrderLog:
@@ -42,24 +47,29 @@ class OrderLog:
 
     def __init__(self, order: Sequence[str]) -> None:
         self._order = list(order)
+        self.start_training()
+
+    def start_training(self) -> None:
+        """Forget an earlier training."""
         self._epoch_rows = 0
         self._repeated = 0
         self._consumed: list[int] = []
 
-    def add(self, positions: Sequence[int]) -> None:
-        """One global batch: positions in the curriculum's order, over all processes, rank by rank."""
-        for position in positions:
-            if self._epoch_rows == len(self._order):
-                # The epoch is complete (`start_epoch` has not been called since): this row only fills
-                # the last batch.
-                self._repeated += 1
-                continue
-            self._consumed.append(position)
-            self._epoch_rows += 1
-
     def start_epoch(self) -> None:
         """The data loader begins again."""
         self._epoch_rows = 0
+
+    def add(self, positions: Sequence[int]) -> list[int]:
+        """One global batch: positions in the curriculum's order, over all processes, rank by rank.
+
+        Returns those of them that do not merely fill the batch.
+        """
+        # Once the epoch is complete (`start_epoch` has not been called since), rows only fill the batch.
+        own = list(positions[: len(self._order) - self._epoch_rows])
+        self._repeated += len(positions) - len(own)
+        self._consumed += own
+        self._epoch_rows += len(own)
+        return own
 
     def result(self) -> ConsumedOrder:
         """Compare what was consumed with the curriculum's order, repeated per epoch."""

@@ -2,42 +2,59 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 from trl import DPOConfig
 
-from selective_dpo.errors import ConfigError, IdentityError
+from selective_dpo.curriculum.apply import DIFFICULTY, PAIR_ID
+from selective_dpo.errors import ConfigError, name_some
 from selective_dpo.training.order import ConsumedOrder, OrderLog
-from selective_dpo.training.pair_trainer import PairTrainer, with_cached_reference
+from selective_dpo.training.pair_trainer import (
+    PairTrainer,
+    has_reference,
+    is_tokenized,
+    pair_lengths,
+    with_cached_reference,
+)
 
 if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
+
     from selective_dpo.curriculum.table import Curriculum
 
 POSITION = "curriculum_position"
-DIFFICULTY = "difficulty"
+"""Name of the training batches' extra column: where each row stands in the curriculum's order."""
+
+logger = logging.getLogger(__name__)
 
 
 class SelectiveDPOTrainer(PairTrainer):
     """`trl.DPOTrainer` plus `curriculum`: it trains on the selected pairs, in the curriculum's order.
 
     Rows are matched by `pair_id` (a column, or computed from prompt, chosen and rejected). Everything
-    else, any `loss_type` included, is TRL's. The mean difficulty of each step's pairs is logged as
-    `difficulty`, and `consumed_order` says which order was really trained on.
+    else, any `loss_type` included, is TRL's. The mean difficulty of the pairs since the last log entry
+    is logged as `difficulty`, and `consumed_order` says which order was really trained on.
 
     Args:
         curriculum: Selected pairs and their order.
         args: As for `DPOTrainer`, with `train_sampling_strategy="sequential"`.
         train_dataset: Preference pairs in any form TRL takes, with every selected pair among them;
-            or tokenized rows (`prompt_ids`, `chosen_ids`, `rejected_ids`). Columns `ref_chosen_logps`
-            and `ref_rejected_logps`, where present, are the reference; no reference model is loaded.
+            or tokenized rows (`prompt_ids`, `chosen_ids`, `rejected_ids`). Rows that the curriculum did
+            not select, or does not know, are left out. Columns `ref_chosen_logps` and
+            `ref_rejected_logps`, where present, are the reference; no reference model is loaded.
         Others: as for `DPOTrainer`.
 
     Raises:
-        ConfigError: the configuration would shuffle or drop rows.
-        IdentityError: selected pairs are missing from `train_dataset`, or TRL's preparation lost some.
+        ConfigError: the configuration would shuffle, drop or cut rows, or contradicts cached reference
+            log-probs.
+        DataError: the prompt of a selected pair fills `max_length`, so that TRL would drop it.
+        IdentityError: selected pairs are missing from `train_dataset`.
     """
 
     def __init__(
@@ -55,89 +72,143 @@ class SelectiveDPOTrainer(PairTrainer):
     ) -> None:
         if args is None:
             args = DPOConfig("selective-dpo", train_sampling_strategy="sequential")
-        _refuse_shuffling(args)
-        if not isinstance(train_dataset, Dataset):
-            raise ConfigError("a curriculum needs a datasets.Dataset, not a stream: rows are looked up by id")
-        ordered = curriculum.apply(train_dataset)
-        ordered = ordered.add_column(POSITION, list(range(len(ordered))))
-        self._order_log = OrderLog(list(ordered["pair_id"]))
-        args = with_cached_reference(args, ordered, *_datasets_in(eval_dataset))
+        _require_order_kept(args)
+        ordered = _selected_rows(curriculum, train_dataset)
+        if ref_model is not None and has_reference(ordered):
+            raise ConfigError(
+                "ref_model would have no effect: the rows carry its log-probs; give the one or the other"
+            )
+        ids: list[str] = ordered[PAIR_ID][:]
+        self._order_log = OrderLog(ids)
+        self._position_of = {pair: position for position, pair in enumerate(ids)}
+        self._difficulty_P = np.asarray(ordered[DIFFICULTY][:], dtype=np.float64)
         super().__init__(
             model,
             ref_model,
-            args,
+            with_cached_reference(args, ordered),
             data_collator,
             ordered,
             eval_dataset,
-            callbacks=[*(callbacks or []), _EpochStarts(self._order_log)],
+            callbacks=[*(callbacks or []), _OrderLogStarts(self._order_log)],
             **others,
         )
-        if len(self.train_dataset) != len(ordered):
-            raise IdentityError(
-                f"{len(ordered) - len(self.train_dataset):,} selected pairs do not fit into max_length "
-                f"{args.max_length}: raise it, or score and select with the same limit"
-            )
-        inner: Any = self.data_collator
-        self.data_collator: Any = _PositionCollator(inner)
+        _check_lengths(self.train_dataset, args.max_length)
 
     @property
     def consumed_order(self) -> ConsumedOrder:
-        """What was trained on so far, against the curriculum."""
+        """What the last call of `train` has trained on so far, against the curriculum."""
         return self._order_log.result()
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """TRL's data loader; its batches also say where their rows stand in the curriculum."""
+        collator: Any = self.data_collator
+        self.data_collator: Any = _PositionCollator(collator, self._position_of)
+        try:
+            loader: DataLoader[Any] = super().get_train_dataloader()
+        finally:
+            self.data_collator = collator
+        return loader
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         columns: list[str] = self._signature_columns
-        self._signature_columns: Any = [*columns, POSITION, DIFFICULTY]
+        if PAIR_ID not in columns:
+            self._signature_columns: Any = [*columns, PAIR_ID]
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        # Not the model's inputs: TRL would pass them on to its forward.
+        # Taken out, since TRL would pass it on to the model.
         positions = inputs.pop(POSITION, None)
-        difficulty = inputs.pop(DIFFICULTY, None)
-        if positions is not None and self.model.training:
-            positions, difficulty = self.accelerator.gather((positions, difficulty))
-            self._order_log.add(positions.tolist())
-            self._metrics["train"][DIFFICULTY].append(difficulty.mean().item())
+        if positions is not None:
+            own = self._order_log.add(self.accelerator.gather(positions).tolist())
+            # TRL logs the mean of this list, so one entry a pair gives the mean over pairs, whatever the
+            # sizes of the batches.
+            self._metrics["train"][DIFFICULTY].extend(self._difficulty_P[own].tolist())
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
 
 class _PositionCollator:
-    """A collator's batch plus where its rows stand in the curriculum, and their difficulty."""
+    """A collator's batch plus where its rows stand in the curriculum."""
 
-    def __init__(self, inner: Any) -> None:
+    def __init__(self, inner: Any, position_of: Mapping[str, int]) -> None:
         self._inner = inner
+        self._position_of = position_of
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch: dict[str, Any] = self._inner(examples)
-        if POSITION in examples[0]:
-            batch[POSITION] = torch.tensor([example[POSITION] for example in examples])
-            batch[DIFFICULTY] = torch.tensor([example[DIFFICULTY] for example in examples])
+        batch[POSITION] = torch.tensor([self._position_of[example[PAIR_ID]] for example in examples])
         return batch
 
 
-class _EpochStarts(TrainerCallback):
-    """Tells the order log when the data loader begins again."""
+class _OrderLogStarts(TrainerCallback):
+    """Tells the order log when a training, and when the data loader, begins."""
 
     def __init__(self, log: OrderLog) -> None:
         self._log = log
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._log.start_training()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._log.start_epoch()
 
 
-def _refuse_shuffling(args: DPOConfig) -> None:
-    if args.train_sampling_strategy != "sequential":
+def _require_order_kept(args: DPOConfig) -> None:
+    strategy, loading = args.train_sampling_strategy, args.accelerator_config
+    problems = [
+        (
+            strategy != "sequential",
+            f'train_sampling_strategy="{strategy}" would shuffle the curriculum: set it to "sequential" (for '
+            'a shuffled order, build the curriculum with order="shuffled")',
+        ),
+        (
+            args.dataloader_drop_last,
+            "dataloader_drop_last=True would drop the curriculum's last pairs: set it to False",
+        ),
+        (
+            not args.dataloader_in_order,
+            "dataloader_in_order=False would train on whichever batch is ready first: set it to True",
+        ),
+        (
+            not loading.even_batches,
+            "accelerator_config.even_batches=False leaves some processes without a last batch to share "
+            "with the others: set it to True",
+        ),
+        (
+            bool(loading.dispatch_batches),
+            "accelerator_config.dispatch_batches=True joins batches of different lengths, which cannot be "
+            "done: leave it out",
+        ),
+    ]
+    for is_wrong, message in problems:
+        if is_wrong:
+            raise ConfigError(message)
+
+
+def _selected_rows(curriculum: Curriculum, dataset: Dataset | None) -> Dataset:
+    """The selected pairs in training order, with their ids and difficulties."""
+    if not isinstance(dataset, Dataset):
         raise ConfigError(
-            f"train_sampling_strategy={args.train_sampling_strategy!r} would shuffle the curriculum: set it "
-            'to "sequential" in DPOConfig (for a shuffled order, build the curriculum with order="shuffled")'
+            f"train_dataset is of type {type(dataset).__name__}, but a curriculum needs a datasets.Dataset: "
+            "its rows are looked up by id"
         )
-    if args.dataloader_drop_last:
-        raise ConfigError("dataloader_drop_last=True would drop the curriculum's last pairs: set it to False")
+    # Scoring leaves out unusable pairs (too long, identical ...), which raw data still holds.
+    return curriculum.apply(dataset, allow_unscored=True)
 
 
-def _datasets_in(eval_dataset: Any) -> list[Any]:
-    if eval_dataset is None:
-        return []
-    return list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
+def _check_lengths(rows: Any, max_length: int | None) -> None:
+    """Refuse pairs above `max_length` whose reference is that of the whole pair; else say they are cut."""
+    if max_length is None or not is_tokenized(rows):
+        return
+    lengths_P = pair_lengths(rows)
+    long = np.flatnonzero(lengths_P > max_length)
+    if not len(long):
+        return
+    what = f"{len(long):,} selected pairs are longer than max_length {max_length} (up to {lengths_P.max():,})"
+    if has_reference(rows):
+        raise ConfigError(
+            f"{what}, and their reference log-probs are those of the whole pairs: raise max_length "
+            f"({name_some(rows.select(long)[PAIR_ID])})"
+        )
+    logger.warning("%s: TRL cuts their completions", what)

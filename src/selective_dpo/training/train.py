@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,8 +17,14 @@ from selective_dpo.errors import IdentityError
 from selective_dpo.training.arguments import dpo_arguments, lora_config
 from selective_dpo.training.model_card import model_card
 from selective_dpo.training.progress import TrainingProgress, without_printed_logs
-from selective_dpo.training.publish import save_policy, trainer_facts
+from selective_dpo.training.publish import (
+    require_finite_weights,
+    save_policy,
+    trainer_facts,
+    training_log,
+)
 from selective_dpo.training.selective_trainer import SelectiveDPOTrainer
+from selective_dpo.training.trackers import training_folder
 
 DEFAULT_SEED = 42
 
@@ -41,43 +46,49 @@ class TrainingJob(NamedTuple):
     folder: Path
     """Where to publish the policy."""
     key: str
+    tracking: Path | None = None
+    """Where the local files of trackers go; None: they are deleted."""
 
 
 def train_policy(job: TrainingJob) -> None:
     """Train on the curriculum's pairs in its order; publish weights, card, log and the order consumed.
 
     Raises:
-        IdentityError: the order consumed is not the curriculum's; nothing is published then.
+        ConfigError: the training diverged.
+        IdentityError: the order consumed is not the curriculum's, once an epoch. Nothing is published on
+            either error.
     """
     started = time.monotonic()
     curriculum = Curriculum.load(job.curriculum)
-    with tempfile.TemporaryDirectory() as scratch:
-        trainer = _make_trainer(job, curriculum, Path(scratch))
+    with training_folder(job.recipe.train.trainer, job.tracking) as folder:
+        trainer = _make_trainer(job, curriculum, folder)
         trainer.train()
     order = trainer.consumed_order
-    if not order.matches:
+    if not order.matches or order.epochs != trainer.args.num_train_epochs:
         raise IdentityError(
-            f"{job.name}: the pairs consumed are not the curriculum's order "
-            f"({order.consumed_digest[:12]} instead of {order.expected_digest[:12]})"
+            f"{job.name}: the pairs consumed are not the curriculum's order: {order.consumed:,} rows with "
+            f"digest {order.consumed_digest[:12]} instead of {trainer.args.num_train_epochs:g} times "
+            f"{order.pairs:,} with {order.expected_digest[:12]}"
         )
+    require_finite_weights(trainer, settings="train.trainer")
     with publish_from_main(job.folder, kind="policy", key=job.key) as partial:
         save_policy(trainer, partial)
         if this_process().is_main_process:
             write_json(partial / "order.json", order.to_json())
-            write_json(partial / "trainer_log.json", {"log_history": trainer.state.log_history})
+            write_json(partial / "trainer_log.json", training_log(trainer))
             card = model_card(job.recipe, label=job.label, facts=curriculum.facts, order=order, key=job.key)
             write_atomic(partial / "README.md", card)
             seconds = time.monotonic() - started
             write_json(partial / "cost.json", {**trainer_facts(trainer), "seconds": seconds})
 
 
-def _make_trainer(job: TrainingJob, curriculum: Curriculum, scratch: Path) -> Any:
+def _make_trainer(job: TrainingJob, curriculum: Curriculum, folder: Path) -> Any:
     recipe = job.recipe
     args = dpo_arguments(
-        recipe.train.trainer,
+        {"run_name": f"{recipe.name}-{job.name}", **recipe.train.trainer},
         model=recipe.model,
         max_length=recipe.data.max_length,
-        output_dir=scratch,
+        output_dir=folder,
         seed=DEFAULT_SEED,
         sequential=True,
     )

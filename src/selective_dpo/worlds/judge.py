@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
+from selective_dpo.core.winrates import scores_from_rewards
 from selective_dpo.worlds.tasks import gold_reward
 
 
@@ -22,16 +23,7 @@ def gold_scores(prompts: Sequence[str], answers: Sequence[str]) -> NDArray[np.fl
     )
 
 
-def compare_scores(scores_a: ArrayLike, scores_b: ArrayLike) -> NDArray[np.float64]:
-    """1 where a is better, 1/2 where they are equal, 0 where b is; shapes broadcast.
-
-    Equal rewards are equal to the last bit: both are 1 minus a ratio of small whole numbers.
-    """
-    difference = np.asarray(scores_a, dtype=np.float64) - np.asarray(scores_b, dtype=np.float64)
-    return np.asarray(0.5 + 0.5 * np.sign(difference))
-
-
 def compare(prompt: str, answer_a: str, answer_b: str) -> float:
     """1 if answer a has the higher gold reward, 0 if answer b has, 1/2 for a tie."""
     score_a, score_b = gold_scores([prompt, prompt], [answer_a, answer_b])
-    return float(compare_scores(score_a, score_b))
+    return float(scores_from_rewards(score_a, score_b))

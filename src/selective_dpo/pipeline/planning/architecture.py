@@ -46,13 +46,14 @@ def build_on_meta(config: ModelConfig) -> Any:
         ModelError: the configuration cannot be had, or is not that of a causal language model.
     """
     architecture = load_model_config(config)
+    from_config: Any = AutoModelForCausalLM.from_config
     try:
         with torch.device("meta"):
             # Shapes do not depend on the attention implementation, and this one needs no other package.
-            return AutoModelForCausalLM.from_config(
+            return from_config(
                 architecture, attn_implementation="eager", trust_remote_code=config.trust_remote_code
             )
-    except (ValueError, ImportError, KeyError, AttributeError) as error:
+    except (ValueError, ImportError, KeyError, AttributeError, AssertionError) as error:
         raise ModelError(f"cannot build model {config.path!r} from its configuration: {error}") from error
 
 

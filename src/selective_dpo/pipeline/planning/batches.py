@@ -72,9 +72,7 @@ def sequential_work(lengths_P: NDArray[np.int64], pairs_per_batch: int, processe
     epoch = epoch_batches(len(lengths_P), pairs_per_batch, processes)
     rows = epoch.full * pairs_per_batch + epoch.rest
     repeated = np.resize(lengths_P, rows)  # from the beginning again, where a last round is filled
-    return _work_of(
-        [repeated[start : start + pairs_per_batch] for start in range(0, rows, pairs_per_batch)]
-    )
+    return _work_of([repeated[start : start + pairs_per_batch] for start in range(0, rows, pairs_per_batch)])
 
 
 def random_work(lengths_P: NDArray[np.int64], pairs: int, pairs_per_batch: int, processes: int) -> Work:

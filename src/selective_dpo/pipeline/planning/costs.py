@@ -73,7 +73,9 @@ def training_memory(
     trained_bytes = _ADAPTER_BYTES if adapter else BYTES[dtype]
     weights = sizes.parameters * BYTES[dtype] + adapter * _ADAPTER_BYTES
     gradients = trained * trained_bytes
-    optimizer = trained * _optimizer_bytes(settings.optimizer, 4 if settings.keeps_master_weights else trained_bytes)
+    optimizer = trained * _optimizer_bytes(
+        settings.optimizer, 4 if settings.keeps_master_weights else trained_bytes
+    )
     if settings.keeps_master_weights:
         optimizer += trained * 4
     shared = ("optimizer", "gradients", "weights")

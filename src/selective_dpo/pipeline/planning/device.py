@@ -22,7 +22,7 @@ class Device(NamedTuple):
     kind: str
     """"cuda" or "cpu"."""
     name: str
-    count: int
+    number: int
     memory: int
     """Bytes of one of them; of the machine, for the CPU."""
 

@@ -1,0 +1,34 @@
+"""`plan RECIPE`: what a run would do and cost."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from selective_dpo.cli.recipe_options import add_recipe_options, read_recipe
+
+TAKES_OVERRIDES = True
+
+
+def add_options(parser: argparse.ArgumentParser, verb: str) -> None:
+    """RECIPE, and where the plan may go as JSON."""
+    add_recipe_options(parser)
+    parser.add_argument("--json", default="", metavar="PATH", help="also write the plan as JSON")
+
+
+def execute(verb: str, options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:
+    """Work the plan out and print it."""
+    from selective_dpo.launch.quiet import quieten_libraries
+
+    recipe = read_recipe(options, overrides)
+    quieten_libraries()
+    from selective_dpo.artifacts import write_json
+    from selective_dpo.pipeline.plan import make_plan
+    from selective_dpo.pipeline.planning.words import plan_text
+
+    plan = make_plan(recipe)
+    print(plan_text(plan))
+    if options.json:
+        write_json(Path(options.json), plan.to_json())
+    return 0

@@ -1,0 +1,95 @@
+"""Checks of the data: each source's first rows, the template on them, their lengths."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any, NamedTuple
+
+from selective_dpo.config import Recipe, SourceConfig
+from selective_dpo.data.pairs import KEPT, Pair, parse_row
+from selective_dpo.data.readers import Malformed
+from selective_dpo.data.sources import open_source, source_label
+from selective_dpo.data.tokenize import PairTokens, fit_length, tokenize_pairs
+from selective_dpo.errors import SelectiveDPOError
+from selective_dpo.pipeline.checks.check import Check, fail, ok, warn
+
+ROWS = 100
+"""Rows that are looked at in each source."""
+
+
+class FirstRows(NamedTuple):
+    """The beginning of one source."""
+
+    check: Check
+    pairs: tuple[Pair, ...]
+    """Those of its rows that are pairs."""
+
+
+def check_source(source: SourceConfig) -> FirstRows:
+    """Read and parse the first rows of a source."""
+    name = f"data {source_label(source)}"
+    try:
+        parsed = [
+            row.problem if isinstance(row, Malformed) else parse_row(row)
+            for row in islice(open_source(source).rows(), ROWS)
+        ]
+    except SelectiveDPOError as error:
+        return FirstRows(fail(name, str(error)), ())
+    pairs = tuple(row for row in parsed if isinstance(row, Pair))
+    statuses = Counter(KEPT if isinstance(row, Pair) else str(row) for row in parsed)
+    counts = ", ".join(f"{count} {status}" for status, count in statuses.most_common())
+    found = f"first {len(parsed)} rows: {counts or 'none'}"
+    remedy = "wanted are columns chosen and rejected, with or without prompt; see docs"
+    if not pairs:
+        return FirstRows(fail(name, found, remedy), ())
+    if len(pairs) < len(parsed) / 2:
+        return FirstRows(warn(name, found, "more than half would be dropped"), pairs)
+    return FirstRows(ok(name, found), pairs)
+
+
+def check_template(
+    recipe: Recipe, tokenizer: Any, pairs: list[Pair], embedded: int | None
+) -> Iterator[Check]:
+    """Render and tokenize pairs: the template, the prompt's boundary, the length limits, and whether the
+    model, with `embedded` rows (None: not known), has one for every token.
+
+    Raises:
+        SelectiveDPOError: as for a run: no template for conversations, an option without effect ...
+    """
+    data = recipe.data
+    tokens = tokenize_pairs(pairs, tokenizer, empty_system_message=data.empty_system_message)
+    kept = [item for item in tokens if isinstance(item, PairTokens)]
+    chats = sum(pair.is_conversational for pair in pairs)
+    found = f"{chats} conversations and {len(pairs) - chats} plain texts rendered"
+    if len(kept) < len(pairs):
+        refused = f"{found}, {len(pairs) - len(kept)} refused by the template"
+        yield warn("template", refused, "these rows would be dropped; see model.chat_template")
+    else:
+        yield ok("template", found)
+    if not kept:
+        return
+    largest = max(max(ids, default=0) for item in kept for ids in item[:3])
+    if embedded is not None and largest >= embedded:
+        remedy = "use the tokenizer the model was trained with (model.tokenizer)"
+        yield fail("token ids", f"up to {largest:,}, the model embeds {embedded:,} tokens", remedy)
+    yield _boundary(kept, data.max_boundary_mismatch)
+    yield _lengths([str(fit_length(item, data).drop or KEPT) for item in kept])
+
+
+def _boundary(tokens: list[PairTokens], most: float) -> Check:
+    mismatches = sum(item.boundary_mismatch for item in tokens)
+    found = f"prompt is no token prefix in {mismatches} of {len(tokens)} pairs"
+    if mismatches / len(tokens) > most:
+        remedy = "use a template that writes the prompt alike in both, or raise data.max_boundary_mismatch"
+        return fail("boundary", f"{found}, more than {most:.0%}", remedy)
+    return ok("boundary", found)
+
+
+def _lengths(statuses: list[str]) -> Check:
+    counts = Counter(statuses)
+    found = ", ".join(f"{count} {status}" for status, count in counts.most_common())
+    if counts[KEPT] < len(statuses) / 2:
+        return warn("lengths", found, "raise data.max_length, or set data.overlong: truncate")
+    return ok("lengths", found)

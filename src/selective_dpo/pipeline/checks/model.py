@@ -1,0 +1,114 @@
+"""Checks of what a recipe names: model, tokenizer, adapters, judge, trainer settings."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from selective_dpo.config import Recipe
+from selective_dpo.evaluation.judges import judge_for
+from selective_dpo.pipeline.checks.check import Check, fail, ok, warn
+from selective_dpo.pipeline.planning.architecture import adapter_parameters, build_on_meta
+from selective_dpo.pipeline.planning.device import Device
+from selective_dpo.pipeline.planning.pricing import Models, Pricing
+from selective_dpo.pipeline.planning.words import readable_bytes, readable_count
+from selective_dpo.pipeline.planning.workload import workloads
+from selective_dpo.pipeline.run_directory import RunDirectory
+from selective_dpo.pipeline.stages import Run
+from selective_dpo.training.arguments import dpo_arguments
+
+_NEARLY_FULL = 0.9
+
+
+def check_weights(recipe: Recipe, model: Any) -> Check:
+    """The architecture, and for a local folder that its weights are in the one format that is read."""
+    size = readable_count(sum(parameter.numel() for parameter in model.parameters()))
+    found = f"{type(model).__name__}, {size} parameters"
+    folder = Path(recipe.model.path)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        return fail("model", f"{found}, but no .safetensors in {folder}", "save its weights as safetensors")
+    return ok("model", found)
+
+
+def check_tokenizer(tokenizer: Any, model: Any) -> Check:
+    """Special tokens, and that the model has a row for each of them."""
+    special = {name: getattr(tokenizer, f"{name}_token") for name in ("pad", "bos", "eos")}
+    rows, tokens = embedded_tokens(model), len(tokenizer)
+    named = ", ".join(f"{name} {token!r}" for name, token in special.items())
+    found = f"{tokens:,} tokens, {named}; the model embeds {rows:,}"
+    outside = [
+        token for token in special.values() if token and tokenizer.convert_tokens_to_ids(token) >= rows
+    ]
+    if outside:
+        remedy = "use the tokenizer the model was trained with (model.tokenizer), or resize its embedding"
+        return fail("tokenizer", f"{found}, none for {', '.join(outside)}", remedy)
+    if tokens > rows:
+        return warn("tokenizer", found, "texts with the tokens beyond that would stop the run")
+    if tokenizer.eos_token is None:
+        return warn("tokenizer", found, "without an end-of-sequence token, answers have no end")
+    return ok("tokenizer", found)
+
+
+def embedded_tokens(model: Any) -> int:
+    """How many tokens the model has a row for."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def check_positions(recipe: Recipe, model: Any) -> Check:
+    """Whether the longest sequence fits into the model's positions."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = recipe.data.max_length
+    generation = recipe.evaluate.generation
+    if generation.prompts:
+        longest = max(longest, recipe.data.max_prompt_length + generation.max_new_tokens)
+    found = f"sequences of up to {longest:,} tokens, the model has {positions or 'no limit of'} positions"
+    if positions is not None and longest > positions:
+        return fail("length", found, "lower data.max_length or evaluate.generation.max_new_tokens")
+    return ok("length", found)
+
+
+def check_adapter(recipe: Recipe, block: str) -> Check:
+    """Whether the LoRA settings of `block` ("score" or "train") find their modules in the model."""
+    lora = getattr(recipe, block).lora
+    if lora is None:
+        return ok(f"{block}.lora", "none: all weights are trained")
+    trained = adapter_parameters(build_on_meta(recipe.model), lora, f"{block}.lora")
+    return ok(f"{block}.lora", f"{readable_count(trained)} parameters in the adapter")
+
+
+def check_memory(recipe: Recipe, models: Models, device: Device) -> Check:
+    """The plan's largest estimate, at the longest sequences that the recipe allows, against the device."""
+    pricing = Pricing(recipe, models, device)
+    run = Run(recipe, RunDirectory.of(recipe), say=lambda line: None)
+    jobs = [pricing.priced(load, run.folder.root) for load in workloads(run, None, ())]
+    need, name = max((job.memory.total, job.name) for job in jobs if job.memory is not None)
+    found = f"{name} needs about {readable_bytes(need)} of {readable_bytes(device.memory)}"
+    if device.memory and need > _NEARLY_FULL * device.memory:
+        remedy = "lower per_device_train_batch_size or tokens_per_batch, use LoRA, or shard over processes"
+        return warn("memory", found, remedy)
+    return ok("memory", found)
+
+
+def check_trainer(recipe: Recipe, block: str) -> Check:
+    """Whether TRL accepts the trainer settings on this machine (mixed precision, for one)."""
+    settings = getattr(recipe, block).trainer
+    name = f"{block}.trainer"
+    if settings.get("deepspeed") or settings.get("fsdp"):
+        return ok(name, "options are known; sharding is set up by the launched processes")
+    with tempfile.TemporaryDirectory() as scratch:
+        dpo_arguments(
+            settings,
+            model=recipe.model,
+            max_length=recipe.data.max_length,
+            output_dir=Path(scratch),
+            seed=0,
+            sequential=block == "train",
+        )
+    return ok(name, "accepted on this machine")
+
+
+def check_judge(recipe: Recipe) -> Check:
+    """Whether the judge can be made; its weights are not loaded."""
+    judge = judge_for(recipe.evaluate)
+    return ok("judge", "none: no answers are compared" if judge is None else judge.name)

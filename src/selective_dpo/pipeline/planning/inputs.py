@@ -1,0 +1,127 @@
+"""The pairs and prompts of a run, as far as they can be had here: nothing is written into its folder."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from selective_dpo.config import ModelConfig, SourceConfig
+from selective_dpo.data.sources import open_source
+from selective_dpo.data.store import PairsSummary, load_summary, load_tokens
+from selective_dpo.engine.models import load_tokenizer
+from selective_dpo.errors import DataError, ModelError
+from selective_dpo.evaluation.generation import choose_prompts
+from selective_dpo.evaluation.prompt_tokens import encode_prompt
+from selective_dpo.pipeline.evaluation_stage import prompts_to_answer
+from selective_dpo.pipeline.run_directory import RunDirectory
+from selective_dpo.pipeline.stages import Run, ensure_pairs
+
+
+class Unknown(NamedTuple):
+    """Stands for what cannot be found out here."""
+
+    reason: str
+
+
+class KeptPairs(NamedTuple):
+    """The prepared pairs of one folder; columns of equal length P."""
+
+    summary: PairsSummary
+    pair_ids: list[str]
+    prompt_ids: list[str]
+    lengths_P: NDArray[np.int64]
+    """Tokens of the longer of prompt + chosen and prompt + rejected."""
+
+
+class Inputs(NamedTuple):
+    """What a run would work on."""
+
+    pairs: KeptPairs
+    test: KeptPairs | None
+    prompt_lengths_G: NDArray[np.int64]
+    """Tokens of each prompt that would be answered."""
+
+
+def read_inputs(run: Run, *, use_published: bool) -> Inputs | Unknown:
+    """Prepared pairs, published ones where `use_published`, else made in a temporary folder.
+
+    Raises:
+        DataError, TemplateError, ConfigError: the data are there, and cannot be used as the recipe says.
+    """
+    reason = why_unreachable(run)
+    if reason:
+        return Unknown(reason)
+    if use_published:
+        return _read(run)
+    with tempfile.TemporaryDirectory() as scratch:
+        elsewhere = Run(run.recipe, RunDirectory(Path(scratch) / "run"), say=lambda line: None)
+        ensure_pairs(elsewhere)
+        return _read(elsewhere)
+
+
+def why_unreachable(run: Run) -> str:
+    """Why tokenizer or data cannot be had here; "" if they can.
+
+    What is found and does not work is an error; what is not found may be somewhere else.
+    """
+    try:
+        load_tokenizer(run.recipe.model)
+    except ModelError as error:
+        if is_local(run.recipe.model):
+            raise
+        return str(error)
+    for source in (*run.recipe.data.train, *run.recipe.data.test):
+        try:
+            open_source(source)
+        except DataError as error:
+            if _exists(source):
+                raise
+            return str(error)
+    return ""
+
+
+def is_local(config: ModelConfig) -> bool:
+    """Whether the model (and its tokenizer) are folders of this machine."""
+    return all(Path(path).is_dir() for path in (config.path, config.tokenizer or config.path))
+
+
+def _exists(source: SourceConfig) -> bool:
+    return Path(source.path).expanduser().exists()
+
+
+def _read(run: Run) -> Inputs:
+    test = _kept(run.folder.test_pairs) if run.recipe.data.test else None
+    return Inputs(_kept(run.folder.pairs), test, _prompt_lengths(run))
+
+
+def _kept(folder: Path) -> KeptPairs:
+    table = load_tokens(folder).with_format("arrow")[:]
+    prompt, chosen, rejected = (
+        _list_lengths(table[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")
+    )
+    return KeptPairs(
+        load_summary(folder),
+        table["pair_id"].to_pylist(),
+        table["prompt_id"].to_pylist(),
+        prompt + np.maximum(chosen, rejected),
+    )
+
+
+def _list_lengths(column: Any) -> NDArray[np.int64]:
+    return np.asarray(pc.list_value_length(column).to_numpy(), dtype=np.int64)
+
+
+def _prompt_lengths(run: Run) -> NDArray[np.int64]:
+    if run.recipe.evaluate.generation.prompts == 0:
+        return np.zeros(0, dtype=np.int64)
+    empty_system_message = run.recipe.data.empty_system_message
+    lengths = [
+        len(encode_prompt(run.tokenizer, prompt.text, empty_system_message=empty_system_message))
+        for prompt in choose_prompts(prompts_to_answer(run), run.recipe.evaluate.generation)
+    ]
+    return np.array(lengths, dtype=np.int64)

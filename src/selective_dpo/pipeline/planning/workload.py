@@ -1,0 +1,224 @@
+"""The jobs of a run, and how much each one has to compute."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from selective_dpo.config import SelectConfig
+from selective_dpo.core.identity import positions_of
+from selective_dpo.core.selection import rank_window, size_of
+from selective_dpo.curriculum.build import rule_of
+from selective_dpo.curriculum.table import Curriculum
+from selective_dpo.pipeline.planning.batches import (
+    NO_WORK,
+    Work,
+    budgeted_work,
+    epoch_batches,
+    optimizer_steps,
+    random_work,
+    sequential_work,
+)
+from selective_dpo.pipeline.planning.inputs import Inputs, KeptPairs
+from selective_dpo.pipeline.planning.settings import TrainingSettings, training_settings
+from selective_dpo.pipeline.room import scorer_steps
+from selective_dpo.pipeline.stages import Run
+from selective_dpo.scoring.plan import ScorerRun, split_pairs
+
+Kind = Literal["reference", "scorer", "policy", "held-out", "answers"]
+
+
+class Workload(NamedTuple):
+    """One job. What is not known is None."""
+
+    kind: Kind
+    folder: Path
+    """Where its result goes."""
+    cached: bool
+    """It is there already."""
+    pairs: int | None = None
+    """Pairs trained on, or whose log-probs are computed; prompts that are answered."""
+    held_out: int | None = None
+    """Pairs measured at every evaluation."""
+    updates: int | None = None
+    evaluated_after: tuple[int, ...] | None = None
+    """Optimizer steps after which the held-out pairs are measured."""
+    trained: Work | None = None
+    forwarded: Work | None = None
+    """Computed without gradients."""
+    longest: int | None = None
+    """Tokens of the longest row."""
+
+
+def workloads(run: Run, inputs: Inputs | None, cached: Collection[Path]) -> list[Workload]:
+    """Every job of `run`, in the order they are done; `cached` are the results that are there.
+
+    Raises:
+        ConfigError: too few updates for the evaluations, or a selection that fits no pair.
+        DataError: too few prompts to halve.
+    """
+    pairs, test = (inputs.pairs, inputs.test) if inputs else (None, None)
+    has_test = bool(run.recipe.data.test)
+    jobs = [_reference(run, run.folder.reference, pairs, cached)]
+    jobs += [_reference(run, run.folder.test_reference, test, cached)] if has_test else []
+    jobs += [_scorer(run, scorer, pairs, cached) for scorer in run.scorer_runs]
+    jobs += [_policy(run, select, folder, inputs, cached) for select, folder in run.arms.values()]
+    jobs += [_held_out(run, test, cached)] if has_test else []
+    if run.recipe.evaluate.generation.prompts:
+        jobs.append(_answers(run, inputs, cached))
+    return jobs
+
+
+def selected_count(select: SelectConfig, pairs: int) -> int | None:
+    """How many of `pairs` scored pairs a selection keeps; None for a threshold, which needs the scores."""
+    rule = rule_of(select)
+    if select.rule == "below":
+        return None
+    if select.rule == "random":
+        return size_of(pairs, rule)
+    low, high = rank_window(pairs, rule)
+    return high - low
+
+
+def _reference(run: Run, folder: Path, pairs: KeptPairs | None, cached: Collection[Path]) -> Workload:
+    known = folder in cached
+    if pairs is None:
+        return Workload("reference", folder, known)
+    return Workload(
+        "reference",
+        folder,
+        known,
+        pairs=len(pairs.pair_ids),
+        forwarded=budgeted_work(pairs.lengths_P, run.recipe.score.tokens_per_batch),
+        longest=int(pairs.lengths_P.max()),
+    )
+
+
+def _scorer(run: Run, scorer: ScorerRun, pairs: KeptPairs | None, cached: Collection[Path]) -> Workload:
+    folder, config = run.folder.scores(scorer), run.recipe.score
+    if pairs is None:
+        return Workload("scorer", folder, folder in cached)
+    settings = training_settings(config.trainer, run.recipe.model)
+    processes = run.recipe.launch.processes
+    split = split_pairs(pairs.prompt_ids, scorer)
+    updates, evaluated_after = scorer_steps(run.recipe, scorer, len(split.train), processes)
+    epoch = random_work(pairs.lengths_P[split.train], len(split.train), settings.pairs_per_batch, processes)
+    measured = budgeted_work(pairs.lengths_P[split.held_out], config.tokens_per_batch)
+    return Workload(
+        "scorer",
+        folder,
+        folder in cached,
+        pairs=len(split.train),
+        held_out=len(split.held_out),
+        updates=updates,
+        evaluated_after=evaluated_after,
+        trained=epoch.times(_epochs_done(run, settings, len(split.train), updates)),
+        forwarded=measured.times(config.evaluations),
+        longest=int(pairs.lengths_P.max()),
+    )
+
+
+def _policy(
+    run: Run, select: SelectConfig, folder: Path, inputs: Inputs | None, cached: Collection[Path]
+) -> Workload:
+    job = Workload("policy", folder / "policy", folder / "policy" in cached)
+    if inputs is None:
+        return job
+    pairs, test = inputs.pairs, inputs.test
+    settings = training_settings(run.recipe.train.trainer, run.recipe.model)
+    batch, processes = settings.pairs_per_batch, run.recipe.launch.processes
+    if folder in cached:
+        order = Curriculum.load(folder).order
+        count = len(order)
+        at = positions_of(order, pairs.pair_ids, what=f"curriculum in {folder}")
+        epoch = sequential_work(pairs.lengths_P[at], batch, processes)
+    else:
+        known = selected_count(select, len(pairs.pair_ids))
+        if known is None:
+            return job._replace(longest=int(pairs.lengths_P.max()))
+        count = known
+        epoch = random_work(pairs.lengths_P, count, batch, processes)
+    updates = _updates(run, settings, count)
+    measured = NO_WORK
+    evaluations = _trainer_evaluations(run, updates, settings.epochs)
+    if evaluations and test is not None:
+        size = run.recipe.train.trainer.get("per_device_eval_batch_size", 8)
+        measured = sequential_work(test.lengths_P, size, processes).times(evaluations)
+    return job._replace(
+        pairs=count,
+        updates=updates,
+        trained=epoch.times(_epochs_done(run, settings, count, updates)),
+        forwarded=measured,
+        longest=int(pairs.lengths_P.max()),
+    )
+
+
+def _held_out(run: Run, test: KeptPairs | None, cached: Collection[Path]) -> Workload:
+    folder = run.folder.evaluation
+    if test is None:
+        return Workload("held-out", folder, folder in cached)
+    once = budgeted_work(test.lengths_P, run.recipe.evaluate.tokens_per_batch)
+    return Workload(
+        "held-out",
+        folder,
+        folder in cached,
+        pairs=len(test.pair_ids),
+        forwarded=once.times(len(run.arms) + 1),  # the starting model is measured too
+        longest=int(test.lengths_P.max()),
+    )
+
+
+def _answers(run: Run, inputs: Inputs | None, cached: Collection[Path]) -> Workload:
+    """Answers at their longest. Each new token attends to all before it, so a row costs about half of its
+    length squared; the whole is counted, as everywhere."""
+    folder, generation = run.folder.evaluation, run.recipe.evaluate.generation
+    if inputs is None:
+        return Workload("answers", folder, folder in cached)
+    lengths_G = inputs.prompt_lengths_G + generation.max_new_tokens
+    once = Work(float(lengths_G.sum()), float((lengths_G**2).sum()))
+    return Workload(
+        "answers",
+        folder,
+        folder in cached,
+        pairs=len(lengths_G),
+        forwarded=once.times(generation.samples * (len(run.arms) + 1)),
+        longest=int(lengths_G.max(initial=0)),
+    )
+
+
+def _updates(run: Run, settings: TrainingSettings, pairs: int) -> int:
+    return optimizer_steps(
+        pairs,
+        pairs_per_batch=settings.pairs_per_batch,
+        accumulation=settings.accumulation,
+        processes=run.recipe.launch.processes,
+        epochs=settings.epochs,
+    )
+
+
+def _epochs_done(run: Run, settings: TrainingSettings, pairs: int, updates: int) -> float:
+    """Epochs that `updates` make up: part of an epoch is trained in whole updates."""
+    if settings.epochs == int(settings.epochs):
+        return settings.epochs
+    epoch = epoch_batches(pairs, settings.pairs_per_batch, run.recipe.launch.processes)
+    batches = updates * settings.accumulation * run.recipe.launch.processes
+    return min(float(np.ceil(settings.epochs)), batches / max(1, epoch.full + (epoch.rest > 0)))
+
+
+def _trainer_evaluations(run: Run, updates: int, epochs: float) -> int:
+    """How often the training stage evaluates on the way, by transformers' own options."""
+    given = run.recipe.train.trainer
+    strategy, delay = given.get("eval_strategy", "no"), float(given.get("eval_delay", 0))
+    if strategy == "no":
+        return 0
+    first = int(bool(given.get("eval_on_start", False)))
+    if strategy == "epoch":
+        return first + sum(epoch >= delay for epoch in range(1, int(epochs) + 1))
+    every = given.get("eval_steps") or given.get("logging_steps", 10)
+    step: int = max(1, math.ceil(every * updates) if every < 1 else int(every))
+    # The last update is evaluated as well, if it is not anyway.
+    return first + sum(at >= delay for at in {*range(step, updates + 1, step), updates})

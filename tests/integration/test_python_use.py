@@ -1,0 +1,92 @@
+"""The package as a TRL user takes it from Python: the README's example as it stands, and its parts."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+from selective_dpo import Curriculum, build_curriculum, score_difficulty
+from selective_dpo.core.identity import ids_digest
+from selective_dpo.errors import ConfigError
+from tests.fixtures.models import LORA, TRAINER, tiny_model_folder, tiny_pairs_file
+from tests.fixtures.training import pair_of
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SCORE: dict[str, Any] = {
+    "protocol": "custom",
+    "seeds": [1],
+    "evaluations": 2,
+    "lora": LORA,
+    "trainer": TRAINER,
+}
+
+# TRL uses names that transformers has deprecated.
+pytestmark = pytest.mark.filterwarnings(r"ignore:`\w*gradient_checkpointing\w*` is deprecated:FutureWarning")
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    torch.set_num_threads(1)
+    monkeypatch.chdir(tmp_path)
+    tiny_model_folder(tmp_path / "my-sft-model")
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_the_readmes_example_runs(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    readme = (REPOSITORY / "README.md").read_text("utf-8")
+    blocks: list[str] = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    (example,) = [block for block in blocks if "score_difficulty" in block]
+    # Half of them in batches of 8 make the protocol's five evaluations.
+    tiny_pairs_file(workplace / "pairs.jsonl", 84, seed=2, chat=True)
+    if not torch.accelerator.is_available():  # TRL's default is bfloat16, which transformers wants said
+        before = 'DPOConfig("my-policy", '
+        assert before in example
+        example = example.replace(before, before + "use_cpu=True, ")
+    variables: dict[str, Any] = {}
+    exec(compile(example, "README.md", "exec"), variables)
+    curriculum, trainer = variables["curriculum"], variables["trainer"]
+    assert capsys.readouterr().out.strip().splitlines()[-1] == "True"
+    assert isinstance(curriculum, Curriculum)
+    assert len(curriculum.pair_ids) == 84 and len(curriculum.order) == 42
+    assert np.isfinite(curriculum.difficulty_P).all()
+    # DPOConfig's default is three epochs.
+    assert trainer.consumed_order.consumed_digest == ids_digest(3 * curriculum.order)
+
+
+def test_scoring_keeps_what_is_measured_and_raw_rows_can_be_trained_on(workplace: Path) -> None:
+    rows = [json.loads(line) for line in tiny_pairs_file(workplace / "p", 24).read_text().splitlines()]
+    too_long = {"prompt": "p", "chosen": "c" * 100, "rejected": "no"}
+    pairs = Dataset.from_list([*rows, too_long, rows[0]])
+    settings: dict[str, Any] = {
+        "output_dir": workplace / "runs" / "mine",
+        "score": SCORE,
+        "data": {"max_length": 64, "max_prompt_length": 32},
+        "dtype": "float32",
+    }
+    records = score_difficulty(workplace / "my-sft-model", pairs, **settings)
+    # 24 usable pairs, one seed, two evaluations.
+    assert len(records) == 48
+    assert set(records.pair_id) == {pair_of(row).pair_id for row in rows}
+    files = [workplace / "runs" / "mine" / "scores" / f"seed1-fold{fold}" for fold in (0, 1)]
+    written = [(folder / "manifest.json").stat().st_mtime_ns for folder in files]
+    again = score_difficulty(workplace / "my-sft-model", pairs, **settings)
+    assert [(folder / "manifest.json").stat().st_mtime_ns for folder in files] == written
+    np.testing.assert_array_equal(again.loss, records.loss)
+
+    curriculum = build_curriculum(records, {"rule": "all", "order": "hard-to-easy"})
+    applied = curriculum.apply(pairs, allow_unscored=True)
+    assert applied["pair_id"][:] == curriculum.order
+    assert np.all(np.diff(applied["difficulty"][:]) <= 0)
+
+
+def test_what_is_no_data_set_is_refused(workplace: Path) -> None:
+    with pytest.raises(ConfigError, match=r"a path or a datasets\.Dataset, not list"):
+        score_difficulty("my-sft-model", [1, 2], output_dir="runs/a")  # type: ignore[arg-type]

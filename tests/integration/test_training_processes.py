@@ -1,0 +1,115 @@
+"""Training on two CPU processes: the same pairs, each once an epoch, in the curriculum's order."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from selective_dpo.artifacts import read_json, verify_folder
+from selective_dpo.cli.main import main
+from selective_dpo.core.identity import ids_digest
+from selective_dpo.curriculum.table import Curriculum
+from selective_dpo.launch.processes import launch_command
+from tests.fixtures.models import recipe_file, tiny_model_folder, tiny_recipe
+from tests.fixtures.training import curriculum_of, text_rows, tokens_of
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PAIRS = 9
+DIFFICULTIES = [0.3, 0.6, 0.8, 0.1, 0.9, 0.5, 0.7, 0.2, 0.4]
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+def in_two_processes(arguments: list[str]) -> None:
+    command, environment = launch_command(2)
+    subprocess.run(
+        [*command, *arguments], cwd=REPOSITORY, env={**os.environ, **environment}, check=True, timeout=300
+    )
+
+
+@pytest.mark.slow
+def test_the_model_sees_the_curriculum_in_order_on_two_processes(tmp_path: Path) -> None:
+    rows = text_rows(PAIRS)
+    curriculum = curriculum_of(rows, DIFFICULTIES, count=7)
+    tiny_model_folder(tmp_path / "model")
+    curriculum.save(tmp_path)
+    (tmp_path / "rows.json").write_text(json.dumps(rows[::-1]), "utf-8")
+    settings: dict[str, Any] = {
+        "lora": False,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "num_train_epochs": 2,
+        "dataloader_num_workers": 1,
+    }
+    in_two_processes(["-m", "tests.fixtures.processes", str(tmp_path), json.dumps(settings)])
+
+    tokens = tokens_of(rows)
+    names = {(*row["prompt_ids"], *row["chosen_ids"]): row["pair_id"] for row in tokens.to_list()}
+    seen = [
+        [names[tuple(ids)] for ids in json.loads((tmp_path / f"inputs-{rank}.json").read_text("utf-8"))]
+        for rank in range(2)
+    ]
+    # A round is two pairs for each process. 7 pairs: a full round, then a round with one pair repeated
+    # from the epoch's beginning. Two epochs.
+    rounds = [seen[rank][start : start + 2] for start in range(0, 8, 2) for rank in range(2)]
+    order = curriculum.order
+    assert list(chain(*rounds)) == 2 * [*order, order[0]]
+    facts = read_json(tmp_path / "order.json")
+    assert facts["matches"] and facts["pairs"] == 7 and facts["consumed"] == 14
+    assert facts["repeated_to_fill"] == 2
+    assert facts["consumed_digest"] == ids_digest(2 * order)
+    # One update an epoch; the repeated pair is no part of the mean of .1 ... .7.
+    logged = [entry["difficulty"] for entry in facts["log_history"] if "loss" in entry]
+    assert logged == pytest.approx([0.4, 0.4], abs=1e-12)
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with its curriculum of 11 of 24 pairs, and no policy yet."""
+    folder = tmp_path_factory.mktemp("scored")
+    recipe = tiny_recipe(
+        folder,
+        score={"evaluations": 1},
+        select={"count": 11},
+        train={"lora": None, "trainer": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}},
+    )
+    assert main(["curriculum", str(recipe_file(recipe, folder / "recipe.yaml"))]) == 0
+    return folder
+
+
+@pytest.mark.slow
+def test_the_train_stage_on_two_processes_equals_one(
+    scored: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = scored / "runs" / "tiny"
+    shutil.copytree(run, tmp_path / "runs" / "tiny")
+    recipe = str(scored / "recipe.yaml")
+    assert main(["train", recipe, "--output_dir", str(tmp_path / "runs")]) == 0
+    # The same number of pairs in an update: half as many accumulated batches on twice the processes.
+    both = ["--launch.processes", "2", "--output_dir", str(scored / "runs")]
+    halved = [*both, "--train.trainer.gradient_accumulation_steps", "1"]
+    command = [sys.executable, "-m", "selective_dpo", "train", recipe, *halved, "--fresh"]
+    subprocess.run(command, cwd=REPOSITORY, check=True, timeout=300)
+
+    policy = run / "policy"
+    verify_folder(policy)
+    order, curriculum = read_json(policy / "order.json"), Curriculum.load(run)
+    assert read_json(policy / "cost.json")["processes"] == 2
+    assert order["matches"] and order["consumed"] == order["pairs"] == 11
+    assert order["consumed_digest"] == curriculum.order_digest
+    # Rounds of 4 pairs: 4 + 4 + 3, so one is repeated.
+    assert order["repeated_to_fill"] == 1
+    alone = tmp_path / "runs" / "tiny" / "policy"
+    weights, expected = load_file(policy / "model.safetensors"), load_file(alone / "model.safetensors")
+    assert weights.keys() == expected.keys()
+    for name, weight in weights.items():
+        assert (weight - expected[name]).abs().max() < 1e-4, name

@@ -1,0 +1,115 @@
+"""The curriculum's table and facts: saved together, loaded together, or refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from selective_dpo.core.identity import ids_digest
+from selective_dpo.curriculum.table import COLUMNS, FACTS, TABLE, Curriculum, loss_column
+from selective_dpo.errors import ArtifactError, IdentityError
+
+ROWS: dict[str, list[Any]] = {
+    "pair_id": ["a", "b", "c", "d"],
+    "prompt_id": ["p", "p", "q", "r"],
+    "difficulty": [0.9, 0.1, 0.5, 0.3],
+    "spread": [0.0, 0.1, 0.2, 0.3],
+    "count": [2, 2, 2, 1],
+    "rank": [3, 0, 2, 1],
+    "selected": [False, True, True, True],
+    "reason": ["harder", "easy", "easy", "easy"],
+    "position": [-1, 0, 2, 1],
+}
+
+
+def curriculum(facts: dict[str, Any] | None = None, **columns: list[Any]) -> Curriculum:
+    values = {**ROWS, **columns}
+    table = pa.table({name: pa.array(values[name], type=kind) for name, kind in COLUMNS.items()})
+    losses = pa.array([0.8, 0.2, 0.4, None], type=pa.float64())
+    return Curriculum(table.append_column(loss_column(41, 1), losses), facts or {"key": "k", "seeds": [41]})
+
+
+def test_the_order_is_that_of_the_positions() -> None:
+    made = curriculum()
+    assert made.order == ["b", "d", "c"]
+    assert made.order_digest == ids_digest(["b", "d", "c"])
+    assert made.pair_ids == ["a", "b", "c", "d"]
+    assert made.difficulty_P.tolist() == [0.9, 0.1, 0.5, 0.3]
+
+
+def test_nothing_selected_is_an_empty_order() -> None:
+    assert curriculum(position=[-1] * 4).order == []
+
+
+@pytest.mark.parametrize("place", ["folder", "folder/mine.parquet"])
+def test_what_is_saved_is_loaded(tmp_path: Path, place: str) -> None:
+    made = curriculum()
+    path = made.save(tmp_path / place)
+    assert path == tmp_path / (place if place.endswith(".parquet") else f"{place}/{TABLE}")
+    for source in (tmp_path / place, path):
+        loaded = Curriculum.load(source)
+        assert loaded.table.equals(made.table)
+        assert loaded.facts == made.facts
+    assert {entry.suffix for entry in path.parent.iterdir()} == {".parquet", ".json"}
+
+
+def test_saving_again_replaces_both_files(tmp_path: Path) -> None:
+    curriculum().save(tmp_path)
+    curriculum({"key": "other"}, position=[0, 1, 2, 3]).save(tmp_path)
+    loaded = Curriculum.load(tmp_path)
+    assert (loaded.facts, loaded.order) == ({"key": "other"}, ["a", "b", "c", "d"])
+
+
+def test_a_table_without_its_facts_is_not_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    curriculum().save(tmp_path)
+    monkeypatch.setattr("selective_dpo.curriculum.table.write_json", killed)
+    with pytest.raises(KeyboardInterrupt):  # between the two files: the old facts must be gone by then
+        curriculum({"key": "other"}).save(tmp_path)
+    with pytest.raises(ArtifactError, match=r"curriculum\.json does not exist"):
+        Curriculum.load(tmp_path)
+
+
+def test_an_absent_curriculum_is_said_to_be_absent(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=rf"^no curriculum at .*{TABLE}$"):
+        Curriculum.load(tmp_path)
+
+
+def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
+    path = curriculum().save(tmp_path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"is not the table that curriculum\.json was written for"):
+        Curriculum.load(tmp_path)
+
+
+def test_another_schema_version_is_refused(tmp_path: Path) -> None:
+    curriculum().save(tmp_path)
+    text = (tmp_path / FACTS).read_text()
+    (tmp_path / FACTS).write_text(text.replace('"schema_version": 1', '"schema_version": 2'))
+    with pytest.raises(ArtifactError, match="is not of schema version 1"):
+        Curriculum.load(tmp_path)
+
+
+def test_a_table_of_something_else_is_refused(tmp_path: Path) -> None:
+    table = curriculum().table
+    with pytest.raises(ArtifactError, match="column 'rank' of type int64 is missing"):
+        Curriculum(table.drop_columns(["rank"]), {})
+    whole = table.set_column(0, "pair_id", pa.array([1, 2, 3, 4]))
+    with pytest.raises(ArtifactError, match="column 'pair_id' of type string is missing"):
+        Curriculum(whole, {})
+    pq.write_table(table, tmp_path / "bare.parquet")
+    with pytest.raises(ArtifactError, match=r"bare\.json does not exist"):
+        Curriculum.load(tmp_path / "bare.parquet")
+
+
+def test_a_pair_that_stands_twice_is_refused() -> None:
+    with pytest.raises(IdentityError, match=r"^curriculum: 1 ids stand more than once: a$"):
+        curriculum(pair_id=["a", "b", "a", "d"])

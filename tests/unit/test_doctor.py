@@ -1,0 +1,241 @@
+"""`doctor` finds what would stop a run, one line each, and says what to do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from selective_dpo.cli.main import main
+from selective_dpo.config import Recipe
+from selective_dpo.pipeline.checks import environment
+from selective_dpo.pipeline.checks.check import Check
+from selective_dpo.pipeline.checks.data import check_source
+from selective_dpo.pipeline.doctor import diagnose
+from selective_dpo.pipeline.planning.device import Device
+from tests.fixtures.models import TRAINER, recipe_file, tiny_model_folder, tiny_pairs_file, tiny_recipe
+
+CPU = Device("cpu", "CPU", 1, 1 << 30)
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model and pairs."""
+    folder = tmp_path_factory.mktemp("things")
+    tiny_recipe(folder)
+    return folder
+
+
+def by_name(checks: Iterable[Check]) -> dict[str, Check]:
+    return {check.name: check for check in checks}
+
+
+def found(recipe: Recipe) -> dict[str, Check]:
+    return by_name(diagnose(recipe))
+
+
+def failures(recipe: Recipe) -> dict[str, str]:
+    return {name: check.line() for name, check in found(recipe).items() if check.status == "FAIL"}
+
+
+def test_a_sound_recipe(things: Path) -> None:
+    checks = found(tiny_recipe(things))
+    assert not [check for check in checks.values() if check.status == "FAIL"]
+    # transformers' class for Qwen2 brings a token of its own, <|endoftext|>.
+    assert checks["tokenizer"].found == (
+        "261 tokens, pad '<pad>', bos None, eos '<|im_end|>'; the model embeds 260"
+    )
+    assert checks["template"].found == "0 conversations and 24 plain texts rendered"
+    assert checks["boundary"].found == "prompt is no token prefix in 0 of 24 pairs"
+    assert checks["lengths"].found == "24 kept"
+    assert checks[f"data {things / 'pairs.jsonl'}"].found == "first 24 rows: 24 kept"
+    assert checks["attention"].status == checks["disk"].status == checks["memory"].status == "ok"
+    assert checks["score.trainer"].found == "accepted on this machine"
+    assert not (things / "runs").exists()
+
+
+def test_every_line_is_one_line_and_a_fault_has_a_remedy(things: Path) -> None:
+    for check in diagnose(tiny_recipe(things)):
+        assert len(check.line().splitlines()) == 1
+        assert check.line().startswith(("ok    ", "warn  ", "FAIL  "))
+        assert bool(check.remedy) == (check.status != "ok")
+
+
+@pytest.mark.parametrize(
+    ("blocks", "name", "expected"),
+    [
+        ({"score": {"lora": {"target_modules": ["nope"]}}}, "score.lora", "Target modules"),
+        (
+            {"model": {"attention": "flash_attention_2"}},
+            "attention",
+            "flash_attention_2 is not available here; install its package",
+        ),
+        (
+            {"train": {"trainer": {"optim": "paged_adamw_32bit"}}},
+            "train.trainer.optim paged_adamw_32bit",
+            "bitsandbytes is not installed; install the gpu extra",
+        ),
+        (
+            {"train": {"trainer": {"report_to": "mlflow"}}},
+            "train.trainer.report_to mlflow",
+            "mlflow is not installed",
+        ),
+        (
+            {"data": {"max_length": 600}},
+            "length",
+            "sequences of up to 600 tokens, the model has 512 positions; lower data.max_length",
+        ),
+        (
+            {"evaluate": {"generation": {"prompts": 1}, "judge": "reward-model", "reward_model": "/nope"}},
+            "judge",
+            "/nope",
+        ),
+        ({"data": {"empty_system_message": True}}, "template", "no effect"),
+    ],
+)
+def test_faults_of_a_recipe(things: Path, blocks: dict[str, Any], name: str, expected: str) -> None:
+    if "empty_system_message" in blocks.get("data", {}):
+        tiny_model_folder(things / "no-system", template="{{ messages[-1]['content'] }}")
+        tiny_pairs_file(things / "chat.jsonl", chat=True)
+        blocks["data"]["train"] = [{"path": str(things / "chat.jsonl")}]
+        blocks["model"] = {"path": str(things / "no-system")}
+    faults = failures(tiny_recipe(things, **blocks))
+    assert expected in faults[name]
+
+
+def test_a_model_that_is_not_whole(things: Path, tmp_path: Path) -> None:
+    shutil.copytree(things / "model", tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    assert ".safetensors" in failures(tiny_recipe(tmp_path))["model"]
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "vocab_size": 257}))
+    faults = failures(tiny_recipe(tmp_path))
+    assert "the model embeds 257, none for <|im_end|>" in faults["tokenizer"]
+    assert faults["token ids"].startswith("FAIL  token ids: up to 259, the model embeds 257 tokens; use")
+    (tmp_path / "model" / "config.json").unlink()
+    assert "cannot load model" in failures(tiny_recipe(tmp_path))["model"]
+
+
+def test_a_prompt_that_runs_into_the_answer(tmp_path: Path) -> None:
+    # The template writes a prompt otherwise when it stands alone.
+    template = "{% if messages | length == 1 %}alone {% endif %}{{ messages[-1]['content'] }}"
+    tiny_model_folder(tmp_path / "model", template=template)
+    tiny_pairs_file(tmp_path / "chat.jsonl", chat=True)
+    faults = failures(tiny_recipe(tmp_path, data={"train": [{"path": str(tmp_path / "chat.jsonl")}]}))
+    assert "prompt is no token prefix in 24 of 24 pairs, more than 5%" in faults["boundary"]
+
+
+def test_the_first_rows_of_sources(things: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "b"}] * 3 + [
+        {"prompt": "a", "chosen": "b", "rejected": "c"}
+    ]
+    (tmp_path / "half.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "{\n")
+    (tmp_path / "wrong.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+
+    def check(path: str) -> Check:
+        source = tiny_recipe(things, data={"train": [{"path": path}]}).data.train[0]
+        return check_source(source).check
+
+    half = check(str(tmp_path / "half.jsonl"))
+    assert half.status == "warn"
+    assert "first 5 rows: 3 identical, 1 kept, 1 " in half.found
+    wrong = check(str(tmp_path / "wrong.jsonl"))
+    assert wrong.status == "FAIL"
+    assert wrong.found == "first 1 rows: 1 malformed"
+    recipe = tiny_recipe(things)
+    gone = recipe.data.train[0].model_copy(update={"path": str(tmp_path / "gone.jsonl")})
+    assert "no file or folder" in check_source(gone).check.line()
+
+
+def test_disk(things: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tiny_recipe(things)
+    assert environment.check_disk(recipe, None).status == "warn"
+    assert environment.check_disk(recipe, 1.0).status == "ok"
+    lacking = environment.check_disk(recipe, 1e18)
+    assert (lacking.status, lacking.remedy) == ("FAIL", "free some, or choose another output_dir")
+    (tmp_path / "file").touch()
+    blocked = recipe.model_copy(update={"output_dir": str(tmp_path / "file" / "runs")})
+    assert "cannot write below" in environment.check_disk(blocked, 1.0).found
+
+
+def test_launch_and_precision(things: Path) -> None:
+    recipe = tiny_recipe(things)
+    four = Device("cuda", "GPU", 4, 80 << 30)
+    assert environment.check_launch(recipe, CPU).status == "ok"
+    alone = environment.check_launch(recipe, four)
+    assert alone.status == "warn"
+    assert "set launch.processes or launch.workers to 4" in alone.remedy
+    eight = tiny_recipe(things, launch={"processes": 8})
+    assert environment.check_launch(eight, four).status == "FAIL"
+    assert environment.check_launch(tiny_recipe(things, launch={"processes": 4}), four).status == "ok"
+    assert environment.check_launch(tiny_recipe(things, launch={"workers": 5}), four).status == "warn"
+    assert environment.check_precision(recipe, CPU).status == "ok"
+    half = tiny_recipe(things, model={"dtype": "bfloat16"})
+    assert environment.check_precision(half, CPU).status == "warn"
+
+
+def test_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert environment.check_python().status == "ok"
+    (all_well,) = environment.check_packages()
+    assert f"torch {metadata.version('torch')}" in all_well.found
+    monkeypatch.setattr(
+        metadata, "requires", lambda name: ["torch>=99", "no-such-package>=1", "numpy", "x; extra == 'dev'"]
+    )
+    old, absent, good = environment.check_packages()
+    assert old.line().endswith(f"{metadata.version('torch')}, needed is >=99; pip install 'torch>=99'")
+    assert absent.line() == "FAIL  no-such-package: not installed; pip install 'no-such-package>=1'"
+    assert good.found == f"numpy {metadata.version('numpy')}"
+
+
+def test_the_verb(things: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    out, err = capfd.readouterr()
+    assert err == ""
+    assert "telemetry off" in out
+    assert out.splitlines()[-1].endswith(", 0 to mend")
+
+    path = recipe_file(tiny_recipe(things), tmp_path / "recipe.yaml")
+    capfd.readouterr()
+    assert main(["doctor", str(path)]) == 0
+    out, err = capfd.readouterr()
+    assert err == ""
+    assert all(line.startswith(("ok ", "warn ")) for line in out.splitlines()[:-1])
+
+    assert main(["doctor", str(path), "--model.attention", "flash_attention_3"]) == 2
+    out, err = capfd.readouterr()
+    assert "FAIL  attention: flash_attention_3" in out
+    assert out.splitlines()[-1].endswith(", 1 to mend")
+
+    assert main(["doctor", str(path), "--select.fraction", "1.7"]) == 2
+    assert capfd.readouterr().out == ""
+    assert main(["doctor", "--select.fraction", "0.7"]) == 2
+    assert "no effect without a recipe" in capfd.readouterr().err
+
+
+def test_a_recipe_of_the_hub_while_offline(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", str(RECIPES / "qwen2.5-7b-dpo-mix-7k.yaml")]) == 2
+    out, err = capfd.readouterr()
+    assert err == ""
+    lines = out.splitlines()
+    assert sum(line.startswith("FAIL  data argilla/dpo-mix-7k (split ") for line in lines) == 2
+    assert any(line.startswith("FAIL  model: cannot load model") for line in lines)
+    assert any(line.startswith("FAIL  tokenizer: cannot load tokenizer") for line in lines)
+
+
+def test_trainer_settings_this_machine_refuses(things: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("a GPU may take it")
+    recipe = tiny_recipe(things, score={"trainer": {**TRAINER, "tf32": True}})
+    assert "tf32" in failures(recipe)["score.trainer"]
