@@ -108,7 +108,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "train": [{"path": str(TRAIN)}],
             "test": [{"path": str(TEST), "fraction": 0.1}],
             "max_pairs": PAIRS,
-            "max_length": 768,
+            "max_length": 512,
             "max_prompt_length": 192,
             "seed": 7,
         },
@@ -144,7 +144,7 @@ def test_input_rows_are_kept_or_dropped_for_a_reason(run: Path) -> None:
     assert summary["rows"] == len(table) == sum(counts.values()) == len(source)
     assert counts["not sampled"] == len(source) - PAIRS
     assert summary["kept"] == counts["kept"] == len(load_tokens(run / "pairs"))
-    assert 150 < counts["kept"] < PAIRS  # some are too long, which is counted
+    assert 100 < counts["kept"] < PAIRS  # some are too long, which is counted
     assert counts["too long"] + counts.get("prompt too long", 0) > 0
     # The ids are those of the rows' content, the prompts' ids are the data's own.
     for row, source_row in zip(table.to_pylist()[::97], source[::97], strict=True):

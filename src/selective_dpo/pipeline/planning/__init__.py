@@ -5,5 +5,5 @@
 3. `batches`: how many batches and updates a training makes, and how many padded tokens they hold.
 4. `costs`: FLOPs and memory from these; `device`: what this machine can do.
 5. `inputs`: the pairs, as far as they can be had; `cached`: which stages need not be run again.
-6. `jobs`: every job of a run, with all of the above.
+6. `workload`: every job of a run and what it computes; `pricing` adds the costs; `words` writes it down.
 """

@@ -217,8 +217,9 @@ def _trainer_evaluations(run: Run, updates: int, epochs: float) -> int:
         return 0
     first = int(bool(given.get("eval_on_start", False)))
     if strategy == "epoch":
-        return first + sum(epoch >= delay for epoch in range(1, int(epochs) + 1))
+        return first + len([epoch for epoch in range(1, int(epochs) + 1) if epoch >= delay])
     every = given.get("eval_steps") or given.get("logging_steps", 10)
     step: int = max(1, math.ceil(every * updates) if every < 1 else int(every))
     # The last update is evaluated as well, if it is not anyway.
-    return first + sum(at >= delay for at in {*range(step, updates + 1, step), updates})
+    steps = {*range(step, updates + 1, step), updates}
+    return first + len([at for at in steps if at >= delay])
