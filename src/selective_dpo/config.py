@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -89,15 +89,39 @@ class DataConfig(Block):
         return self
 
 
+class Protocol(NamedTuple):
+    """How much is measured."""
+
+    seeds: tuple[int, ...]
+    evaluations: int
+
+
+PROTOCOLS = {
+    "paper": Protocol((41, 42, 43), 5),
+    "fast": Protocol((41,), 2),
+    "certified": Protocol((41, 42, 43, 44, 45, 46), 2),
+    "custom": Protocol((41, 42, 43), 5),
+}
+"""What a protocol means where the recipe gives no seeds or evaluations of its own."""
+DEFAULT_TARGET = 0.95
+
+
 class ScoreConfig(Block):
     """Difficulty: held-out DPO loss from cross-fitted scorers."""
 
-    protocol: Literal["paper", "custom"] = "paper"
-    """`paper`: seeds 41, 42, 43 and five evaluations; `custom`: as `seeds` and `evaluations` say."""
-    seeds: tuple[int, ...] = (41, 42, 43)
-    """One random half split and two scorers for each."""
-    evaluations: Count = 5
-    """Held-out evaluations per scorer, evenly spaced, the last one at the end of training."""
+    protocol: Literal["paper", "fast", "certified", "custom"] = "paper"
+    """`paper`: seeds 41, 42, 43 and five evaluations; `fast`: seed 41, measured in the middle and at the
+    end; `certified`: seeds are added, two at least, until the selected set is predicted to be stable;
+    `custom`: as `seeds` and `evaluations` say. docs/protocols.md has what each costs and keeps."""
+    seeds: tuple[int, ...] = PROTOCOLS["paper"].seeds
+    """One random half split and two scorers for each; those of the protocol where none are given. For
+    `certified` (41 to 46) they are used one after the other, and not all of them if fewer do."""
+    evaluations: Count = PROTOCOLS["paper"].evaluations
+    """Held-out evaluations per scorer, evenly spaced, the last one at the end of training; the protocol's
+    number where none is given."""
+    target_overlap: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """`certified` stops at this predicted overlap of the selected set with that of a fresh repetition;
+    0.95 when none is given."""
     lora: Settings | None = Field(
         default_factory=lambda: {
             "r": 16,
@@ -114,14 +138,27 @@ class ScoreConfig(Block):
     keep_scorers: bool = False
     """Publish each scorer's adapter or weights beside its records."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _what_the_protocol_means(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or given.get("protocol") not in PROTOCOLS:
+            return given
+        return {**PROTOCOLS[given["protocol"]]._asdict(), **given}
+
     @model_validator(mode="after")
     def _protocol_is_what_it_says(self) -> Self:
         if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
             raise ValueError("seeds must be distinct, and at least one")
-        if self.protocol == "paper" and (self.seeds != (41, 42, 43) or self.evaluations != 5):
+        means = PROTOCOLS[self.protocol]
+        if self.protocol in ("paper", "fast") and (self.seeds, self.evaluations) != means:
             raise ValueError(
-                "protocol 'paper' is seeds [41, 42, 43] with 5 evaluations; say 'custom' for your own"
+                f"protocol '{self.protocol}' is seeds {list(means.seeds)} with {means.evaluations} "
+                "evaluations; say 'custom' for your own"
             )
+        if self.protocol == "certified" and len(self.seeds) < 2:
+            raise ValueError("protocol 'certified' needs at least two seeds to compare")
+        if self.protocol != "certified" and self.target_overlap is not None:
+            raise ValueError("target_overlap works only with protocol 'certified'")
         return self
 
 

@@ -28,11 +28,7 @@ from selective_dpo.training.arguments import dpo_arguments, lora_config
 from selective_dpo.training.pair_trainer import PairTrainer, with_cached_reference
 from tests.fixtures.models import LORA, tiny_model_folder, tiny_pairs_file, tiny_recipe
 
-pytestmark = [
-    pytest.mark.slow,
-    # transformers' own names, used by TRL's defaults.
-    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"),
-]
+pytestmark = pytest.mark.slow
 
 PAIRS = 17
 KINDS = ("lora", "full")

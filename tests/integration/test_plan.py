@@ -23,8 +23,6 @@ from selective_dpo.recipe_io import load_recipe
 from tests.fixtures.models import TRAINER, recipe_file, tiny_pairs_file, tiny_recipe
 
 # PEFT still reads the old name of a property that transformers has renamed.
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
-
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 NAMES = sorted(file.stem for file in RECIPES.glob("*.yaml"))
 

@@ -27,10 +27,8 @@ SCORE: dict[str, Any] = {
     "trainer": TRAINER,
 }
 
+
 # TRL uses names that transformers has deprecated.
-pytestmark = pytest.mark.filterwarnings(r"ignore:`\w*gradient_checkpointing\w*` is deprecated:FutureWarning")
-
-
 @pytest.fixture(autouse=True)
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     torch.set_num_threads(1)

@@ -30,11 +30,7 @@ from tests.fixtures.by_hand import dpo_loss, dpo_margin, sequence_logp
 from tests.fixtures.models import tiny_model_folder, tiny_pairs_file, tiny_recipe
 from tests.fixtures.tokenizers import END
 
-pytestmark = [
-    pytest.mark.slow,
-    # transformers' own names, used by TRL's defaults.
-    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"),
-]
+pytestmark = pytest.mark.slow
 
 PAIRS = 24
 PROMPTS = 16

@@ -26,11 +26,7 @@ from selective_dpo.pipeline.verbs import open_run, score
 from selective_dpo.scoring.score import collect_records
 from tests.fixtures.models import recipe_file, tiny_model_folder, tiny_pairs_file, tiny_recipe
 
-pytestmark = [
-    pytest.mark.slow,
-    # transformers' own names, used by TRL's defaults.
-    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"),
-]
+pytestmark = pytest.mark.slow
 
 PAIRS = 37
 ROOT = Path(__file__).resolve().parents[2]

@@ -34,8 +34,6 @@ from tests.fixtures.training import (
 )
 
 # TRL reads a name that transformers has deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 PAIRS = 12
 # Row i's difficulty; the order of ease is 3, 7, 0, 10, 5, 1, ...

@@ -26,8 +26,6 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PAIRS = 9
 DIFFICULTIES = [0.3, 0.6, 0.8, 0.1, 0.9, 0.5, 0.7, 0.2, 0.4]
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
 
 def in_two_processes(arguments: list[str]) -> None:
     command, environment = launch_command(2)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
@@ -28,9 +29,18 @@ def language_model(model: Any) -> Any:
         ModelError: there is none.
     """
     for module in model.modules():
-        if isinstance(module, PreTrainedModel) and module.get_output_embeddings() is not None:
-            return module
+        inner: Any = module
+        if isinstance(module, PreTrainedModel) and inner.get_output_embeddings() is not None:
+            return inner
     raise ModelError(f"{type(model).__name__} holds no transformers model with a language-model head")
+
+
+def is_sharded(model: Any) -> bool:
+    """Whether processes hold parts of the weights (FSDP, ZeRO-3), so that each forward needs them all."""
+    return any(
+        isinstance(weight, DTensor) or hasattr(weight, "ds_id") or hasattr(weight, "_is_flat_param")
+        for weight in model.parameters()
+    )
 
 
 @contextlib.contextmanager

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from datasets import Dataset
 from numpy.typing import NDArray
-from torch import Tensor
 
-from selective_dpo.engine.batching import token_budget_batches
+from selective_dpo.engine.heads import is_sharded, log_probs_only
+from selective_dpo.engine.memory import bounded_batches, budget_for, run_within_memory
+from selective_dpo.engine.padded_rows import PairBatch, batch_logps, make_batch, pair_lengths
 from selective_dpo.engine.processes import combine_by_position, this_process
+from selective_dpo.engine.shared_rows import IGNORED_LABEL
+from selective_dpo.engine.ways import PathName, choose_way
 from selective_dpo.progress import Progress
 
-IGNORED_LABEL = -100
-"""transformers' label for positions without a loss."""
+__all__ = [
+    "IGNORED_LABEL",
+    "PairBatch",
+    "PairLogps",
+    "batch_logps",
+    "make_batch",
+    "pair_lengths",
+    "pair_logps",
+]
 
 
 class PairLogps(NamedTuple):
@@ -28,89 +38,60 @@ class PairLogps(NamedTuple):
     rejected_P: NDArray[np.float64]
 
 
-class PairBatch(NamedTuple):
-    """Right-padded rows, the batch's chosen ones first, then its rejected ones: [2B, T]."""
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    labels: Tensor
-
-
-def pair_lengths(tokens: Dataset) -> NDArray[np.int64]:
-    """Tokens of the longer of prompt + chosen and prompt + rejected, per row: [P]."""
-    counts = {
-        name: np.fromiter((len(ids) for ids in tokens[name]), dtype=np.int64, count=len(tokens))
-        for name in ("prompt_ids", "chosen_ids", "rejected_ids")
-    }
-    return counts["prompt_ids"] + np.maximum(counts["chosen_ids"], counts["rejected_ids"])
-
-
-def make_batch(rows: dict[str, Sequence[Sequence[int]]], pad_token_id: int) -> PairBatch:
-    """Pad tokenized pairs into one batch; labels mark the completion's tokens only."""
-    sequences, masks = [], []
-    for side in ("chosen_ids", "rejected_ids"):
-        for prompt, completion in zip(rows["prompt_ids"], rows[side], strict=True):
-            sequences.append(torch.tensor([*prompt, *completion]))
-            masks.append(torch.tensor([0] * len(prompt) + [1] * len(completion)))
-    input_ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=pad_token_id)
-    is_completion = torch.nn.utils.rnn.pad_sequence(masks, batch_first=True, padding_value=0)
-    lengths = torch.tensor([len(sequence) for sequence in sequences])
-    attention_mask = (torch.arange(input_ids.shape[1])[None, :] < lengths[:, None]).long()
-    return PairBatch(input_ids, attention_mask, input_ids.masked_fill(is_completion == 0, IGNORED_LABEL))
-
-
-def batch_logps(model: Any, batch: PairBatch) -> Tensor:
-    """Summed log-probability of each row's completion: [2B] float32.
-
-    `model` must carry TRL's fused head (`trl.trainer.utils.add_fused_lm_head`), which gives per-token
-    log-probabilities without the [B, T, V] logits.
-    """
-    output = model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        labels=batch.labels,
-        fused_lm_head=True,
-        use_cache=False,
-    )
-    summed: Tensor = output.log_probs.float().sum(dim=1)
-    return summed
-
-
 def pair_logps(
     model: Any,
     tokens: Dataset,
     *,
-    tokens_per_batch: int,
+    tokens_per_batch: int | None,
     pad_token_id: int,
     autocast_dtype: torch.dtype | None,
     what: str,
+    path: PathName = "auto",
 ) -> PairLogps:
     """Log-probabilities of every pair of `tokens`, without gradients, in evaluation mode.
 
     The work is dealt to all processes of a distributed run, batch by batch, and every process returns
-    the whole result; `model` may be sharded, since all of them run the same number of batches.
+    the whole result; `model` may be sharded, since then all of them run the same number of batches.
+
+    Args:
+        tokens_per_batch: Tokens that are computed at a time, padding included; halved where memory
+            runs out. None: as many as free memory allows.
+        path: `shared` computes prompt, chosen and rejected in one row, `padded` in a row for each
+            completion; `auto` takes shared rows where the model's attention can, and says which.
 
     Raises:
         IdentityError: a pair was not computed exactly once over all processes.
+        ModelError: not even a single pair fits into memory.
     """
     process = this_process()
-    device = next(model.parameters()).device
-    batches = token_budget_batches(pair_lengths(tokens), tokens_per_batch)
-    rounds = -(-len(batches) // process.num_processes)
-    values_P2 = np.zeros((len(tokens), 2))
-    done_P = np.zeros(len(tokens), dtype=np.bool_)
-    with _evaluating(model), _autocast(device, autocast_dtype), Progress(len(tokens), what) as progress:
-        for turn in range(rounds):
-            number = turn * process.num_processes + process.process_index
-            # A process without a batch in the last round repeats one: sharded models need every rank.
-            rows = batches[min(number, len(batches) - 1)]
-            batch = make_batch(tokens[rows], pad_token_id)
-            logps = batch_logps(model, PairBatch(*(part.to(device) for part in batch)))
-            if number < len(batches):
-                values_P2[rows] = logps.view(2, -1).T.double().cpu().numpy()
-                done_P[rows] = True
-            progress.advance(sum(map(len, batches[turn * process.num_processes :][: process.num_processes])))
     ids = list(tokens["pair_id"])
+    values_P2 = np.zeros((len(ids), 2))
+    done_P = np.zeros(len(ids), dtype=np.bool_)
+    device = next(model.parameters()).device
+    with (
+        _evaluating(model),
+        log_probs_only(model),
+        _autocast(device, autocast_dtype),
+        Progress(len(ids), what) as progress,
+    ):
+        way = choose_way(model, tokens, pad_token_id, path)
+        budget = budget_for(model, tokens_per_batch)
+        batches = bounded_batches(way.lengths_P, budget, rows_per_pair=way.rows_per_pair)
+
+        def run(rows: NDArray[np.int64]) -> None:
+            values_P2[rows] = way.logps(tokens[rows]).view(2, -1).T.double().cpu().numpy()
+            done_P[rows] = True
+            # Of the others it is only known that they have as much to do.
+            progress.advance(len(rows) * process.num_processes)
+
+        sharded = process.num_processes > 1 and is_sharded(model)
+        mine = batches[process.process_index :: process.num_processes]
+        run_within_memory(
+            run, mine, way.lengths_P, budget, rows_per_pair=way.rows_per_pair, recover=not sharded
+        )
+        if sharded and len(mine) * process.num_processes < len(batches):
+            # The others run one batch more, and need this process's share of the weights for it.
+            way.logps(tokens[batches[-1]])
     values_P2 = combine_by_position(values_P2, done_P, ids, what=what)
     return PairLogps(ids, values_P2[:, 0], values_P2[:, 1])
 

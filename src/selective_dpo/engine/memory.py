@@ -16,10 +16,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from accelerate.utils import gather
 from numpy.typing import NDArray
+from torch import Tensor
 
 from selective_dpo.engine.heads import language_model
 from selective_dpo.engine.paths import attention_of
+from selective_dpo.engine.processes import this_process
 from selective_dpo.errors import ModelError
 
 logger = logging.getLogger(__name__)
@@ -46,13 +49,15 @@ class Budget(NamedTuple):
 
 
 def budget_for(model: Any, tokens: int | None) -> Budget:
-    """The budget of `tokens` a batch; None: as many as free memory allows.
+    """The budget of `tokens` a batch; None: as many as free memory allows, in the process that
+    has least.
 
     Masks and scores, which grow with the square of the length, may take as much memory as the
     activations of a full batch of short rows, and no more.
     """
     token_bytes, cell_bytes = _activation_bytes(model), _cell_bytes(model)
-    tokens = _automatic_tokens(model, token_bytes) if tokens is None else tokens
+    if tokens is None:
+        tokens = _least_of_all(_automatic_tokens(model, token_bytes))
     return Budget(tokens, max(tokens, tokens * token_bytes // cell_bytes))
 
 
@@ -104,9 +109,10 @@ def run_within_memory(
             continue
         cost = _cost(lengths_P[rows], rows_per_pair)
         if not recover or len(rows) == 1:
+            lower = "tokens_per_batch" if len(rows) > 1 else "data.max_length"
             raise ModelError(
-                f"out of memory in a batch of {len(rows):,} pairs and {cost.tokens:,} tokens: lower "
-                f"{'tokens_per_batch' if len(rows) > 1 else 'data.max_length'}, or use more processes or bfloat16"
+                f"out of memory in a batch of {len(rows):,} pairs and {cost.tokens:,} tokens: lower {lower}, "
+                "use bfloat16, or share the model among more processes"
             )
         budget = Budget(min(budget.tokens, cost.tokens) // 2, min(budget.cells, cost.cells) // 2)
         logger.warning(
@@ -162,14 +168,24 @@ def _automatic_tokens(model: Any, token_bytes: int) -> int:
     return max(1, min(tokens, _MOST_TOKENS.get(device.type, _MOST_GPU_TOKENS)))
 
 
+def _least_of_all(tokens: int) -> int:
+    process = this_process()
+    if process.num_processes == 1:
+        return tokens
+    least: Tensor = gather(torch.tensor([tokens], device=process.device))
+    return int(least.min())
+
+
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info(device)[0]
+        free: int = torch.cuda.mem_get_info(device)[0]
+        return free
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        pages, size = os.sysconf("SC_AVPHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):  # not every system tells
         return 4 * 2**30
+    return pages * size
 
 
 def _activation_bytes(model: Any) -> int:

@@ -47,8 +47,8 @@ def scorer_arguments(run: Run) -> Any:
 def scorer_job(run: Run, scorer: ScorerRun) -> ScorerJob:
     """One scorer's work and key. `ArtifactError` while pairs or reference are not complete."""
     recipe = run.recipe
-    # Not the list of seeds: adding one must not throw away the others' records.
-    settings = recipe.score.model_dump(mode="json", exclude={"protocol", "seeds"})
+    # Not which scorers there are: adding one must not throw away the others' records.
+    settings = recipe.score.model_dump(mode="json", exclude={"protocol", "seeds", "target_overlap"})
     key = content_key(
         stage="records",
         scorer=scorer.name,

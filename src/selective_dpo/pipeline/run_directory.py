@@ -79,6 +79,11 @@ class RunDirectory:
         """Local files of trackers (`report_to`), a folder a training; there only if they write any."""
         return self.root / "tracking"
 
+    @property
+    def certificate(self) -> Path:
+        """Protocol `certified`: how many seeds it took, and what was predicted from them."""
+        return self.root / "scores" / "certificate.json"
+
     def scores(self, run: ScorerRun) -> Path:
         """One scorer's records."""
         return self.root / "scores" / run.name

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from selective_dpo.engine.processes import this_process, wait_for_everyone
 from selective_dpo.engine.reference import publish_reference
 from selective_dpo.errors import ConfigError, RecordsError, name_some
 from selective_dpo.launch.workers import run_in_workers
+from selective_dpo.pipeline.certify import certificate, certified_runs, ensure_certified
 from selective_dpo.pipeline.jobs import (
     curriculum_key,
     has_curriculum,
@@ -62,9 +63,11 @@ class Run:
         """The starting policy's tokenizer."""
         return load_tokenizer(self.recipe.model)
 
-    @cached_property
+    @property
     def scorer_runs(self) -> tuple[ScorerRun, ...]:
-        """The protocol's scorers."""
+        """The protocol's scorers; of `certified`, those that are known to be needed."""
+        if self.recipe.score.protocol == "certified":
+            return certified_runs(self)
         return planned_runs(self.recipe.score)
 
     @property
@@ -118,12 +121,22 @@ def ensure_scores(run: Run, *, only: tuple[str, ...] = ()) -> None:
     Raises:
         ConfigError: `only` names a scorer that the protocol does not have.
     """
-    unknown = sorted(set(only) - {scorer.name for scorer in run.scorer_runs})
+    planned = planned_runs(run.recipe.score)
+    unknown = sorted(set(only) - {scorer.name for scorer in planned})
     if unknown:
-        known = ", ".join(scorer.name for scorer in run.scorer_runs)
+        known = ", ".join(scorer.name for scorer in planned)
         raise ConfigError(f"no scorer named {name_some(unknown)}; this recipe has {known}")
     ensure_reference(run)
-    jobs = [scorer_job(run, scorer) for scorer in run.scorer_runs if not only or scorer.name in only]
+    if only:
+        _score(run, [scorer for scorer in planned if scorer.name in only])
+    elif run.recipe.score.protocol == "certified":
+        ensure_certified(run, lambda scorers: _score(run, scorers))
+    else:
+        _score(run, planned)
+
+
+def _score(run: Run, scorers: Sequence[ScorerRun]) -> None:
+    jobs = [scorer_job(run, scorer) for scorer in scorers]
     missing = [job for job in jobs if not is_complete(job.folder, key=job.key)]
     if not missing:
         return
@@ -167,6 +180,7 @@ def build_curricula(run: Run) -> Curriculum:
             cost = {job.run.name: read_json(job.folder / COST) for job in complete}
             origin = provenance(run.recipe, inputs={"model": run.model_digest, **inputs})
             made = build_curriculum(records, select, provenance=origin, cost={"scorers": cost}, key=key)
+            made = replace(made, facts={**made.facts, "certificate": certificate(run)})
             made.save(folder)
             if name == SELECTED:
                 kept, all_pairs = len(made.order), len(made.pair_ids)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from selective_dpo.config import Recipe
+from selective_dpo.config import Recipe, ScoreConfig
 from selective_dpo.data.store import PairsSummary
 from selective_dpo.pipeline.planning.device import ASSUMED_UTILISATION
 from selective_dpo.pipeline.planning.pricing import PlannedJob
@@ -83,8 +83,7 @@ def _decisive_lines(plan: Plan) -> list[str]:
         ("template", model.chat_template or "the tokenizer's own"),
         (
             "scoring",
-            f"{score.protocol}: {len(score.seeds)} seeds x 2 folds x {score.evaluations} evaluations, "
-            f"{2 * len(score.seeds)} scorers",
+            _protocol_words(score),
         ),
         ("scorers", _training_words(score.lora, adapters[0], plan.scoring, recipe)),
         ("selection", label_for(recipe.select)),
@@ -94,6 +93,15 @@ def _decisive_lines(plan: Plan) -> list[str]:
         ("launch", *spread),
     ]
     return [f"{name:<11}{text}" for name, text in rows]
+
+
+def _protocol_words(score: ScoreConfig) -> str:
+    many = len(score.seeds)
+    counts = f"{many} seed{'s' if many > 1 else ''}"
+    scorers = f"{2 * many} scorers"
+    if score.protocol == "certified":
+        counts, scorers = f"2 to {many} seeds", f"4 to {2 * many} scorers (the first 4 are planned below)"
+    return f"{score.protocol}: {counts} x 2 folds x {score.evaluations} evaluations, {scorers}"
 
 
 def _training_words(lora: object, adapter: int | None, settings: TrainingSettings, recipe: Recipe) -> str:

@@ -1,0 +1,101 @@
+"""Pairs through a model in shared or in padded rows: the choice, tested on the pairs themselves."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from accelerate.utils import gather
+from datasets import Dataset
+from numpy.typing import NDArray
+from torch import Tensor
+
+from selective_dpo.engine.forward import shared_log_probs, width_multiple
+from selective_dpo.engine.heads import language_model
+from selective_dpo.engine.padded_rows import PairBatch, batch_logps, make_batch, pair_lengths, part_lengths
+from selective_dpo.engine.paths import Path, choose_path
+from selective_dpo.engine.processes import this_process
+from selective_dpo.engine.shared_rows import make_shared_batch, shared_lengths
+
+PathName = Literal["auto", "shared", "padded"]
+Rows = Mapping[str, Sequence[Sequence[int]]]
+
+_TESTED_TOKENS = 256
+"""Length of the pair that the choice is tested on, where there is one as long."""
+_TOLERANCE_32, _TOLERANCE_16 = 1e-3, 0.1
+"""Nats a token that the two ways may differ by, in single and in half precision.
+
+Far above rounding, and far below what a completion changes that sees the other one.
+"""
+
+
+class Way(NamedTuple):
+    """How the pairs of a data set go through a model."""
+
+    lengths_P: NDArray[np.int64]
+    """Tokens of each pair's row, or of the longer of its two."""
+    rows_per_pair: int
+    logps: Callable[[Rows], Tensor]
+    """Summed log-probability of each completion: [2B] float32, the chosen ones first."""
+
+
+def choose_way(model: Any, tokens: Dataset, pad_token_id: int, name: PathName) -> Way:
+    """The way called `name`; for `auto`, the faster one that this model computes rightly.
+
+    Shared rows are tried on one pair first. A model that does not honour the mask (a custom model, say)
+    gives other log-probs in them than in padded rows, which then are used. `model` must carry TRL's
+    fused head, and be in evaluation mode without gradients.
+    """
+    device = next(model.parameters()).device
+
+    def padded_logps(rows: Rows) -> Tensor:
+        return batch_logps(model, PairBatch(*(part.to(device) for part in make_batch(rows, pad_token_id))))
+
+    def shared_logps(rows: Rows) -> Tensor:
+        batch = make_shared_batch(rows, pad_token_id, multiple_of=width_multiple(model))
+        return shared_log_probs(model, batch.to(device)).sum(dim=1)
+
+    padded = Way(pair_lengths(tokens), 2, padded_logps)
+    shared = Way(shared_lengths(*part_lengths(tokens)), 1, shared_logps)
+    if name != "auto":
+        return shared if name == "shared" else padded
+    path = choose_path(model, int(padded.lengths_P.max(initial=0)))
+    if path.name == "shared" and len(tokens):
+        tried = tokens[[_pair_to_try(shared.lengths_P)]]
+        difference = _difference_per_token(shared, padded, tried)
+        if difference > _tolerance(model, device):
+            path = Path("padded", f"shared rows change this model's log-probs by {difference:.2g} a token")
+    _say_once(path)
+    return shared if path.name == "shared" else padded
+
+
+def _pair_to_try(lengths_P: NDArray[np.int64]) -> int:
+    """The longest pair within `_TESTED_TOKENS`, else the shortest."""
+    short = np.flatnonzero(lengths_P <= _TESTED_TOKENS)
+    return int(short[np.argmax(lengths_P[short])]) if len(short) else int(np.argmin(lengths_P))
+
+
+def _difference_per_token(shared: Way, padded: Way, rows: Rows) -> float:
+    counts = torch.tensor([max(1, len(ids)) for side in ("chosen_ids", "rejected_ids") for ids in rows[side]])
+    gap = (shared.logps(rows) - padded.logps(rows)).abs().cpu() / counts
+    # All processes must choose alike, even if rounding differs between them.
+    if this_process().num_processes > 1:
+        gap = gather(gap.to(this_process().device))
+    worst = float(gap.max())
+    return worst if np.isfinite(worst) else 0.0  # not finite either way: the loss will say so
+
+
+def _tolerance(model: Any, device: torch.device) -> float:
+    half = torch.is_autocast_enabled(device.type) or language_model(model).dtype.itemsize < 4
+    return _TOLERANCE_16 if half else _TOLERANCE_32
+
+
+@functools.cache
+def _say_once(path: Path) -> None:
+    rows = "one row a pair" if path.name == "shared" else "one row a completion"
+    if this_process().is_main_process:
+        sys.stderr.write(f"log-probs: {rows} ({path.reason})\n")

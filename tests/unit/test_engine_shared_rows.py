@@ -1,0 +1,283 @@
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import trl.trainer.utils
+from datasets import Dataset
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from torch import Tensor
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    JambaConfig,
+    JambaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+)
+from trl.trainer.utils import add_fused_lm_head
+
+from selective_dpo.engine import ways
+from selective_dpo.engine.forward import shared_log_probs
+from selective_dpo.engine.heads import completion_log_probs, is_sharded, language_model, log_probs_only
+from selective_dpo.engine.logprobs import pair_logps
+from selective_dpo.engine.paths import choose_path
+from selective_dpo.engine.shared_rows import (
+    CHOSEN,
+    IGNORED_LABEL,
+    PADDING,
+    PROMPT,
+    REJECTED,
+    additive_mask,
+    block_mask,
+    make_shared_batch,
+    shared_lengths,
+)
+from selective_dpo.errors import ModelError
+from tests.fixtures.families import tiny_family
+
+OFF = IGNORED_LABEL
+ROWS = {
+    "prompt_ids": [[1, 2], [3]],
+    "chosen_ids": [[10, 11, 12], [20]],
+    "rejected_ids": [[13, 14], [21, 22]],
+}
+
+
+def test_a_row_holds_the_prompt_once_and_completions_without_their_last_token() -> None:
+    batch = make_shared_batch(ROWS, 0)
+    # 2 + (3 - 1) + (2 - 1) = 5 tokens, and 1 + 0 + 1 = 2.
+    assert batch.input_ids.tolist() == [[1, 2, 10, 11, 13], [3, 21, 0, 0, 0]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 2], [0, 1, 0, 0, 0]]
+    assert batch.parts.tolist() == [
+        [PROMPT, PROMPT, CHOSEN, CHOSEN, REJECTED],
+        [PROMPT, REJECTED, PADDING, PADDING, PADDING],
+    ]
+    assert shared_lengths(np.array([2, 1]), np.array([3, 1]), np.array([2, 2])).tolist() == [5, 2]
+
+
+def test_labels_are_predicted_by_the_token_before_them() -> None:
+    batch = make_shared_batch(ROWS, 0)
+    assert batch.labels.tolist() == [[10, 11, 12], [20, OFF, OFF], [13, 14, OFF], [21, 22, OFF]]
+    before = batch.input_ids.flatten()[batch.predicted_at]
+    # 10 and 13 both follow the prompt's last token, 2; 20 and 21 follow 3.
+    assert before[batch.labels != OFF].tolist() == [2, 10, 11, 3, 2, 13, 3, 21]
+
+
+def test_width_is_rounded_up_with_padding() -> None:
+    batch = make_shared_batch(ROWS, 9, multiple_of=8)
+    assert batch.input_ids.shape == (2, 8)
+    assert batch.input_ids[0].tolist() == [1, 2, 10, 11, 13, 9, 9, 9]
+    flat = batch.input_ids.flatten()[batch.predicted_at]
+    assert flat[batch.labels != OFF].tolist() == [2, 10, 11, 3, 2, 13, 3, 21]
+
+
+def test_an_empty_prompt_predicts_nothing() -> None:
+    rows = {"prompt_ids": [[]], "chosen_ids": [[5, 6]], "rejected_ids": [[7]]}
+    batch = make_shared_batch(rows, 0)
+    assert batch.input_ids.tolist() == [[5]]
+    assert batch.labels.tolist() == [[OFF, 6], [OFF, OFF]]
+
+
+def test_a_token_sees_the_prompt_and_its_own_part_up_to_itself() -> None:
+    parts = make_shared_batch(ROWS, 0).parts
+    lowest = torch.finfo(torch.float32).min
+    visible = [
+        [
+            [1, 0, 0, 0, 0],
+            [1, 1, 0, 0, 0],
+            [1, 1, 1, 0, 0],
+            [1, 1, 1, 1, 0],
+            [1, 1, 0, 0, 1],  # rejected: not the chosen tokens between
+        ],
+        [
+            [1, 0, 0, 0, 0],
+            [1, 1, 0, 0, 0],
+            [1, 0, 1, 0, 0],  # padding sees something, so that nothing is NaN
+            [1, 0, 1, 1, 0],
+            [1, 0, 1, 1, 1],
+        ],
+    ]
+    wanted = torch.where(torch.tensor(visible) == 1, 0.0, lowest)[:, None]
+    assert torch.equal(additive_mask(parts, torch.float32), wanted)
+    assert additive_mask(parts, torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_the_block_mask_follows_the_same_rule() -> None:
+    parts = make_shared_batch(ROWS, 0, multiple_of=8).parts
+    mask, wanted = block_mask(parts), additive_mask(parts, torch.float32)[:, 0] == 0
+    at = torch.arange(8)
+    for row in range(2):
+        grid = mask.mask_mod(torch.tensor(row), torch.tensor(0), at[:, None], at[None, :])
+        assert torch.equal(grid, wanted[row])
+
+
+def test_the_head_is_shown_only_positions_that_predict_a_completion(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[Any] = []
+    kernel = trl.trainer.utils._ChunkedLogProbFunction
+
+    class Spy:
+        @staticmethod
+        def apply(hidden: Tensor, *others: Any) -> Any:
+            shown.append(hidden.shape)
+            return kernel.apply(hidden, *others)
+
+    monkeypatch.setattr(trl.trainer.utils, "_ChunkedLogProbFunction", Spy)
+    model, batch = tiny_family("llama"), make_shared_batch(ROWS, 0)
+    with log_probs_only(model):
+        log_probs = shared_log_probs(model, batch)
+    assert shown == [(3 + 1 + 2 + 2, 32)]
+    assert log_probs.shape == (4, 3)
+    assert torch.equal(log_probs != 0, batch.labels != OFF)
+
+
+def test_the_hook_is_taken_away_after_an_error() -> None:
+    model = tiny_family("llama")
+    with log_probs_only(model), pytest.raises(IndexError):
+        completion_log_probs(
+            model, torch.tensor([[1]]), torch.tensor([[0]]), input_ids=torch.tensor([[10**6]])
+        )
+    assert not model.base_model._forward_hooks
+
+
+def test_a_trainers_head_is_put_back() -> None:
+    model = tiny_family("llama")
+    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    ids = torch.tensor([[1, 2, 3]])
+    with log_probs_only(model):
+        assert model(input_ids=ids, labels=ids, fused_lm_head=True).entropy is None
+    assert model(input_ids=ids, labels=ids, fused_lm_head=True).entropy is not None
+    untouched = tiny_family("llama")
+    with log_probs_only(untouched):
+        pass
+    assert "forward" not in vars(untouched)
+
+
+def test_the_language_model_is_found_inside_wrappers() -> None:
+    model = tiny_family("llama")
+    wrapped = torch.nn.Sequential(get_peft_model(model, LoraConfig(target_modules="all-linear")))
+    assert language_model(wrapped) is model
+    assert not is_sharded(wrapped)
+    with pytest.raises(ModelError, match="no transformers model"):
+        language_model(torch.nn.Linear(2, 2))
+
+
+def test_models_with_ordinary_attention_take_shared_rows() -> None:
+    for family in ("llama", "qwen2", "mistral", "gemma2"):
+        assert choose_path(tiny_family(family), 200).name == "shared"
+    assert choose_path(tiny_family("mistral", sliding_window=None), 10**6).name == "shared"
+
+
+def _bloom() -> Any:
+    return BloomForCausalLM(BloomConfig(vocab_size=50, hidden_size=16, n_layer=1, n_head=2))
+
+
+def _mamba() -> Any:
+    return MambaForCausalLM(MambaConfig(vocab_size=50, hidden_size=16, state_size=4, num_hidden_layers=1))
+
+
+def _jamba() -> Any:
+    return JambaForCausalLM(
+        JambaConfig(
+            vocab_size=50,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            num_experts=1,
+            attn_layer_period=2,
+            attn_layer_offset=1,
+            mamba_d_state=4,
+            mamba_dt_rank=4,
+            use_mamba_kernels=False,
+        )
+    )
+
+
+def _flash() -> Any:
+    model = tiny_family("llama")
+    model.config._attn_implementation = "flash_attention_2"
+    return model
+
+
+def _prompt_tuning() -> Any:
+    tuning = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    return get_peft_model(tiny_family("llama"), tuning)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: tiny_family("mistral"), r"limited to 200 tokens and the longest pair has 201"),
+        (lambda: tiny_family("gemma2"), r"limited to 200 tokens"),
+        (_bloom, "no positions"),
+        (_mamba, "state"),
+        (_jamba, "state"),
+        (_flash, "flash_attention_2 attention takes no mask"),
+        (_prompt_tuning, "prompt-learning"),
+    ],
+)
+def test_other_models_take_padded_rows_and_say_why(make: Any, reason: str) -> None:
+    path = choose_path(make(), 201)
+    assert path.name == "padded"
+    assert re.search(reason, path.reason), path.reason
+
+
+def _pairs(prompt: int = 3) -> Dataset:
+    rows = [
+        {
+            "pair_id": "a",
+            "prompt_ids": [*range(1, prompt + 1)],
+            "chosen_ids": [7, 8],
+            "rejected_ids": [9] * 4,
+        },
+        {"pair_id": "b", "prompt_ids": [5], "chosen_ids": [4], "rejected_ids": [3, 2, 1]},
+    ]
+    return Dataset.from_list(rows)
+
+
+def _measure(model: Any, path: Any, pairs: Dataset) -> Any:
+    return pair_logps(
+        model, pairs, tokens_per_batch=500, pad_token_id=0, autocast_dtype=None, what="test", path=path
+    )
+
+
+def test_the_choice_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    ways._say_once.cache_clear()
+    model = tiny_family("llama")
+    for _ in range(2):
+        _measure(model, "auto", _pairs())
+    assert capsys.readouterr().err.count("log-probs: one row a pair (sdpa attention") == 1
+
+
+def test_windows_shorter_than_a_pair_lead_to_padded_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    ways._say_once.cache_clear()
+    model = tiny_family("mistral", sliding_window=6)
+    auto, padded = (_measure(model, path, _pairs(prompt=20)) for path in ("auto", "padded"))
+    np.testing.assert_array_equal(auto.chosen_P, padded.chosen_P)
+    assert "one row a completion (attention is limited to 6 tokens" in capsys.readouterr().err
+
+
+def test_a_model_that_ignores_the_mask_is_found_out(capsys: pytest.CaptureFixture[str]) -> None:
+    ways._say_once.cache_clear()
+    model = tiny_family("llama")
+    inner = model.base_model.forward
+
+    def without_mask(*args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+        ordinary = attention_mask if attention_mask.ndim == 2 else None
+        return inner(*args, attention_mask=ordinary, **kwargs)
+
+    without_mask.__signature__ = inspect.signature(inner)  # type: ignore[attr-defined]
+    model.base_model.forward = without_mask
+    auto, padded = (_measure(model, path, _pairs()) for path in ("auto", "padded"))
+    np.testing.assert_array_equal(auto.rejected_P, padded.rejected_P)
+    assert "shared rows change this model's log-probs" in capsys.readouterr().err
+
+
+def test_no_pairs_give_no_log_probs() -> None:
+    assert _measure(tiny_family("llama"), "auto", _pairs().select([])).pair_ids == []
