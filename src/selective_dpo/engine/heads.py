@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
@@ -37,10 +38,9 @@ def language_model(model: Any) -> Any:
 
 def is_sharded(model: Any) -> bool:
     """Whether processes hold parts of the weights (FSDP, ZeRO-3), so that each forward needs them all."""
-    return any(
-        isinstance(weight, DTensor) or hasattr(weight, "ds_id") or hasattr(weight, "_is_flat_param")
-        for weight in model.parameters()
-    )
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        return True
+    return any(isinstance(weight, DTensor) or hasattr(weight, "ds_id") for weight in model.parameters())
 
 
 @contextlib.contextmanager

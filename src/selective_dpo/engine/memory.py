@@ -161,6 +161,7 @@ def _automatic_tokens(model: Any, token_bytes: int) -> int:
     positions, entries = _HEAD_TILE
     # Projected logits, and what is computed from them, as float32: about four arrays of a tile's size.
     logit_bytes = 16 * min(entries, language_model(model).config.get_text_config().vocab_size)
+    tokens: int
     # Twice: cells may take as much again as the activations.
     tokens = usable // (2 * token_bytes + logit_bytes)
     if tokens > positions:
