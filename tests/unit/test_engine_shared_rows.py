@@ -279,5 +279,17 @@ def test_a_model_that_ignores_the_mask_is_found_out(capsys: pytest.CaptureFixtur
     assert "shared rows change this model's log-probs" in capsys.readouterr().err
 
 
+def test_shared_rows_without_a_number_are_not_taken() -> None:
+    row = {name: [[1, 2]] for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
+
+    def way(*logps: float) -> ways.Way:
+        return ways.Way(np.array([4]), 1, lambda rows: torch.tensor(logps))
+
+    nan = float("nan")
+    assert ways._difference_per_token(way(-3.0, -4.0), way(-3.0, -5.0), row) == 0.5  # 1 nat over 2 tokens
+    assert ways._difference_per_token(way(nan, -4.0), way(-3.0, -4.0), row) == float("inf")
+    assert ways._difference_per_token(way(nan, -4.0), way(nan, -4.0), row) == 0.0
+
+
 def test_no_pairs_give_no_log_probs() -> None:
     assert _measure(tiny_family("llama"), "auto", _pairs().select([])).pair_ids == []

@@ -106,9 +106,7 @@ def test_results_are_read_as_they_were_written() -> None:
     assert np.isnan(read.arms[0].win_rate or 0).tolist() == [False, True, True, True]
 
 
-@pytest.mark.parametrize(
-    "broken", [{}, {"judge": "x", "prompts": 1, "samples": 1, "arms": [{"name": "a"}]}]
-)
+@pytest.mark.parametrize("broken", [{}, {"judge": "x", "prompts": 1, "samples": 1, "arms": [{"name": "a"}]}])
 def test_broken_results_are_one_clear_error(broken: dict[str, Any]) -> None:
     with pytest.raises(ArtifactError, match=r"results\.json is not in the format"):
         from_json({"schema_version": SCHEMA_VERSION, **broken})

@@ -32,7 +32,7 @@ def publish_reference(
     key: str,
     model: Any,
     tokens: Dataset,
-    tokens_per_batch: int,
+    tokens_per_batch: int | None,
     pad_token_id: int,
     autocast_dtype: torch.dtype | None,
 ) -> None:

@@ -81,12 +81,14 @@ def _pair_to_try(lengths_P: NDArray[np.int64]) -> int:
 
 def _difference_per_token(shared: Way, padded: Way, rows: Rows) -> float:
     counts = torch.tensor([max(1, len(ids)) for side in ("chosen_ids", "rejected_ids") for ids in rows[side]])
-    gap = (shared.logps(rows) - padded.logps(rows)).abs().cpu() / counts
+    ours, plain = (way.logps(rows).cpu() for way in (shared, padded))
+    gap = (ours - plain).abs() / counts
+    # Where plain rows give no number either, the loss will say so; where only shared ones do, they are wrong.
+    gap = gap.where(ours.isfinite(), torch.inf).where(plain.isfinite(), 0.0)
     # All processes must choose alike, even if rounding differs between them.
     if this_process().num_processes > 1:
         gap = gather(gap.to(this_process().device))
-    worst = float(gap.max())
-    return worst if np.isfinite(worst) else 0.0  # not finite either way: the loss will say so
+    return float(gap.max())
 
 
 def _tolerance(model: Any, device: torch.device) -> float:
