@@ -21,7 +21,7 @@ SCHEMA = ROOT / "src" / "selective_dpo" / "recipe.schema.json"
 HEAD = """\
 # Recipe keys
 
-Generated from `src/selective_dpo/config.py` by `python tools/recipe_reference.py`; change it there.
+Generated from `src/selective_dpo/config/` by `python tools/recipe_reference.py`; change it there.
 
 A recipe is one YAML file. `name`, `model.path` and `data.train` are required, everything else has the
 default given here. Unknown keys are errors, and so are options that would have no effect. Flags override

@@ -14,7 +14,7 @@ from trl.trainer import dpo_trainer
 from selective_dpo.artifacts import folder_digests, read_json
 from selective_dpo.cli.main import main
 from selective_dpo.config import Recipe
-from selective_dpo.engine import logprobs
+from selective_dpo.engine import logprobs, ways
 from selective_dpo.errors import ConfigError, DataError
 from selective_dpo.pipeline import verbs
 from selective_dpo.pipeline.plan import Plan, make_plan
@@ -61,20 +61,30 @@ class Counted:
 def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counted]:
     counts = Counted()
     collate = dpo_trainer.DataCollatorForPreference.torch_call
-    make_batch = logprobs.make_batch
+    make_shared_batch = ways.make_shared_batch
+    run_within_memory = logprobs.run_within_memory
+    working = []
 
     def count_collated(self: Any, examples: Any) -> Any:
         batch = collate(self, examples)
         counts.trained += batch["input_ids"].numel()
         return batch
 
-    def count_made(*arguments: Any) -> Any:
-        batch = make_batch(*arguments)
-        counts.forwarded += batch.input_ids.numel()
+    def count_made(*arguments: Any, **options: Any) -> Any:
+        batch = make_shared_batch(*arguments, **options)
+        counts.forwarded += batch.input_ids.numel() if working else 0  # not the trial of one pair before
         return batch
 
+    def work(*arguments: Any, **options: Any) -> Any:
+        working.append(True)
+        try:
+            return run_within_memory(*arguments, **options)
+        finally:
+            working.clear()
+
     monkeypatch.setattr(dpo_trainer.DataCollatorForPreference, "torch_call", count_collated)
-    monkeypatch.setattr(logprobs, "make_batch", count_made)
+    monkeypatch.setattr(ways, "make_shared_batch", count_made)
+    monkeypatch.setattr(logprobs, "run_within_memory", work)
     yield counts
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -14,6 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selective_dpo.config import ModelConfig
+from selective_dpo.data.store import PairsSummary
+from selective_dpo.engine.paths import Path as RowPath
 from selective_dpo.errors import ConfigError
 from selective_dpo.pipeline.planning.architecture import (
     Architecture,
@@ -24,7 +26,6 @@ from selective_dpo.pipeline.planning.architecture import (
 from selective_dpo.pipeline.planning.batches import (
     Epoch,
     Work,
-    budgeted_work,
     epoch_batches,
     expected_longest,
     optimizer_steps,
@@ -40,12 +41,15 @@ from selective_dpo.pipeline.planning.costs import (
     training_memory,
 )
 from selective_dpo.pipeline.planning.device import measured_rate, this_device
+from selective_dpo.pipeline.planning.forwarding import Forwarding
+from selective_dpo.pipeline.planning.inputs import KeptPairs
 from selective_dpo.pipeline.planning.settings import training_settings
 from selective_dpo.pipeline.planning.words import readable, readable_bytes, readable_time
 from tests.fixtures.models import LORA, tiny_model_folder
 
 # 100 parameters of which 20 are looked up only; 2 layers, attention 4 wide.
 SIZES = Architecture(100, 20, 2, 8, 4, 2, 2, 10)
+PATHS: tuple[Literal["padded"], Literal["shared"]] = ("padded", "shared")
 LENGTHS = st.lists(st.integers(1, 30), min_size=1, max_size=7)
 
 
@@ -114,8 +118,14 @@ def test_work_of_a_random_half_is_the_mean_over_halves() -> None:
 
 
 def test_work_within_a_token_budget() -> None:
-    # 28 tokens: the longest (7) alone has room for 2 pairs (4 x 7 = 28): (7, 5), then (3).
-    assert budgeted_work(lengths(5, 3, 7), 28) == Work(4 * 7 + 2 * 3, 4 * 49 + 2 * 9)
+    # Padded: 28 tokens have room for 2 pairs as long as the longest (4 x 7 = 28): (7, 5), then (3).
+    # Shared: rows of 9, 7 and 4 tokens; 28 tokens have room for 3 of the longest (3 x 9 = 27).
+    summary = PairsSummary(3, 3, 1, {"kept": 3}, {}, 3, 0, 0, 0, 0, 0, "", "")
+    pairs = KeptPairs(summary, ["a", "b", "c"], ["p"] * 3, lengths(5, 3, 7), lengths(7, 4, 9))
+    padded, shared = (Forwarding(RowPath(name, ""), None) for name in PATHS)
+    assert padded.work(pairs, 28) == Work(4 * 7 + 2 * 3, 4 * 49 + 2 * 9)
+    assert shared.work(pairs, 28) == Work(3 * 9, 3 * 81)
+    assert shared.work(pairs.rows(np.array([1])), 28) == Work(4, 16)
 
 
 def test_forward_flops_count_matrices_and_attention() -> None:

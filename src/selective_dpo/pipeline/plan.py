@@ -14,6 +14,7 @@ from selective_dpo.library_options import check_recipe_options
 from selective_dpo.pipeline.planning.cached import complete_results, has_results
 from selective_dpo.pipeline.planning.costs import saved_bytes
 from selective_dpo.pipeline.planning.device import ASSUMED_UTILISATION, Device, this_device
+from selective_dpo.pipeline.planning.forwarding import forwarding_of
 from selective_dpo.pipeline.planning.inputs import Inputs, Unknown, is_local, read_inputs
 from selective_dpo.pipeline.planning.pricing import Models, PlannedJob, Pricing, models_of
 from selective_dpo.pipeline.planning.settings import TrainingSettings, training_settings
@@ -90,7 +91,9 @@ def make_plan(recipe: Recipe) -> Plan:
         unknown.append(f"pairs and tokens, so updates, FLOPs and time: {found.reason}")
     device = this_device()
     pricing = Pricing(recipe, models, device)
-    jobs = tuple(pricing.priced(load, run.folder.root) for load in workloads(run, inputs, cached))
+    forwarding = models.forwarding if models else forwarding_of(recipe, None)
+    loads = workloads(run, inputs, cached, forwarding)
+    jobs = tuple(pricing.priced(load, run.folder.root) for load in loads)
     unknown += _unknown_jobs(recipe, jobs, inputs)
     return Plan(
         recipe=recipe,

@@ -81,7 +81,7 @@ def check_memory(recipe: Recipe, models: Models, device: Device) -> Check:
     """The plan's largest estimate, at the longest sequences that the recipe allows, against the device."""
     pricing = Pricing(recipe, models, device)
     run = Run(recipe, RunDirectory.of(recipe), say=lambda line: None)
-    jobs = [pricing.priced(load, run.folder.root) for load in workloads(run, None, ())]
+    jobs = [pricing.priced(load, run.folder.root) for load in workloads(run, None, (), models.forwarding)]
     need, name = max((job.memory.total, job.name) for job in jobs if job.memory is not None)
     found = f"{name} needs about {readable_bytes(need)} of {readable_bytes(device.memory)}"
     if device.memory and need > _NEARLY_FULL * device.memory:

@@ -11,8 +11,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from selective_dpo.engine.batching import token_budget_batches
-
 
 class Work(NamedTuple):
     """What a model computes on, padding included."""
@@ -60,11 +58,6 @@ def optimizer_steps(
     epoch = epoch_batches(pairs, pairs_per_batch, processes)
     batches_per_process = (epoch.full + (epoch.rest > 0)) // processes
     return math.ceil(epochs * max(1, math.ceil(batches_per_process / accumulation)))
-
-
-def budgeted_work(lengths_P: NDArray[np.int64], tokens_per_batch: int) -> Work:
-    """One forward pass over pairs in the engine's batches. Shapes: lengths_P [P], each pair's longer row."""
-    return _work_of([lengths_P[rows] for rows in token_budget_batches(lengths_P, tokens_per_batch)])
 
 
 def sequential_work(lengths_P: NDArray[np.int64], pairs_per_batch: int, processes: int) -> Work:

@@ -14,6 +14,7 @@ from selective_dpo.config import ModelConfig, SourceConfig
 from selective_dpo.data.sources import open_source
 from selective_dpo.data.store import PairsSummary, load_summary, load_tokens
 from selective_dpo.engine.models import load_tokenizer
+from selective_dpo.engine.shared_rows import shared_lengths
 from selective_dpo.errors import DataError, ModelError
 from selective_dpo.evaluation.generation import choose_prompts
 from selective_dpo.evaluation.prompt_tokens import encode_prompt
@@ -36,6 +37,17 @@ class KeptPairs(NamedTuple):
     prompt_ids: list[str]
     lengths_P: NDArray[np.int64]
     """Tokens of the longer of prompt + chosen and prompt + rejected."""
+    shared_lengths_P: NDArray[np.int64]
+    """Tokens of prompt, chosen and rejected in one row (see `engine.shared_rows`)."""
+
+    def rows(self, rows_N: NDArray[np.int64]) -> KeptPairs:
+        """Some of the pairs, by row number."""
+        return self._replace(
+            pair_ids=[self.pair_ids[row] for row in rows_N],
+            prompt_ids=[self.prompt_ids[row] for row in rows_N],
+            lengths_P=self.lengths_P[rows_N],
+            shared_lengths_P=self.shared_lengths_P[rows_N],
+        )
 
 
 class Inputs(NamedTuple):
@@ -109,6 +121,7 @@ def _kept(folder: Path) -> KeptPairs:
         table["pair_id"].to_pylist(),
         table["prompt_id"].to_pylist(),
         prompt + np.maximum(chosen, rejected),
+        shared_lengths(prompt, chosen, rejected),
     )
 
 

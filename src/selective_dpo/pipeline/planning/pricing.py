@@ -23,6 +23,7 @@ from selective_dpo.pipeline.planning.costs import (
     training_memory,
 )
 from selective_dpo.pipeline.planning.device import ASSUMED_UTILISATION, Device, measured_rate
+from selective_dpo.pipeline.planning.forwarding import Forwarding, forwarding_of
 from selective_dpo.pipeline.planning.settings import TrainingSettings, training_settings
 from selective_dpo.pipeline.planning.workload import Kind, Workload
 
@@ -71,10 +72,15 @@ class Models:
     scorer_adapter: int
     """Parameters of a scorer's adapter; 0: full fine-tuning."""
     policy_adapter: int
+    forwarding: Forwarding
 
-    def to_json(self) -> dict[str, int]:
+    def to_json(self) -> dict[str, Any]:
         """The sizes as JSON values."""
-        own = {"scorer_adapter": self.scorer_adapter, "policy_adapter": self.policy_adapter}
+        own = {
+            "scorer_adapter": self.scorer_adapter,
+            "policy_adapter": self.policy_adapter,
+            "rows": self.forwarding.path.name,
+        }
         return {**self.sizes._asdict(), **own}
 
 
@@ -85,12 +91,13 @@ def models_of(recipe: Recipe) -> Models:
         ModelError: the model's configuration cannot be had.
         ConfigError: an adapter does not fit the model.
     """
-    sizes = architecture_of(build_on_meta(recipe.model))
+    model = build_on_meta(recipe.model)
+    sizes = architecture_of(model)
     score, train = (
         adapter_parameters(build_on_meta(recipe.model), block.lora, where) if block.lora is not None else 0
         for block, where in ((recipe.score, "score.lora"), (recipe.train, "train.lora"))
     )
-    return Models(sizes, score, train)
+    return Models(sizes, score, train, forwarding_of(recipe, model))
 
 
 class Pricing:

@@ -17,12 +17,12 @@ from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.pipeline.planning.batches import (
     NO_WORK,
     Work,
-    budgeted_work,
     epoch_batches,
     optimizer_steps,
     random_work,
     sequential_work,
 )
+from selective_dpo.pipeline.planning.forwarding import Forwarding
 from selective_dpo.pipeline.planning.inputs import Inputs, KeptPairs
 from selective_dpo.pipeline.planning.settings import TrainingSettings, training_settings
 from selective_dpo.pipeline.room import scorer_steps
@@ -54,7 +54,9 @@ class Workload(NamedTuple):
     """Tokens of the longest row."""
 
 
-def workloads(run: Run, inputs: Inputs | None, cached: Collection[Path]) -> list[Workload]:
+def workloads(
+    run: Run, inputs: Inputs | None, cached: Collection[Path], forwarding: Forwarding
+) -> list[Workload]:
     """Every job of `run`, in the order they are done; `cached` are the results that are there.
 
     Raises:
@@ -63,11 +65,11 @@ def workloads(run: Run, inputs: Inputs | None, cached: Collection[Path]) -> list
     """
     pairs, test = (inputs.pairs, inputs.test) if inputs else (None, None)
     has_test = bool(run.recipe.data.test)
-    jobs = [_reference(run, run.folder.reference, pairs, cached)]
-    jobs += [_reference(run, run.folder.test_reference, test, cached)] if has_test else []
-    jobs += [_scorer(run, scorer, pairs, cached) for scorer in run.scorer_runs]
+    jobs = [_reference(run, run.folder.reference, pairs, cached, forwarding)]
+    jobs += [_reference(run, run.folder.test_reference, test, cached, forwarding)] if has_test else []
+    jobs += [_scorer(run, scorer, pairs, cached, forwarding) for scorer in run.scorer_runs]
     jobs += [_policy(run, select, folder, inputs, cached) for select, folder in run.arms.values()]
-    jobs += [_held_out(run, test, cached)] if has_test else []
+    jobs += [_held_out(run, test, cached, forwarding)] if has_test else []
     if run.recipe.evaluate.generation.prompts:
         jobs.append(_answers(run, inputs, cached))
     return jobs
@@ -84,7 +86,9 @@ def selected_count(select: SelectConfig, pairs: int) -> int | None:
     return high - low
 
 
-def _reference(run: Run, folder: Path, pairs: KeptPairs | None, cached: Collection[Path]) -> Workload:
+def _reference(
+    run: Run, folder: Path, pairs: KeptPairs | None, cached: Collection[Path], forwarding: Forwarding
+) -> Workload:
     known = folder in cached
     if pairs is None:
         return Workload("reference", folder, known)
@@ -93,12 +97,14 @@ def _reference(run: Run, folder: Path, pairs: KeptPairs | None, cached: Collecti
         folder,
         known,
         pairs=len(pairs.pair_ids),
-        forwarded=budgeted_work(pairs.lengths_P, run.recipe.score.tokens_per_batch),
+        forwarded=forwarding.work(pairs, run.recipe.score.tokens_per_batch),
         longest=int(pairs.lengths_P.max()),
     )
 
 
-def _scorer(run: Run, scorer: ScorerRun, pairs: KeptPairs | None, cached: Collection[Path]) -> Workload:
+def _scorer(
+    run: Run, scorer: ScorerRun, pairs: KeptPairs | None, cached: Collection[Path], forwarding: Forwarding
+) -> Workload:
     folder, config = run.folder.scores(scorer), run.recipe.score
     if pairs is None:
         return Workload("scorer", folder, folder in cached)
@@ -107,7 +113,7 @@ def _scorer(run: Run, scorer: ScorerRun, pairs: KeptPairs | None, cached: Collec
     split = split_pairs(pairs.prompt_ids, scorer)
     updates, evaluated_after = scorer_steps(run.recipe, scorer, len(split.train), processes)
     epoch = random_work(pairs.lengths_P[split.train], len(split.train), settings.pairs_per_batch, processes)
-    measured = budgeted_work(pairs.lengths_P[split.held_out], config.tokens_per_batch)
+    measured = forwarding.work(pairs.rows(split.held_out), config.tokens_per_batch)
     return Workload(
         "scorer",
         folder,
@@ -157,11 +163,11 @@ def _policy(
     )
 
 
-def _held_out(run: Run, test: KeptPairs | None, cached: Collection[Path]) -> Workload:
+def _held_out(run: Run, test: KeptPairs | None, cached: Collection[Path], forwarding: Forwarding) -> Workload:
     folder = run.folder.evaluation
     if test is None:
         return Workload("held-out", folder, folder in cached)
-    once = budgeted_work(test.lengths_P, run.recipe.evaluate.tokens_per_batch)
+    once = forwarding.work(test, run.recipe.evaluate.tokens_per_batch)
     return Workload(
         "held-out",
         folder,

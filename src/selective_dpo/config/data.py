@@ -1,0 +1,74 @@
+"""The recipe's `model` and `data` blocks."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from selective_dpo.config.base import Block, Count, Fraction
+
+
+class ModelConfig(Block):
+    """The starting (SFT) policy. It is also the reference."""
+
+    path: str
+    """Hub name or local folder of the weights."""
+    revision: str = "main"
+    """Branch, tag or commit; hub models only."""
+    tokenizer: str = ""
+    """Hub name or local folder of the tokenizer; empty: the model's own."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """What the weights are loaded as. Mixed precision is `trainer.bf16` of each stage."""
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] = "sdpa"
+    """transformers' `attn_implementation`."""
+    chat_template: str = ""
+    """`chatml`, `gemma-system`, or the path of a Jinja file; empty: the tokenizer's own."""
+    trust_remote_code: bool = False
+    """Run Python code that ships with the model. Off unless you have read that code."""
+
+
+class SourceConfig(Block):
+    """One place that preference pairs come from."""
+
+    path: str
+    """A .jsonl, .json, .csv or .parquet file (also .gz), a `datasets` folder, or a hub name."""
+    split: str = ""
+    """Split of a hub name or of a saved `DatasetDict`; needed exactly there."""
+    subset: str = ""
+    """Configuration name of a hub data set."""
+    revision: str = ""
+    """Branch, tag or commit of a hub data set."""
+    fraction: Fraction = 1.0
+    """Share of its rows that is used: a random one, drawn with `data.seed`."""
+
+
+class DataConfig(Block):
+    """Preference pairs and how they become tokens."""
+
+    train: tuple[SourceConfig, ...] = Field(min_length=1)
+    """Pairs to score, select from and train on; several sources make a mixture."""
+    test: tuple[SourceConfig, ...] = ()
+    """Pairs kept apart for the evaluation of the trained policy."""
+    max_length: Annotated[int, Field(ge=2)] = 1024
+    """Longest prompt plus completion, in tokens."""
+    max_prompt_length: Count = 512
+    """Longest prompt, in tokens."""
+    overlong: Literal["drop", "truncate"] = "drop"
+    """`drop` a pair that is too long, with its reason; or `truncate`: keep the prompt's last
+    `max_prompt_length` tokens, then cut the end of the completions."""
+    empty_system_message: bool = False
+    """Put an empty system message before conversations that have none, where the template takes one."""
+    max_boundary_mismatch: Annotated[float, Field(ge=0.0, le=1.0)] = 0.05
+    """Refuse the data when the prompt's tokens are not a prefix of prompt plus completion in more
+    than this share of the pairs."""
+    max_pairs: Annotated[int, Field(ge=0)] = 0
+    """Use only this many rows of the mixture, drawn with `seed`; 0: all."""
+    seed: int = 0
+    """Decides which rows a `fraction` or `max_pairs` keeps."""
+
+    @model_validator(mode="after")
+    def _lengths_fit(self) -> Self:
+        if self.max_prompt_length >= self.max_length:
+            raise ValueError("max_prompt_length must be below max_length: the completion needs room")
+        return self

@@ -1,0 +1,106 @@
+"""The other blocks, and the recipe that holds them all."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from selective_dpo.config.base import Block, Count, Fraction, Settings
+from selective_dpo.config.data import DataConfig, ModelConfig
+from selective_dpo.config.selection import ScoreConfig, SelectConfig
+
+
+class TrainConfig(Block):
+    """DPO on the curriculum, from the starting policy."""
+
+    lora: Settings | None = None
+    """PEFT `LoraConfig` keys; null: full fine-tuning."""
+    trainer: Settings = Field(default_factory=dict)
+    """TRL `DPOConfig` keys."""
+    hub_id: str = ""
+    """Hub repository that the finished policy is pushed to; empty: none."""
+    hub_private: bool = True
+    """Whether a repository created for `hub_id` is private."""
+
+
+class GenerationConfig(Block):
+    """Sampled answers of the policy and of its starting model."""
+
+    prompts: Annotated[int, Field(ge=0)] = 0
+    """Number of prompts answered; 0: no generation."""
+    source: str = ""
+    """JSON Lines of `{"prompt": text or messages}` to answer; empty: the prompts of `data.test`."""
+    samples: Count = 1
+    """Answers per prompt and model."""
+    max_new_tokens: Count = 512
+    """Longest answer, in tokens."""
+    temperature: Annotated[float, Field(ge=0.0)] = 1.0
+    """0: greedy."""
+    top_p: Fraction = 1.0
+    """Nucleus sampling; 1: off."""
+    batch_size: Count = 64
+    """Answers generated at once."""
+    seed: int = 0
+    """Of the sampling."""
+
+
+class EvaluateConfig(Block):
+    """What the trained policy is measured by."""
+
+    generation: GenerationConfig = GenerationConfig()
+    """Sampling from the policy and the starting model."""
+    judge: Literal["none", "reward-model", "embedded-world"] = "none"
+    """Who compares the answers: nobody, a sequence classifier, or the embedded world's gold reward."""
+    reward_model: str = ""
+    """Hub name or folder of the sequence classifier for judge `reward-model`."""
+    controls: dict[str, SelectConfig] = Field(default_factory=dict)
+    """Other selections to train on the same way and evaluate beside the run's own, by name."""
+    tokens_per_batch: Count = 16_384
+    """Padded tokens in one forward pass over held-out pairs, per process."""
+
+    @model_validator(mode="after")
+    def _judge_has_something_to_judge(self) -> Self:
+        if self.judge != "none" and self.generation.prompts == 0:
+            raise ValueError(f"judge '{self.judge}' needs generation.prompts above 0")
+        if (self.judge == "reward-model") != bool(self.reward_model):
+            raise ValueError("judge 'reward-model' and reward_model go together")
+        return self
+
+
+class LaunchConfig(Block):
+    """How the work is spread."""
+
+    workers: Count = 1
+    """Scorers (and control arms) trained at the same time on this machine, a process each."""
+    processes: Count = 1
+    """Data-parallel processes of each training, started through `accelerate launch`."""
+
+    @model_validator(mode="after")
+    def _one_kind_of_spreading(self) -> Self:
+        if self.workers > 1 and self.processes > 1:
+            raise ValueError("workers and processes cannot both be above 1: they would share the devices")
+        return self
+
+
+class Recipe(Block):
+    """A whole run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+    """Name of the run's folder below `output_dir`: letters, digits, `.`, `_` and `-`."""
+    output_dir: str = "runs"
+    """Where run folders are made."""
+    model: ModelConfig
+    """The starting policy."""
+    data: DataConfig
+    """Preference pairs."""
+    score: ScoreConfig = ScoreConfig()
+    """Difficulty scoring."""
+    select: SelectConfig = SelectConfig()
+    """Selection and order."""
+    train: TrainConfig = TrainConfig()
+    """Training on the curriculum."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """Evaluation of the policy."""
+    launch: LaunchConfig = LaunchConfig()
+    """Spreading the work."""
