@@ -1,4 +1,4 @@
-"""Which TRL and PEFT options a recipe cannot set, and why: tables for `library_options`."""
+"""Which TRL and PEFT options a recipe cannot set, and why: tables for `pass_through`."""
 
 from __future__ import annotations
 

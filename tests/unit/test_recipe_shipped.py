@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pytest
 
 from selective_dpo.config import Recipe
-from selective_dpo.library_options import check_recipe_options
+from selective_dpo.pass_through import check_recipe_options
 from selective_dpo.recipe_io import load_recipe
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"

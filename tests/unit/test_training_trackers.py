@@ -11,7 +11,7 @@ import pytest
 from transformers.integrations import integration_utils
 
 from selective_dpo.errors import ConfigError
-from selective_dpo.library_options import check_dpo_options
+from selective_dpo.pass_through import check_dpo_options
 from selective_dpo.training.trackers import tracker_names, training_folder
 
 

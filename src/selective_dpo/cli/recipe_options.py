@@ -21,7 +21,7 @@ def add_recipe_options(parser: argparse.ArgumentParser, *, optional: bool = Fals
 
 def read_recipe(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> Recipe:
     """The recipe with its overrides, fully checked."""
-    from selective_dpo.library_options import check_recipe_options
+    from selective_dpo.pass_through import check_recipe_options
     from selective_dpo.recipe_io import load_recipe
 
     recipe = load_recipe(options.recipe, overrides)

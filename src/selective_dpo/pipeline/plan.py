@@ -10,7 +10,7 @@ from selective_dpo.config import Recipe
 from selective_dpo.data.store import PairsSummary
 from selective_dpo.errors import ModelError, RunChangedError
 from selective_dpo.evaluation.preflight import check_evaluation
-from selective_dpo.library_options import check_recipe_options
+from selective_dpo.pass_through import check_recipe_options
 from selective_dpo.pipeline.planning.cached import complete_results, has_results
 from selective_dpo.pipeline.planning.costs import saved_bytes
 from selective_dpo.pipeline.planning.device import ASSUMED_UTILISATION, Device, this_device

@@ -13,7 +13,7 @@ from selective_dpo.engine.processes import this_process, wait_for_everyone
 from selective_dpo.errors import ConfigError
 from selective_dpo.evaluation.preflight import check_evaluation
 from selective_dpo.launch.processes import relaunch, under_a_launcher
-from selective_dpo.library_options import check_recipe_options
+from selective_dpo.pass_through import check_recipe_options
 from selective_dpo.pipeline.evaluation_stage import ensure_evaluation
 from selective_dpo.pipeline.run_directory import RunDirectory
 from selective_dpo.pipeline.stages import (
