@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import Dataset
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 REAL_PAIRS = Path(__file__).resolve().parents[2] / "shared" / "data" / "alpaca_pairs_train.jsonl.gz"
 TOKENS_PER_WORD = 1.3
@@ -72,12 +74,12 @@ def small_model(seed: int = 0, **changes: Any) -> Qwen2ForCausalLM:
 
     torch.manual_seed(seed)
     config = {
-        "vocab_size": 4096,
-        "hidden_size": 256,
-        "intermediate_size": 1408,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
+        "vocab_size": 2048,
+        "hidden_size": 128,
+        "intermediate_size": 704,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
         "max_position_embeddings": 4096,
         "tie_word_embeddings": False,
         "pad_token_id": 0,
@@ -103,3 +105,35 @@ def _clipped(prompt: float, chosen: float, rejected: float) -> Lengths:
     prompt_tokens = tokens(prompt, 492) + 20
     room = MAX_LENGTH - prompt_tokens
     return Lengths(prompt_tokens, tokens(chosen, room), tokens(rejected, room))
+
+
+def seven_billion() -> Qwen2ForCausalLM:
+    """Qwen2.5-7B's shapes with random weights, in bfloat16 on the GPU."""
+    import torch
+
+    config = Qwen2Config(
+        vocab_size=152_064,
+        hidden_size=3584,
+        intermediate_size=18_944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        max_position_embeddings=32_768,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            return Qwen2ForCausalLM(config)
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A stand-in that TRL's trainer can ask for a padding token; the pairs are tokens already."""
+    vocabulary = {"<pad>": 0, "<bos>": 1, "<eos>": 2, "a": 3}
+    backend = Tokenizer(WordLevel(vocabulary, unk_token="a"))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
+    )
