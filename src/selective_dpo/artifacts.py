@@ -148,10 +148,18 @@ def is_complete(folder: Path, *, key: str) -> bool:
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Replace the file `path` by `content` in one step: readers see the old file or the new one."""
+    with replacing(path) as partial:
+        partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name to write a file under; on leaving without an error it becomes `path` in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.parent / f".partial-{path.name}-{uuid.uuid4().hex[:8]}"
     try:
-        _write_flushed(partial, content)
+        yield partial
+        _flush(partial)
         partial.replace(path)
         _flush_folder(path.parent)
     finally:

@@ -11,8 +11,10 @@ import pytest
 import scipy.stats
 
 from selective_dpo.core import agreement as agreement_module
-from selective_dpo.core.agreement import agreement, weighted_spearman
-from selective_dpo.core.bootstrap import Draws, bounds, cluster_bootstrap, estimates, replicates_for
+from selective_dpo.core import bootstrap as bootstrap_module
+from selective_dpo.core.agreement import agreement
+from selective_dpo.core.bootstrap import Draws, bounds, cluster_bootstrap, cluster_codes, estimates, rows_for
+from selective_dpo.core.rank_correlation import weighted_spearman
 from selective_dpo.core.records import LossTable
 from selective_dpo.core.selection import Rule, select
 
@@ -230,10 +232,77 @@ def test_binned_resamples_agree_with_exact_ones(monkeypatch) -> None:
         assert binned["seeds"][0][name]["low"] == pytest.approx(exact["seeds"][0][name]["low"], abs=2e-3)
 
 
-def test_replicates_scale_down_with_the_table() -> None:
-    assert replicates_for(20_000, 18) == 1000
-    assert 100 < replicates_for(60_000, 18) < 1000
-    assert replicates_for(2_000_000, 18) == 100
+def test_resamples_of_large_tables_are_bounded() -> None:
+    assert rows_for(20) == 20_000
+    assert rows_for(18) * 18 <= 400_000
+    # 5,000 clusters of two pairs; about 1,000 pairs are 500 clusters.
+    draws = cluster_bootstrap(
+        lambda weights: weights.sum(keepdims=True),
+        np.repeat(np.arange(5000), 2),
+        replicates=20,
+        most_rows=1000,
+    )
+    assert (draws.clusters, draws.drawn) == (5000, 500)
+
+
+def test_a_resample_holds_whole_clusters_as_often_as_they_were_drawn() -> None:
+    clusters = np.array(["b", "a", "c", "a", "b", "a"])
+    seen = []
+
+    def note(rows, weights):
+        seen.append(dict(zip(rows.tolist(), weights.tolist(), strict=True)))
+        return np.zeros(1)
+
+    cluster_bootstrap(lambda weights: np.zeros(1), clusters, replicates=50, resampled=note)
+    rows_of = {"a": {1, 3, 5}, "b": {0, 4}, "c": {2}}
+    for weight_of in seen:
+        times = {label: {weight_of.get(row, 0.0) for row in rows} for label, rows in rows_of.items()}
+        assert all(len(each) == 1 for each in times.values())
+        assert sum(each.pop() for each in times.values()) == 3  # clusters drawn
+    assert len({tuple(sorted(weight_of.items())) for weight_of in seen}) > 5
+
+
+def test_fewer_of_many_clusters_give_the_same_errors(monkeypatch) -> None:
+    # 2,000 prompts with 2 pairs each. The standard deviations of two times 1,000 draws differ by about
+    # sqrt(2 / 2000) = 3% by chance; what drawing 400 prompts instead adds is about 1 / sqrt(400) = 5%.
+    prompts = np.repeat(np.arange(2000), 2)
+    noise = np.repeat(noisy(2000, seeds=2, decimals=6), 2, axis=0) / 2
+    table = table_of(noise + noisy(4000, seeds=2, decimals=6) / 2, prompts)
+    whole = agreement(table)
+    monkeypatch.setattr(bootstrap_module, "_CELLS_A_RESAMPLE", 6 * 800)
+    fewer = agreement(table)
+    assert fewer["bootstrap"] == {**whole["bootstrap"], "clusters_drawn": 400}
+    assert fewer["spearman"] == whole["spearman"]
+    for name in ("spearman", "overlap", "jaccard"):
+        few, all_of_them = fewer["seeds"][0][name], whole["seeds"][0][name]
+        assert few["value"] == all_of_them["value"]
+        assert few["standard_error"] == pytest.approx(all_of_them["standard_error"], rel=0.15)
+        error = all_of_them["standard_error"]
+        assert few["low"] == pytest.approx(all_of_them["low"], abs=0.3 * error)
+        assert few["high"] == pytest.approx(all_of_them["high"], abs=0.3 * error)
+
+
+def test_error_of_fewer_clusters_is_the_analytic_one(monkeypatch) -> None:
+    # Of independent columns the variance of Spearman's correlation is 1 / (n - 1), whatever is drawn.
+    monkeypatch.setattr(bootstrap_module, "_CELLS_A_RESAMPLE", 4 * 1000)
+    generator = np.random.default_rng(3)
+    result = agreement(table_of(generator.normal(size=(20_000, 2, 1))))
+    assert result["bootstrap"]["clusters_drawn"] == 1000
+    assert result["seeds"][0]["spearman"]["standard_error"] == pytest.approx(1 / math.sqrt(19_999), rel=0.12)
+
+
+def test_columns_with_few_values_keep_them_in_bins(monkeypatch) -> None:
+    # The bins are each column's own: next to 3,000 distinct values two must not become one.
+    losses = noisy(3000, seeds=2, evaluations=1, decimals=9)
+    losses[:, 1] = np.where(losses[:, 1] > 0.7, 1.0, 0.5)
+    monkeypatch.setattr(agreement_module, "_MOST_BINS", 512)
+    result = agreement(table_of(losses), replicates=50)["seeds"][0]["spearman"]
+    assert result["low"] < result["value"] < result["high"]
+
+
+@pytest.mark.parametrize("labels", [["b", "a", "b", "c"], ["\u00e9", "a", "\u00e9", "\u4e2d"], [5, 2, 5, 9]])
+def test_cluster_codes_are_those_of_unique(labels) -> None:
+    assert cluster_codes(labels).tolist() == [1, 0, 1, 2]
 
 
 def test_table_is_not_changed() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -83,6 +84,19 @@ def test_a_loss_that_is_not_finite_is_never_skipped(bad: float, allow_partial: b
     cells = [*complete(["a1", "b1"], [41], [1]), ("c1", 41, 1, bad)]
     with pytest.raises(RecordsError, match=r"^1 pairs have a loss that is not finite: c1$"):
         loss_table(records(cells), allow_partial=allow_partial)
+
+
+@pytest.mark.parametrize("allow_partial", [False, True])
+def test_records_of_both_folds_of_a_seed_are_refused(allow_partial: bool) -> None:
+    # The half that a1 is in for seed 42 is another one than for seed 41, which is as it should be.
+    cells = complete(["a1", "b1"], [41, 42], [1, 2])
+    found = records(cells)
+    fold = np.where((found.pair_id == "a1") & (found.seed == 42), 1, found.fold)
+    assert loss_table(replace(found, fold=fold)).counts_P.tolist() == [4, 4]
+    # b1's second evaluation under seed 41 comes from a scorer that was trained on b1.
+    fold[(found.pair_id == "b1") & (found.seed == 41) & (found.evaluation == 2)] = 1
+    with pytest.raises(RecordsError, match=r"^1 pairs have records of both folds of one seed: b1; .*again$"):
+        loss_table(replace(found, fold=fold), allow_partial=allow_partial)
 
 
 def test_many_faulty_pairs_are_counted_and_some_are_named() -> None:

@@ -14,6 +14,7 @@ from datasets import Dataset, load_from_disk
 
 from selective_dpo.core import identity
 from selective_dpo.core.records import LossTable
+from selective_dpo.curriculum import texts as texts_module
 from selective_dpo.curriculum.build import build_curriculum
 from selective_dpo.curriculum.exporting import export_curriculum
 from selective_dpo.errors import ConfigError, DataError, IdentityError
@@ -141,6 +142,33 @@ def test_datasets_folder_is_what_trl_reads(tmp_path, chat) -> None:
     assert loaded[0]["prompt"] == rows[5]["prompt"]
     assert loaded[2]["rejected"] == rows[3]["rejected"]
     assert loaded["difficulty"][:] == pytest.approx([0.515, 0.615, 0.715])
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+def test_many_texts_are_put_in_order_in_parts(tmp_path, monkeypatch, as_file) -> None:
+    monkeypatch.setattr(texts_module, "_FEWEST_IN_PART", 7)
+    monkeypatch.setattr(texts_module, "_ROWS_AT_ONCE", 10)
+    rows = [
+        {"prompt": f"q{i}", "chosen": f" a{i}", "rejected": f" b{i}", "prompt_id": f"p{i}"}
+        for i in range(100)
+    ]
+    ids = np.array([id_of(row) for row in rows])
+    difficulty = np.random.default_rng(0).permutation(100) / 100
+    difficulty[40:80] += 1.0  # whole batches without a selected pair
+    order = np.argsort(ids)
+    table = LossTable(ids[order], ids[order], (41,), (1,), difficulty[order][:, None, None])
+    curriculum = build_curriculum(table, {"count": 45})
+    pairs = pairs_table(rows)
+    if as_file:
+        pq.write_table(pairs, tmp_path / "pairs.parquet")
+        pairs = tmp_path / "pairs.parquet"
+    expected = [rows[i]["chosen"] for i in np.argsort(difficulty)[:45]]
+    path = export_curriculum(curriculum, tmp_path / "x.jsonl", "jsonl", pairs=pairs)
+    assert [json.loads(line)["chosen"] for line in path.read_text().splitlines()] == expected
+    loaded = load_from_disk(str(export_curriculum(curriculum, tmp_path / "ds", "datasets", pairs=pairs)))
+    assert loaded["chosen"][:] == expected
+    assert loaded["pair_id"][:] == curriculum.order
+    assert not list(tmp_path.glob(".partial*"))
 
 
 def test_text_and_messages_do_not_fit_one_data_set(tmp_path) -> None:

@@ -31,7 +31,7 @@ def execute(verb: str, options: argparse.Namespace, overrides: Sequence[tuple[st
     """Export and say what was written."""
     from selective_dpo.curriculum.exporting import export_curriculum
     from selective_dpo.curriculum.table import Curriculum
-    from selective_dpo.data.store import load_pairs
+    from selective_dpo.data.store import pairs_file
 
     if options.pairs and options.format not in WITH_TEXTS:
         raise ConfigError(f"--pairs has no effect with --format {options.format}; leave it out")
@@ -40,9 +40,9 @@ def execute(verb: str, options: argparse.Namespace, overrides: Sequence[tuple[st
     beside = (source.parent if source.suffix == ".parquet" else source) / "pairs"
     folder = Path(options.pairs) if options.pairs else beside
     wanted = options.format in WITH_TEXTS and (options.pairs or folder.is_dir())
-    pairs = load_pairs(folder) if wanted else None
+    pairs = pairs_file(folder) if wanted else None
     path = export_curriculum(
         curriculum, Path(options.out), options.format, pairs=pairs, overwrite=options.overwrite
     )
-    print(f"{path}: {len(curriculum.order):,} selected of {len(curriculum.pair_ids):,} pairs")
+    print(f"{path}: {len(curriculum.order):,} selected of {len(curriculum.table):,} pairs")
     return 0

@@ -12,13 +12,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selective_dpo.core.aggregation import Aggregate, difficulty
-from selective_dpo.core.bootstrap import LEVEL, Draws, bounds, cluster_bootstrap, estimates, replicates_for
+from selective_dpo.core.bootstrap import (
+    LEVEL,
+    REPLICATES,
+    Draws,
+    bounds,
+    cluster_bootstrap,
+    cluster_codes,
+    estimates,
+    rows_for,
+)
 from selective_dpo.core.estimates import Estimate
+from selective_dpo.core.rank_correlation import weighted_spearman
 from selective_dpo.core.records import LossTable
 from selective_dpo.core.selection import Rule, rank_window, ranks
 
 CHANCE_LOSS = math.log(2.0)
-_MOST_BINS = 1 << 16
+_MOST_BINS = 1 << 12
 _COMPARED = ("spearman", "overlap", "jaccard")
 
 
@@ -27,7 +37,7 @@ def agreement(
     how: Aggregate = "mean",
     rule: Rule | None = None,
     *,
-    replicates: int | None = None,
+    replicates: int = REPLICATES,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Agreement statistics of a loss table, as JSON values; null where one is not defined.
@@ -42,17 +52,17 @@ def agreement(
     - `above_chance`: the share of pairs whose difficulty (for `rank-mean`: mean loss) is above ln 2.
 
     Standard errors and intervals come from the cluster bootstrap over prompts (see `bootstrap`): ranks
-    and selected sets are found anew in each resample, a pair's difficulty is held as it is.
-    `replicates` defaults to 1,000, fewer for large tables; `seed` decides the resamples.
+    and selected sets are found anew in each resample, a pair's difficulty is held as it is. Of tables
+    of more than 400,000 / columns pairs the resamples hold that many; `clusters_drawn` says how many
+    prompts. `seed` decides the resamples. The numbers themselves are always those of all pairs.
     """
     basis = _basis(table, how, rule or Rule())
-    replicates = replicates or replicates_for(len(basis.prompt_ids_P), len(basis.codes_CP))
     draws = _draws(basis, replicates, seed)
     between = _between(len(basis.columns))
     low_K, high_K = bounds(draws)
     numbers = iter(estimates(draws)[len(between) :])
     return {
-        "pairs": len(basis.prompt_ids_P),
+        "pairs": len(basis.prompt_P),
         "columns": [{"seed": seed_, "evaluation": evaluation} for seed_, evaluation in basis.columns],
         "spearman": _matrix(draws.value_K, len(basis.columns)),
         "spearman_low": _matrix(low_K, len(basis.columns)),
@@ -63,14 +73,20 @@ def agreement(
         ],
         "above_chance": _as_json(next(numbers)),
         "fraction": None if basis.window is None else round(basis.window[1] - basis.window[0], 12),
-        "bootstrap": {"replicates": replicates, "clusters": draws.clusters, "level": LEVEL},
+        "bootstrap": _how_resampled(replicates, draws),
     }
+
+
+def _how_resampled(replicates: int, draws: Draws) -> dict[str, Any]:
+    facts = {"replicates": replicates, "clusters": draws.clusters, "level": LEVEL}
+    return facts if draws.drawn is None else {**facts, "clusters_drawn": draws.drawn}
 
 
 class _Basis(NamedTuple):
     """What every resample is computed from. Equal codes are tied values, higher codes higher values."""
 
-    prompt_ids_P: NDArray[np.str_]
+    prompt_P: NDArray[np.intp]
+    """The prompt of each pair, as a number."""
     columns: list[tuple[int, int]]
     """(seed, evaluation) of each loss column."""
     seeds: list[int]
@@ -85,13 +101,37 @@ class _Basis(NamedTuple):
     """Pairs up to the threshold, by each seed's own difficulty."""
     above_P: NDArray[np.bool_]
 
-    def binned(self) -> _Basis:
-        """The same with at most 65,536 quantile bins a column, so that the lookups fit the cache.
+    def sampler(self) -> _Sampler:
+        """The same by rows, with at most 4,096 bins a column, so that all lookups stay in the cache.
 
-        A rank moves by at most 1 / 65,536 of the range, differently for each of more than 65,536 pairs:
-        a correlation moves by about 1 / 65,536 of its own standard error.
+        A rank moves by at most 1 / 4,096 of the range, differently for each of more than 4,096 pairs: a
+        correlation moves by about 1 / 4,096 of its own standard error.
         """
-        return self._replace(codes_CP=_bin(self.codes_CP), rank_SP=_bin(self.rank_SP))
+        binned = [_binned(code_P) for code_P in (*self.codes_CP, *self.rank_SP)]
+        return _Sampler(self, np.stack(binned, axis=1), np.stack([*self.kept_SP, self.above_P], axis=1))
+
+
+class _Sampler(NamedTuple):
+    """A basis from which the rows of a resample are picked, each with one look into memory."""
+
+    basis: _Basis
+    codes_PK: NDArray[np.uint16]
+    """Bins of the loss columns and of the seeds' own difficulties, then of the seeds' ranks."""
+    flags_PF: NDArray[np.bool_]
+    """`kept_SP`, then `above_P`."""
+
+    def rows(self, rows_N: NDArray[np.intp]) -> _Basis:
+        """The basis of some rows."""
+        columns = len(self.basis.codes_CP)
+        codes_KN = self.codes_PK[rows_N].T.astype(np.intp)
+        flags_FN = self.flags_PF[rows_N].T
+        return self.basis._replace(
+            prompt_P=self.basis.prompt_P[rows_N],
+            codes_CP=codes_KN[:columns],
+            rank_SP=codes_KN[columns:],
+            kept_SP=flags_FN[:-1],
+            above_P=flags_FN[-1],
+        )
 
 
 def _basis(table: LossTable, how: Aggregate, rule: Rule) -> _Basis:
@@ -105,7 +145,7 @@ def _basis(table: LossTable, how: Aggregate, rule: Rule) -> _Basis:
     losses_CP = whole.losses_PSE[:, present_SE].T
     level_P = losses_CP.mean(axis=0) if how == "rank-mean" else _difficulty(whole, how)
     return _Basis(
-        prompt_ids_P=whole.prompt_ids_P,
+        prompt_P=cluster_codes(whole.prompt_ids_P),
         columns=[(table.seeds_S[s], table.evaluations_E[e]) for s, e in np.argwhere(present_SE)],
         seeds=[table.seeds_S[s] for s in seeds],
         codes_CP=np.array([_value_codes(column_P) for column_P in (*losses_CP, *own_SP)]),
@@ -146,23 +186,25 @@ def _difficulty(table: LossTable, how: Aggregate) -> NDArray[np.float64]:
     return difficulty(table, how, allow_partial=True).difficulty_P
 
 
-def _bin(codes_CP: NDArray[np.intp]) -> NDArray[np.intp]:
-    distinct = int(codes_CP.max(initial=0)) + 1
-    return codes_CP if distinct <= _MOST_BINS else codes_CP * _MOST_BINS // distinct
+def _binned(code_P: NDArray[np.intp]) -> NDArray[np.uint16]:
+    distinct = int(code_P.max(initial=0)) + 1
+    bin_P = code_P if distinct <= _MOST_BINS else code_P * _MOST_BINS // distinct
+    return bin_P.astype(np.uint16)
 
 
 def _draws(basis: _Basis, replicates: int, seed: int) -> Draws:
-    if len(basis.prompt_ids_P) < 2:
+    if len(basis.prompt_P) < 2:
         statistics = len(_between(len(basis.columns))) + 3 * len(_between(len(basis.seeds))) + 1
         nothing_K = np.full(statistics, np.nan)
-        return Draws(nothing_K, np.tile(nothing_K, (replicates, 1)), len(basis.prompt_ids_P))
-    binned = basis.binned()
+        return Draws(nothing_K, np.tile(nothing_K, (replicates, 1)), len(basis.prompt_P))
+    sampler = basis.sampler()
     return cluster_bootstrap(
         lambda weights_P: _statistics(basis, weights_P),
-        basis.prompt_ids_P,
+        basis.prompt_P,
         replicates=replicates,
         seed=seed,
-        resampled=lambda weights_P: _statistics(binned, weights_P),
+        resampled=lambda rows_N, weights_N: _statistics(sampler.rows(rows_N), weights_N),
+        most_rows=rows_for(len(basis.codes_CP)),
     )
 
 
@@ -182,27 +224,6 @@ def _statistics(basis: _Basis, weights_P: NDArray[np.float64]) -> NDArray[np.flo
         values += [_ratio(both, copies_SP[a].sum()), _ratio(both, either)]
     values.append(float(weights_P[basis.above_P].sum() / weights_P.sum()))
     return np.array(values, dtype=np.float64)
-
-
-def weighted_spearman(codes_CP: NDArray[np.intp], weights_P: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Spearman correlation [C, C] of the columns when row p stands weights_P[p] times.
-
-    Codes are non-negative integers, in the order of the values and equal for ties. A value's mid-rank
-    is the weight below it plus half of (its own weight + 1), so integer weights give exactly what
-    repeating the rows would. NaN for a constant column.
-    """
-    deviations_CP = np.empty(codes_CP.shape)
-    total = weights_P.sum()
-    for codes_P, deviations_P in zip(codes_CP, deviations_CP, strict=True):
-        weight_V = np.bincount(codes_P, weights_P)
-        centred_V = np.cumsum(weight_V) - weight_V / 2 - total / 2
-        # Codes are in range; the default mode would check them, through a buffer, a third slower.
-        np.take(centred_V, codes_P, out=deviations_P, mode="clip")
-    deviations_CP *= np.sqrt(weights_P)
-    product_CC = deviations_CP @ deviations_CP.T
-    norm_C = np.sqrt(np.diagonal(product_CC))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.asarray(product_CC / np.outer(norm_C, norm_C))
 
 
 def _copies_selected(basis: _Basis, weights_P: NDArray[np.float64]) -> NDArray[np.float64]:

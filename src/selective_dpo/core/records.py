@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,46 +53,99 @@ class LossTable:
     @property
     def counts_P(self) -> NDArray[np.int64]:
         """Number of records of each pair."""
-        return np.asarray(np.isfinite(self.losses_PSE).sum(axis=(1, 2)), dtype=np.int64)
+        held_PR = np.isfinite(self.losses_PSE).reshape(len(self.losses_PSE), -1)
+        return np.asarray(np.count_nonzero(held_PR, axis=1), dtype=np.int64)
+
+
+class CodedRecords(NamedTuple):
+    """Some records, their keys given as places along the axes of a table of losses; columns of length R."""
+
+    pair_R: NDArray[np.integer[Any]]
+    seed_R: NDArray[np.integer[Any]]
+    evaluation_R: NDArray[np.integer[Any]]
+    fold_R: NDArray[np.integer[Any]]
+    """The folds themselves: they are no axis."""
+    loss_R: NDArray[np.float64]
+
+
+class Axes(NamedTuple):
+    """What the places along a table of losses stand for."""
+
+    pair_ids_P: NDArray[np.str_]
+    """Sorted, unique."""
+    prompt_ids_P: NDArray[np.str_]
+    seeds_S: tuple[int, ...]
+    evaluations_E: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(P, S, E)."""
+        return len(self.pair_ids_P), len(self.seeds_S), len(self.evaluations_E)
 
 
 def loss_table(records: Records, *, allow_partial: bool = False) -> LossTable:
     """Arrange records by (pair, seed, evaluation), each exactly once.
 
     Raises:
-        RecordsError: no records; a record stands twice; a loss is not finite; or, unless
-            `allow_partial`, a pair lacks one. Some of the pairs are named.
+        RecordsError: no records; a record stands twice; a loss is not finite; a pair was measured in both
+            folds of a seed; or, unless `allow_partial`, a pair lacks a record. Some of the pairs are named.
     """
-    if not len(records):
-        raise RecordsError("there are no records: run the scoring first")
-    finite = np.isfinite(records.loss)
-    if not finite.all():
-        bad = np.unique(records.pair_id[~finite])
-        raise RecordsError(f"{len(bad):,} pairs have a loss that is not finite: {name_some(bad)}")
     pair_ids, first, pair_R = np.unique(records.pair_id, return_index=True, return_inverse=True)
     seeds, seed_R = np.unique(records.seed, return_inverse=True)
     evaluations, evaluation_R = np.unique(records.evaluation, return_inverse=True)
-    shape = (len(pair_ids), len(seeds), len(evaluations))
-    cell_R = np.ravel_multi_index((pair_R, seed_R, evaluation_R), shape)
-    held_PSE = np.bincount(cell_R, minlength=int(np.prod(shape))).reshape(shape)
-    if held_PSE.max() > 1:
-        repeated = pair_ids[(held_PSE > 1).any(axis=(1, 2))]
+    axes = Axes(pair_ids, records.prompt_id[first], tuple(seeds.tolist()), tuple(evaluations.tolist()))
+    part = CodedRecords(pair_R, seed_R, evaluation_R, records.fold, records.loss)
+    return arrange(axes, [part], allow_partial=allow_partial)
+
+
+def arrange(axes: Axes, parts: Sequence[CodedRecords], *, allow_partial: bool = False) -> LossTable:
+    """The table of the records in `parts`; `loss_table` says what is refused."""
+    if not any(len(part.loss_R) for part in parts):
+        raise RecordsError("there are no records: run the scoring first")
+    _require_finite(axes, parts)
+    losses_PSE = np.full(axes.shape, np.nan)
+    records_P = np.zeros(len(axes.pair_ids_P), dtype=np.int64)
+    for part in parts:
+        cell_R = np.ravel_multi_index((part.pair_R, part.seed_R, part.evaluation_R), axes.shape)
+        losses_PSE.reshape(-1)[cell_R] = part.loss_R
+        records_P += np.bincount(part.pair_R, minlength=len(records_P))
+    table = LossTable(*axes, losses_PSE)
+    # All losses are finite, so a pair with more records than filled cells has two in one of them.
+    counts_P = table.counts_P
+    if (records_P > counts_P).any():
+        repeated = axes.pair_ids_P[records_P > counts_P]
         raise RecordsError(
             f"{len(repeated):,} pairs have two records for one seed and evaluation: {name_some(repeated)}"
         )
-    missing_P = (held_PSE == 0).any(axis=(1, 2))
-    if missing_P.any() and not allow_partial:
+    _require_one_fold(axes, parts)
+    complete = len(axes.seeds_S) * len(axes.evaluations_E)
+    if (counts_P < complete).any() and not allow_partial:
+        lacking = axes.pair_ids_P[counts_P < complete]
         raise RecordsError(
-            f"{int(missing_P.sum()):,} of {len(pair_ids):,} pairs lack some of their "
-            f"{shape[1] * shape[2]} records: {name_some(pair_ids[missing_P])}; score them, "
-            "or accept them with --allow-partial"
+            f"{len(lacking):,} of {len(counts_P):,} pairs lack some of their {complete} records: "
+            f"{name_some(lacking)}; score them, or accept them with --allow-partial"
         )
-    losses = np.full(shape, np.nan)
-    losses.reshape(-1)[cell_R] = records.loss
-    return LossTable(
-        pair_ids,
-        records.prompt_id[first],
-        tuple(int(seed) for seed in seeds),
-        tuple(int(evaluation) for evaluation in evaluations),
-        losses,
-    )
+    return table
+
+
+def _require_finite(axes: Axes, parts: Sequence[CodedRecords]) -> None:
+    bad = np.concatenate([part.pair_R[~np.isfinite(part.loss_R)] for part in parts])
+    if len(bad):
+        named = axes.pair_ids_P[np.unique(bad)]
+        raise RecordsError(f"{len(named):,} pairs have a loss that is not finite: {name_some(named)}")
+
+
+def _require_one_fold(axes: Axes, parts: Sequence[CodedRecords]) -> None:
+    """A seed's two scorers were trained on one fold each: the scorer of the other fold knows the pair."""
+    fold_PS = np.zeros(axes.shape[:2], dtype=np.int64)
+    for part in parts:
+        fold_PS[part.pair_R, part.seed_R] = part.fold_R
+    # The last record of a pair and seed stands there now: an earlier one of the other fold differs from it.
+    differs = [part.pair_R[fold_PS[part.pair_R, part.seed_R] != part.fold_R] for part in parts]
+    two_folds = np.concatenate(differs)
+    if len(two_folds):
+        named = axes.pair_ids_P[np.unique(two_folds)]
+        raise RecordsError(
+            f"{len(named):,} pairs have records of both folds of one seed: {name_some(named)}; "
+            "one of its two scorers was trained on them, so score that seed again"
+        )

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selective_dpo.core.aggregation import Aggregate, difficulty
+from selective_dpo.core.bootstrap import cluster_codes
 from selective_dpo.core.records import LossTable
 from selective_dpo.core.selection import Rule, rank_window, ranks, size_of
 from selective_dpo.errors import ConfigError, RecordsError
@@ -20,7 +21,8 @@ _MOST_BINS = 1 << 16
 class SeedSets(NamedTuple):
     """What each seed selects, in a form that weights of the pairs can be put on."""
 
-    prompt_ids_P: NDArray[np.str_]
+    prompt_P: NDArray[np.intp]
+    """The prompt of each pair, as a number."""
     code_SP: NDArray[np.intp]
     """Rank of each pair by each seed's own difficulty, or its bin of ranks."""
     kept_SP: NDArray[np.bool_] | None
@@ -36,13 +38,18 @@ class SeedSets(NamedTuple):
     @property
     def pairs(self) -> int:
         """How many (P)."""
-        return len(self.prompt_ids_P)
+        return len(self.prompt_P)
 
     def take(self, *seeds: int) -> SeedSets:
         """Those of some seeds, by index."""
         rows = list(seeds)
         kept_SP = None if self.kept_SP is None else self.kept_SP[rows]
         return self._replace(code_SP=self.code_SP[rows], kept_SP=kept_SP)
+
+    def rows(self, rows_N: NDArray[np.intp]) -> SeedSets:
+        """Those of some pairs, by row."""
+        kept_SN = None if self.kept_SP is None else self.kept_SP[:, rows_N]
+        return self._replace(prompt_P=self.prompt_P[rows_N], code_SP=self.code_SP[:, rows_N], kept_SP=kept_SN)
 
     def binned(self) -> SeedSets:
         """The same with at most 65,536 bins of ranks a seed, so that a resample's sums fit the cache.
@@ -79,7 +86,7 @@ def seed_sets(table: LossTable, how: Aggregate, rule: Rule) -> SeedSets:
         low, high = _window(len(whole.pair_ids_P), rule)
     else:
         low, high = 0.0, float(kept_SP.mean())
-    return SeedSets(whole.prompt_ids_P, code_SP, kept_SP, (low, high))
+    return SeedSets(cluster_codes(whole.prompt_ids_P), code_SP, kept_SP, (low, high))
 
 
 def mean_overlap(sets: SeedSets, weights_P: NDArray[np.float64]) -> float:

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selective_dpo.core.aggregation import Aggregate
-from selective_dpo.core.bootstrap import LEVEL, Draws, cluster_bootstrap, replicates_for
+from selective_dpo.core.bootstrap import LEVEL, REPLICATES, Draws, cluster_bootstrap, rows_for
 from selective_dpo.core.estimates import Estimate
 from selective_dpo.core.latent_correlation import OverlapCurve, correlation_of_means, overlap_curve
 from selective_dpo.core.records import LossTable
@@ -92,7 +92,7 @@ def predict_overlap(
     how: Aggregate = "mean",
     rule: Rule | None = None,
     *,
-    replicates: int | None = None,
+    replicates: int = REPLICATES,
     seed: int = 0,
 ) -> Prediction:
     """Predict how far the set that `rule` selects from these records would coincide with fresh ones.
@@ -110,7 +110,8 @@ def predict_overlap(
     pair is in dispute a bootstrap has nothing to vary; draws from the posterior of a share of 0 under
     Jeffreys' prior take its place. With one prompt only, errors and bounds are NaN.
 
-    `replicates` defaults to 1,000, fewer for large tables; deterministic given `seed`.
+    Of tables of more than 400,000 / k pairs the resamples hold that many (see `bootstrap`). Deterministic
+    given `seed`.
 
     Raises:
         RecordsError: records of fewer than two seeds, or no pair that has all of them.
@@ -121,14 +122,14 @@ def predict_overlap(
     low, high = sets.quantiles
     if rule.name in ("all", "random") or high - low == 1.0:
         return _stable_by_construction(table, sets)
-    replicates = replicates or replicates_for(sets.pairs, sets.seeds)
     binned = sets.binned()
     draws = cluster_bootstrap(
         lambda weights_P: np.array([mean_overlap(sets, weights_P)]),
-        sets.prompt_ids_P,
+        sets.prompt_P,
         replicates=replicates,
         seed=seed,
-        resampled=lambda weights_P: np.array([mean_overlap(binned, weights_P)]),
+        resampled=lambda rows_N, weights_N: np.array([mean_overlap(binned.rows(rows_N), weights_N)]),
+        most_rows=rows_for(sets.seeds),
     )
     curve = overlap_curve(low, high)
     rho = float(curve.correlation(draws.value_K[0]))
@@ -190,7 +191,7 @@ def _stable_by_construction(table: LossTable, sets: SeedSets) -> Prediction:
         repetition=certain,
         single=certain,
         pairs=sets.pairs,
-        clusters=len(np.unique(sets.prompt_ids_P)),
+        clusters=len(np.unique(sets.prompt_P)),
         replicates=0,
     )
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import json
-import os
-import uuid
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -16,12 +15,12 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from selective_dpo.artifacts import publish_folder
+from selective_dpo.artifacts import publish_folder, replacing
 from selective_dpo.curriculum.table import Curriculum, loss_column
-from selective_dpo.errors import ConfigError, DataError, IdentityError, name_some
+from selective_dpo.curriculum.texts import TEXTS, Pairs, selected_texts
+from selective_dpo.errors import ConfigError, DataError
 
 Format = Literal["csv", "parquet", "jsonl", "datasets"]
-_TEXTS = ("prompt", "chosen", "rejected")
 _MESSAGES = pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
 _ROWS_AT_ONCE = 10_000
 
@@ -31,7 +30,7 @@ def export_curriculum(
     path: str | Path,
     format: Format,
     *,
-    pairs: pa.Table | None = None,
+    pairs: Pairs | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write the curriculum to `path`, whole or not at all, and return it.
@@ -42,7 +41,8 @@ def export_curriculum(
     - `jsonl`: the selected pairs in training order: ids, difficulty, prompt, chosen, rejected;
     - `datasets`: the same as a folder for `datasets.load_from_disk`, in the columns TRL reads.
 
-    `pairs` is the run's table of pairs (`data.store.load_pairs`), whose texts the last two need.
+    `pairs` is the run's `pairs.parquet` or its table (`data.store`), whose texts the last two need; they are
+    streamed, so that memory holds only some of them.
 
     Raises:
         ConfigError: `path` exists and `overwrite` is off, the format is unknown, or `pairs` is missing.
@@ -56,15 +56,25 @@ def export_curriculum(
     if format == "csv":
         _write_csv(_original_columns(curriculum), path)
     elif format == "parquet":
-        with _replacing(path) as partial:
+        with replacing(path) as partial:
             pq.write_table(curriculum.table, partial)
     else:
-        selected = _selected_texts(curriculum, pairs, format)
-        if format == "jsonl":
-            _write_jsonl(selected, path)
-        else:
-            _write_dataset(selected, path, key=curriculum.order_digest)
+        _write_texts(curriculum, path, format, pairs)
     return path
+
+
+def _write_texts(curriculum: Curriculum, path: Path, format: str, pairs: Pairs | None) -> None:
+    if pairs is None:
+        raise ConfigError(
+            f"format '{format}' needs the pairs' texts: pass --pairs with the run's pairs folder, "
+            "or export csv or parquet"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with selected_texts(curriculum, pairs, scratch=path.parent) as tables:
+        if format == "jsonl":
+            _write_jsonl(tables, path)
+        else:
+            _write_dataset(tables, path, key=curriculum.order_digest)
 
 
 def _require_free(path: Path, *, overwrite: bool, is_folder: bool) -> None:
@@ -78,20 +88,6 @@ def _require_free(path: Path, *, overwrite: bool, is_folder: bool) -> None:
         raise ConfigError(
             f"{path} is not an exported {'data set' if is_folder else 'file'}: choose another path"
         )
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary file that becomes `path` on leaving without an error; streamed, unlike `write_atomic`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.parent / f".partial-{path.name}-{uuid.uuid4().hex[:8]}"
-    try:
-        yield partial
-        with partial.open("rb") as stream:
-            os.fsync(stream.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _original_columns(curriculum: Curriculum) -> pa.Table:
@@ -120,73 +116,67 @@ def _write_csv(table: pa.Table, path: Path) -> None:
     options = pyarrow.csv.WriteOptions(
         include_header=False, quoting_style="needed" if needs_quotes else "none"
     )
-    with _replacing(path) as partial, partial.open("wb") as stream:
+    with replacing(path) as partial, partial.open("wb") as stream:
         stream.write((",".join(table.column_names) + "\n").encode())
         pyarrow.csv.write_csv(table, stream, options)
 
 
-def _selected_texts(curriculum: Curriculum, pairs: pa.Table | None, format: str) -> pa.Table:
-    """pair_id, prompt_id, difficulty and the texts (as JSON) of the selected pairs, in training order."""
-    if pairs is None:
-        raise ConfigError(
-            f"format '{format}' needs the pairs' texts: pass --pairs with the run's pairs folder, "
-            "or export csv or parquet"
-        )
-    kept = pairs.filter(pc.equal(pairs["status"], "kept"))
-    order = pc.sort_indices(curriculum.table["position"])
-    ordered = curriculum.table.take(order)
-    ordered = ordered.filter(pc.greater_equal(ordered["position"], 0))
-    where = pc.index_in(ordered["pair_id"], value_set=kept["pair_id"])
-    if where.null_count:
-        absent = ordered["pair_id"].filter(pc.is_null(where)).to_pylist()
-        raise IdentityError(
-            f"{len(absent):,} of {len(ordered):,} selected pairs are not among these pairs: "
-            f"{name_some(absent)}; pass the pairs that the curriculum was made from"
-        )
-    texts = kept.select(_TEXTS).take(where)
-    selected = ordered.select(["pair_id", "prompt_id", "difficulty"])
-    for name in _TEXTS:
-        selected = selected.append_column(name, texts[name])
-    return selected
-
-
-def _write_jsonl(selected: pa.Table, path: Path) -> None:
-    with _replacing(path) as partial, partial.open("w", encoding="ascii", newline="\n") as stream:
-        for batch in selected.to_batches(max_chunksize=_ROWS_AT_ONCE):
-            stream.writelines(_json_line(row) for row in batch.to_pylist())
+def _write_jsonl(tables: Iterator[pa.Table], path: Path) -> None:
+    with replacing(path) as partial, partial.open("w", encoding="ascii", newline="\n") as stream:
+        for table in tables:
+            for batch in table.to_batches(max_chunksize=_ROWS_AT_ONCE):
+                stream.writelines(_json_line(row) for row in batch.to_pylist())
 
 
 def _json_line(row: dict[str, Any]) -> str:
-    plain = {name: value for name, value in row.items() if name not in _TEXTS}
+    plain = {name: value for name, value in row.items() if name not in TEXTS}
     # The texts are JSON already: spliced in as they stand, nothing can be lost on the way.
-    spliced = "".join(f', "{name}": {row[name]}' for name in _TEXTS)
+    spliced = "".join(f', "{name}": {row[name]}' for name in TEXTS)
     return json.dumps(plain)[:-1] + spliced + "}\n"
 
 
-def _write_dataset(selected: pa.Table, path: Path, *, key: str) -> None:
+def _write_dataset(tables: Iterator[pa.Table], path: Path, *, key: str) -> None:
     from datasets import Dataset, disable_progress_bars, enable_progress_bars, is_progress_bar_enabled
 
-    is_text = [_all_start_with(selected[name], '"') for name in _TEXTS]
-    is_messages = [_all_start_with(selected[name], "[") for name in _TEXTS]
-    if not (all(is_text) or all(is_messages)):
-        raise DataError("some pairs are text and some are messages, which no data set holds: export jsonl")
-    kind = pa.string() if all(is_text) else _MESSAGES
-    table = selected
-    for name in _TEXTS:
-        chunks = [
-            pa.array([json.loads(text) for text in chunk.to_pylist()], type=kind)
-            for chunk in selected[name].chunks
-        ]
-        table = table.set_column(table.column_names.index(name), name, pa.chunked_array(chunks, type=kind))
     had_bars = is_progress_bar_enabled()
     disable_progress_bars()
     try:
-        with publish_folder(path, kind="dataset", key=key) as partial:
-            Dataset(table).save_to_disk(partial)
+        with tempfile.TemporaryDirectory(prefix=".partial-data-", dir=path.parent) as scratch:
+            file = Path(scratch) / "selected.arrow"
+            _write_stream(tables, file)
+            with publish_folder(path, kind="dataset", key=key) as partial:
+                Dataset.from_file(str(file)).save_to_disk(partial)
     finally:
         if had_bars:
             enable_progress_bars()
 
 
-def _all_start_with(column: pa.ChunkedArray, sign: str) -> bool:
+def _write_stream(tables: Iterator[pa.Table], path: Path) -> None:
+    """The texts as the strings or messages that they are, in a file that `datasets` maps into memory."""
+    first = next(tables)
+    kind = pa.string() if _all_start_with(first["prompt"], '"') else _MESSAGES
+    schema = first.schema
+    for name in TEXTS:
+        schema = schema.set(schema.get_field_index(name), pa.field(name, kind))
+    with pa.ipc.new_stream(str(path), schema) as writer:
+        for table in itertools.chain([first], tables):
+            for batch in table.to_batches(max_chunksize=_ROWS_AT_ONCE):
+                writer.write_batch(_decoded(batch, schema))
+
+
+def _decoded(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
+    kind = schema.field("prompt").type
+    sign = '"' if kind == pa.string() else "["
+    if not all(_all_start_with(batch[name], sign) for name in TEXTS):
+        raise DataError("some pairs are text and some are messages, which no data set holds: export jsonl")
+    columns = [
+        pa.array([json.loads(text) for text in batch[name].to_pylist()], type=kind)
+        if name in TEXTS
+        else batch[name]
+        for name in schema.names
+    ]
+    return pa.record_batch(columns, schema=schema)
+
+
+def _all_start_with(column: pa.Array | pa.ChunkedArray, sign: str) -> bool:
     return bool(pc.all(pc.starts_with(column, sign), min_count=0).as_py())

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from selective_dpo.core.records import Records
+from selective_dpo.curriculum.arrow_columns import codes, text_array
 from selective_dpo.errors import ArtifactError
 
 _TEXT = ("pair_id", "prompt_id")
@@ -48,7 +48,7 @@ def read_records(path: Path) -> Records:
         ArtifactError: it is missing or not Parquet, its columns are not those of `Records` in name and
             type, or a value is null.
     """
-    table = _read_table(path)
+    table = read_columns(path, SCHEMA.names)
     columns: dict[str, Any] = {name: _to_numpy(table[name]) for name in SCHEMA.names}
     return Records(**columns)
 
@@ -65,34 +65,39 @@ def concat_records(parts: Sequence[Records]) -> Records:
     return Records(**columns)
 
 
-def _read_table(path: Path) -> pa.Table:
+def read_columns(path: Path, names: Sequence[str]) -> pa.Table:
+    """Some columns of a records file, as Arrow; all of it is checked as `read_records` does."""
     if not path.is_file():
         raise ArtifactError(f"{path} does not exist: run the scoring that makes it")
     try:
-        table = pq.read_table(path)
+        schema = pq.read_schema(path)
+        _require_record_columns(path, schema)
+        # A column that cannot hold nulls need not be read to know that there are none.
+        nullable = [name for name in SCHEMA.names if schema.field(name).nullable]
+        table = pq.read_table(path, columns=[*dict.fromkeys([*names, *nullable])])
     except (pa.ArrowException, OSError) as error:
         raise ArtifactError(
             f"{path} is not a Parquet file ({error}); delete its folder and score again"
         ) from error
-    found = {field.name: field.type for field in table.schema}
+    empty = [name for name in table.column_names if table[name].null_count]
+    if empty:
+        raise ArtifactError(f"{path} has nulls in column(s) {', '.join(empty)}")
+    return table.select(names).cast(pa.schema([SCHEMA.field(name) for name in names]))
+
+
+def _require_record_columns(path: Path, schema: pa.Schema) -> None:
+    found = {field.name: field.type for field in schema}
     wanted = {field.name: field.type for field in SCHEMA}
     if found != wanted:
         wrong = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
         raise ArtifactError(
             f"{path} does not hold records: column(s) {', '.join(wrong)} missing, extra or mistyped"
         )
-    empty = [name for name in SCHEMA.names if table[name].null_count]
-    if empty:
-        raise ArtifactError(f"{path} has nulls in column(s) {', '.join(empty)}")
-    return table.select(SCHEMA.names).cast(SCHEMA)
 
 
 def _to_numpy(column: pa.ChunkedArray) -> NDArray[Any]:
     if column.type != pa.string():
         return np.asarray(column.to_numpy())
-    # Ids repeat in every evaluation: only the distinct ones become Python strings on the way.
-    coded = pc.dictionary_encode(column).combine_chunks()
-    if isinstance(coded, pa.ChunkedArray):
-        return np.empty(0, dtype=np.str_)
-    distinct = np.asarray(coded.dictionary.to_pylist(), dtype=np.str_)
-    return np.asarray(distinct[coded.indices.to_numpy()])
+    # Ids repeat in every evaluation: only the distinct ones are converted.
+    code_N, distinct = codes(column)
+    return np.asarray(text_array(distinct)[code_N])

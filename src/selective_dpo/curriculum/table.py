@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from selective_dpo.artifacts import SCHEMA_VERSION, file_digest, read_json, write_atomic, write_json
+from selective_dpo.artifacts import SCHEMA_VERSION, file_digest, read_json, replacing, write_json
 from selective_dpo.core.identity import ids_digest, require_unique
 from selective_dpo.errors import ArtifactError
 
@@ -54,7 +55,8 @@ class Curriculum:
         for name, kind in COLUMNS.items():
             if name not in self.table.column_names or self.table.schema.field(name).type != kind:
                 raise ArtifactError(f"not a curriculum: column {name!r} of type {kind} is missing")
-        require_unique(self.pair_ids, what="curriculum")
+        if pc.count_distinct(self.table["pair_id"], mode="all").as_py() < len(self.table):
+            require_unique(self.pair_ids, what="curriculum")
 
     @property
     def pair_ids(self) -> list[str]:
@@ -96,9 +98,8 @@ class Curriculum:
         """
         table_path, facts_path = _paths(Path(path))
         facts_path.unlink(missing_ok=True)
-        sink = pa.BufferOutputStream()
-        pq.write_table(self.table, sink)
-        write_atomic(table_path, sink.getvalue().to_pybytes())
+        with replacing(table_path) as partial:
+            pq.write_table(self.table, partial)
         head = {"schema_version": SCHEMA_VERSION, "table_sha256": file_digest(table_path)}
         write_json(facts_path, {**head, **self.facts})
         return table_path

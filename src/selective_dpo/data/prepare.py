@@ -1,13 +1,13 @@
 """Sources -> rows -> pairs -> tokens -> a published folder, with one status for each input row.
 
-Rows stream through in chunks: memory holds one chunk, and 16 bytes or so for each pair and prompt seen.
+Rows stream through in chunks: memory holds a few of them, and some 100 bytes for each pair and prompt seen.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,14 +15,17 @@ import numpy as np
 
 from selective_dpo.artifacts import content_key, publish_folder, write_json
 from selective_dpo.config import DataConfig, SourceConfig
+from selective_dpo.data.finishing import Finisher
 from selective_dpo.data.mixture import sample_rows
-from selective_dpo.data.pairs import WANTED_COLUMNS, DropReason
+from selective_dpo.data.pairs import WANTED_COLUMNS
 from selective_dpo.data.readers import Malformed, Row
 from selective_dpo.data.sorting import RowSorter
 from selective_dpo.data.sources import Source, open_source, source_digest
 from selective_dpo.data.store import KIND, SUMMARY, PairsSummary, RowOutcome, open_writer, summary_json
+from selective_dpo.data.tally import Tally
 from selective_dpo.data.templates import template_digest
 from selective_dpo.data.tokenize import tokenizer_digest
+from selective_dpo.data.workers import finish_chunks
 from selective_dpo.digests import digest
 from selective_dpo.errors import ConfigError, DataError, TemplateError, name_some
 
@@ -44,12 +47,14 @@ def prepare_pairs(
     key: str,
     exclude_prompts: Collection[str] = frozenset(),
     progress: Callable[[int], object] | None = None,
+    workers: int | None = None,
 ) -> PairsSummary:
     """Read, check and tokenize all rows of `sources`, and publish them as `folder` under `key`.
 
     The tokenizer must have its chat template already (`templates.apply_template`). Pairs whose prompt is
     among `exclude_prompts` (`store.prompt_keys` of the training pairs) are dropped: they are no test.
-    `progress` is called with the number of rows done since the last call.
+    `progress` is called with the number of rows done since the last call. Large data are tokenized by
+    `workers` processes (None: one for each core); what is published does not depend on their number.
 
     A pair whose prompt was seen before under another `prompt_id` takes that earlier id, so that pairs of one
     prompt are never told apart by it.
@@ -65,16 +70,20 @@ def prepare_pairs(
     if repeated := [label for label, count in labels.items() if count > 1]:
         raise ConfigError(f"data: {name_some(repeated)} is listed more than once; list a source once")
     masks = _masks(opened, [source.fraction for source in sources], config)
-    sorter = RowSorter(tokenizer, config, exclude_prompts)
+    sorter = RowSorter(exclude_prompts)
+    finisher = Finisher(tokenizer, config)
+    rows = chain.from_iterable(
+        _outcomes_before_tokens(source, mask, sorter) for source, mask in zip(opened, masks, strict=True)
+    )
     with publish_folder(folder, kind=KIND, key=key) as partial:
         with open_writer(partial) as writer:
-            for source, mask in zip(opened, masks, strict=True):
-                for chunk in _chunks(_outcomes_before_tokens(source, mask, sorter)):
-                    writer.write(sorter.finish(chunk))
-                    if progress is not None:
-                        progress(len(chunk))
-        summary = sorter.summary()
-        _refuse_unusable(summary, config, sorter)
+            for finished in finish_chunks(finisher, _chunks(rows), workers=workers):
+                writer.write(finished.pairs, finished.tokens)
+                sorter.tally.add(finished.tally)
+                if progress is not None:
+                    progress(len(finished.pairs))
+        summary = sorter.summary(tokenizer)
+        _refuse_unusable(summary, config, sorter.tally)
         write_json(partial / SUMMARY, summary_json(summary))
     return summary
 
@@ -126,11 +135,10 @@ def _outcomes_before_tokens(
     has_usable = False
     number = -1
     for number, raw in enumerate(source.rows()):
-        sorter.count_row()
         if not has_usable:
             has_usable = _note_columns(raw, columns)
         if mask is not None and not mask[number]:
-            yield RowOutcome(number, source.label, DropReason.NOT_SAMPLED)
+            yield sorter.leave_out(number, source.label)
         else:
             yield sorter.judge(number, source.label, raw)
     if not has_usable:
@@ -156,11 +164,11 @@ def _no_pairs_message(label: str, rows: int, columns: _Columns) -> str:
     return f"{label}: none of its {rows:,} rows can be read ({columns.problems[0]}); {wanted}"
 
 
-def _refuse_unusable(summary: PairsSummary, config: DataConfig, sorter: RowSorter) -> None:
+def _refuse_unusable(summary: PairsSummary, config: DataConfig, tally: Tally) -> None:
     if summary.boundary_mismatch_share > config.max_boundary_mismatch:
         raise TemplateError(
             f"in {summary.boundary_mismatch_share:.1%} of {summary.tokenized:,} pairs (first "
-            f"{sorter.first_mismatch}) the prompt's tokens are not a prefix of prompt plus completion, more "
+            f"{tally.first_mismatch}) the prompt's tokens are not a prefix of prompt plus completion, more "
             f"than data.max_boundary_mismatch = {config.max_boundary_mismatch:g}; use a template that writes "
             "the prompt alike in both (or end text prompts without a space), or raise that limit"
         )
@@ -170,7 +178,7 @@ def _refuse_unusable(summary: PairsSummary, config: DataConfig, sorter: RowSorte
             f"{summary.kept:,} pairs of {summary.prompts:,} prompts are left of {summary.rows:,} rows, and "
             f"at least {FEWEST} of each are needed ({dropped}); mend the data or the limits"
         )
-    if config.empty_system_message and not sorter.has_conversations:
+    if config.empty_system_message and not tally.has_conversations:
         raise ConfigError(
             "data.empty_system_message has no effect: the data are plain text, not conversations; remove it"
         )

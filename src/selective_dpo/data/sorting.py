@@ -1,43 +1,37 @@
-"""Each input row gets exactly one status: kept, or the first reason that applies to it."""
+"""What a row's content and the rows before it decide of its status; tokens decide the rest (`finishing`)."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from selective_dpo.config import DataConfig
 from selective_dpo.core.identity import prompt_id
 from selective_dpo.data.pairs import KEPT, DropReason, Pair, fault_of, read_pair
 from selective_dpo.data.readers import Malformed, Row
 from selective_dpo.data.store import PairsSummary, RowOutcome
+from selective_dpo.data.tally import Tally, in_order
 from selective_dpo.data.templates import template_digest
-from selective_dpo.data.tokenize import PairTokens, fit_length, tokenize_pairs, tokenizer_digest
+from selective_dpo.data.tokenize import tokenizer_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 class RowSorter:
-    """Gives each row its one status, and counts."""
+    """Judges rows in their order, and sums up what became of them."""
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, config: DataConfig, exclude_prompts: Collection[str]
-    ) -> None:
-        self._tokenizer = tokenizer
-        self._config = config
+    def __init__(self, exclude_prompts: Collection[str]) -> None:
         self._excluded = frozenset(exclude_prompts)
         self._seen_pairs: set[bytes] = set()
         self._id_of_prompt: dict[bytes, str] = {}
-        self._kept_prompts: set[str] = set()
-        self._counts: dict[str, Counter[str]] = {}
-        self._totals: Counter[str] = Counter()
-        self.first_mismatch = ""
-        """Id of the first pair whose boundary does not match."""
-        self.has_conversations = False
+        self._rows = 0
+        self._joined = 0
+        self.tally = Tally()
+        """Of the rows that are finished: each row judged or left out must come to be counted here."""
 
     def judge(self, row: int, source: str, raw: Row) -> RowOutcome:
         """The status of one sampled row as far as its content decides; KEPT is provisional."""
+        self._rows += 1
         pair = DropReason.MALFORMED if isinstance(raw, Malformed) else read_pair(raw)
         if isinstance(pair, DropReason):
             return RowOutcome(row, source, pair)
@@ -47,44 +41,31 @@ class RowSorter:
             return RowOutcome(row, source, reason, pair)
         return RowOutcome(row, source, KEPT, self._with_joined_prompt(pair, content_key))
 
-    def finish(self, chunk: Sequence[RowOutcome]) -> list[RowOutcome]:
-        """Tokenize what is kept so far, decide on lengths, count."""
-        pairs = [outcome.pair for outcome in chunk if outcome.status == KEPT and outcome.pair is not None]
-        tokens = iter(
-            tokenize_pairs(pairs, self._tokenizer, empty_system_message=self._config.empty_system_message)
-        )
-        finished = [
-            self._with_tokens(outcome, next(tokens)) if outcome.status == KEPT else outcome
-            for outcome in chunk
-        ]
-        for outcome in finished:
-            self._count(outcome)
-        return finished
+    def leave_out(self, row: int, source: str) -> RowOutcome:
+        """The status of one row that was not sampled."""
+        self._rows += 1
+        return RowOutcome(row, source, DropReason.NOT_SAMPLED)
 
-    def summary(self) -> PairsSummary:
+    def summary(self, tokenizer: PreTrainedTokenizerBase) -> PairsSummary:
         """The counts so far."""
-        counts: Counter[str] = sum(self._counts.values(), Counter())
-        if sum(counts.values()) != self._totals["rows"]:
-            raise RuntimeError(f"{self._totals['rows']} rows were read and {sum(counts.values())} counted")
+        counts, totals = self.tally.counts, self.tally.totals
+        if sum(counts.values()) != self._rows:
+            raise RuntimeError(f"{self._rows} rows were read and {sum(counts.values())} counted")
         return PairsSummary(
-            rows=self._totals["rows"],
+            rows=self._rows,
             kept=counts[KEPT],
-            prompts=len(self._kept_prompts),
-            counts=_in_order(counts),
-            sources={source: _in_order(by_status) for source, by_status in self._counts.items()},
-            tokenized=self._totals["tokenized"],
-            boundary_mismatches=self._totals["mismatches"],
-            truncated=self._totals["truncated"],
-            prompt_tokens=self._totals["prompt_tokens"],
-            completion_tokens=self._totals["completion_tokens"],
-            joined_prompts=self._totals["joined"],
-            tokenizer_digest=tokenizer_digest(self._tokenizer),
-            template_digest=template_digest(self._tokenizer),
+            prompts=len(self.tally.kept_prompts),
+            counts=in_order(counts),
+            sources={source: in_order(by_status) for source, by_status in self.tally.by_source.items()},
+            tokenized=totals["tokenized"],
+            boundary_mismatches=totals["mismatches"],
+            truncated=totals["truncated"],
+            prompt_tokens=totals["prompt_tokens"],
+            completion_tokens=totals["completion_tokens"],
+            joined_prompts=self._joined,
+            tokenizer_digest=tokenizer_digest(tokenizer),
+            template_digest=template_digest(tokenizer),
         )
-
-    def count_row(self) -> None:
-        """A row was read; each must come back through `finish`."""
-        self._totals["rows"] += 1
 
     def _repetition(self, pair: Pair, content_key: str) -> DropReason | None:
         pair_key = bytes.fromhex(pair.pair_id)
@@ -97,33 +78,5 @@ class RowSorter:
         known = self._id_of_prompt.setdefault(bytes.fromhex(content_key), pair.prompt_id)
         if known == pair.prompt_id:
             return pair
-        self._totals["joined"] += 1
+        self._joined += 1
         return pair._replace(prompt_id=known)
-
-    def _with_tokens(self, outcome: RowOutcome, tokens: PairTokens | DropReason) -> RowOutcome:
-        if isinstance(tokens, DropReason):
-            return outcome._replace(status=tokens)
-        fitted = fit_length(tokens, self._config)
-        return outcome._replace(status=fitted.drop or KEPT, tokens=fitted.tokens)
-
-    def _count(self, outcome: RowOutcome) -> None:
-        self._counts.setdefault(outcome.source, Counter())[str(outcome.status)] += 1
-        pair, tokens = outcome.pair, outcome.tokens
-        if pair is None or tokens is None:
-            return
-        self._totals["tokenized"] += 1
-        self.has_conversations = self.has_conversations or pair.is_conversational
-        if tokens.boundary_mismatch:
-            self._totals["mismatches"] += 1
-            self.first_mismatch = self.first_mismatch or pair.pair_id
-        if outcome.status == KEPT:
-            self._kept_prompts.add(pair.prompt_id)
-            self._totals["truncated"] += tokens.truncated
-            self._totals["prompt_tokens"] += len(tokens.prompt_ids)
-            self._totals["completion_tokens"] += len(tokens.chosen_ids) + len(tokens.rejected_ids)
-
-
-def _in_order(counts: Counter[str]) -> dict[str, int]:
-    # Kept first, then the reasons as they are declared, so that two summaries read alike.
-    statuses = [KEPT, *map(str, DropReason)]
-    return {status: counts[status] for status in statuses if status == KEPT or counts[status]}

@@ -121,18 +121,17 @@ class PairsSummary(NamedTuple):
 
 
 class PairsWriter:
-    """Writes outcomes to both tables, a row group a call."""
+    """Writes both tables, a row group a call."""
 
     def __init__(self, pairs: pq.ParquetWriter, tokens: pq.ParquetWriter) -> None:
         self._pairs = pairs
         self._tokens = tokens
 
-    def write(self, outcomes: Sequence[RowOutcome]) -> None:
-        """Add rows, in input order."""
-        self._pairs.write_table(_table([_pairs_row(outcome) for outcome in outcomes], PAIRS_SCHEMA))
-        kept = [_tokens_row(outcome) for outcome in outcomes if outcome.status == KEPT]
-        if kept:
-            self._tokens.write_table(_table(kept, TOKENS_SCHEMA))
+    def write(self, pairs: pa.Table, tokens: pa.Table) -> None:
+        """Add rows, in input order (see `pairs_table` and `tokens_table`)."""
+        self._pairs.write_table(pairs)
+        if len(tokens):
+            self._tokens.write_table(tokens)
 
 
 @contextmanager
@@ -145,9 +144,25 @@ def open_writer(folder: Path) -> Iterator[PairsWriter]:
         yield PairsWriter(pairs, tokens)
 
 
+def pairs_table(outcomes: Sequence[RowOutcome]) -> pa.Table:
+    """One row (`PAIRS_SCHEMA`) for each outcome."""
+    return pa.Table.from_pylist([_pairs_row(outcome) for outcome in outcomes], schema=PAIRS_SCHEMA)
+
+
+def tokens_table(outcomes: Sequence[RowOutcome]) -> pa.Table:
+    """One row (`TOKENS_SCHEMA`) for each kept pair."""
+    kept = [_tokens_row(outcome) for outcome in outcomes if outcome.status == KEPT]
+    return pa.Table.from_pylist(kept, schema=TOKENS_SCHEMA)
+
+
 def load_pairs(folder: Path) -> pa.Table:
     """Every input row (`PAIRS_SCHEMA`) of a published folder; `ArtifactError` if it is not complete."""
-    return _read(folder, PAIRS)
+    return pq.read_table(pairs_file(folder))
+
+
+def pairs_file(folder: Path) -> Path:
+    """The `pairs.parquet` of a published folder; `ArtifactError` if it is not complete."""
+    return _published(folder, PAIRS)
 
 
 def load_tokens(folder: Path) -> Dataset:
@@ -157,7 +172,9 @@ def load_tokens(folder: Path) -> Dataset:
     """
     from datasets import Dataset
 
-    return Dataset(_read(folder, TOKENS), fingerprint=read_manifest(folder).files[TOKENS][:32])
+    return Dataset(
+        pq.read_table(_published(folder, TOKENS)), fingerprint=read_manifest(folder).files[TOKENS][:32]
+    )
 
 
 def load_summary(folder: Path) -> PairsSummary:
@@ -175,9 +192,12 @@ def summary_json(summary: PairsSummary) -> dict[str, Any]:
 
 def prompt_keys(folder: Path) -> frozenset[str]:
     """`identity.prompt_id` of the content of each kept prompt, whatever id the data gave it."""
-    table = load_pairs(folder).select(["prompt", "status"])
-    prompts = table.filter(pc.equal(table["status"], KEPT))["prompt"].unique().to_pylist()
-    return frozenset(_json_key(prompt) for prompt in prompts)
+    keys: set[str] = set()
+    with pq.ParquetFile(pairs_file(folder)) as file:
+        for batch in file.iter_batches(columns=["prompt", "status"]):
+            prompts = batch["prompt"].filter(pc.equal(batch["status"], KEPT))
+            keys.update(_json_key(prompt) for prompt in prompts.unique().to_pylist())
+    return frozenset(keys)
 
 
 def text_json(text: Text) -> str:
@@ -190,14 +210,10 @@ def _json_key(prompt_json: str) -> str:
     return hashlib.sha256(prompt_json.encode("ascii")).hexdigest()[:ID_HEX_DIGITS]
 
 
-def _read(folder: Path, name: str) -> pa.Table:
+def _published(folder: Path, name: str) -> Path:
     if read_manifest(folder).kind != KIND:
         raise ArtifactError(f"{folder} does not hold pairs; name the folder that preparing data made")
-    return pq.read_table(folder / name)
-
-
-def _table(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
-    return pa.Table.from_pylist(list(rows), schema=schema)
+    return folder / name
 
 
 def _pairs_row(outcome: RowOutcome) -> dict[str, Any]:

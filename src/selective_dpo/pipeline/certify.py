@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from selective_dpo.artifacts import content_key, read_json, write_json
 from selective_dpo.config import DEFAULT_TARGET
-from selective_dpo.core.records import loss_table
 from selective_dpo.core.stability import Prediction, is_stable, predict_overlap, seeds_needed
 from selective_dpo.curriculum.build import rule_of
 from selective_dpo.engine.processes import this_process, wait_for_everyone
 from selective_dpo.errors import ArtifactError
 from selective_dpo.pipeline.jobs import record_digests, scorer_job
 from selective_dpo.scoring.plan import ScorerRun, planned_runs
-from selective_dpo.scoring.score import collect_records
+from selective_dpo.scoring.score import collect_losses
 
 if TYPE_CHECKING:
     from selective_dpo.pipeline.stages import Run
@@ -69,7 +68,7 @@ def _certificate(run: Run, scorers: Sequence[ScorerRun]) -> dict[str, Any]:
         return found
     wait_for_everyone()
     if this_process().is_main_process:
-        table = loss_table(collect_records([run.folder.scores(scorer) for scorer in scorers]))
+        table = collect_losses([run.folder.scores(scorer) for scorer in scorers])
         prediction = predict_overlap(table, run.recipe.select.aggregate, rule_of(run.recipe.select))
         write_json(run.folder.certificate, _as_json(prediction, key, _target(run)))
     wait_for_everyone()

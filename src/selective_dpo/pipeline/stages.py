@@ -10,7 +10,7 @@ from typing import Any
 
 from selective_dpo.artifacts import MANIFEST, is_complete, read_json
 from selective_dpo.config import Recipe, SelectConfig
-from selective_dpo.core.records import Records
+from selective_dpo.core.records import LossTable
 from selective_dpo.curriculum.build import build_curriculum
 from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.data.store import load_tokens
@@ -35,7 +35,7 @@ from selective_dpo.pipeline.room import require_room_for_evaluations
 from selective_dpo.pipeline.run_directory import RunDirectory
 from selective_dpo.reporting.tables import label_for
 from selective_dpo.scoring.plan import ScorerRun, planned_runs
-from selective_dpo.scoring.score import collect_records, run_scorers
+from selective_dpo.scoring.score import collect_losses, run_scorers
 from selective_dpo.scoring.scorer import COST, ScorerJob
 from selective_dpo.training.arguments import autocast_dtype
 from selective_dpo.training.train import TrainingJob, train_policy
@@ -170,20 +170,22 @@ def build_curricula(run: Run) -> Curriculum:
         raise RecordsError(f"records are missing of {names}: score them, or pass --select.allow_partial true")
     run.claim()
     inputs = record_digests(complete)
-    records: Records | None = None
+    losses: LossTable | None = None
     for name, (select, folder) in run.arms.items():
         key = curriculum_key(inputs, select)
         if has_curriculum(folder, key):
             continue
-        records = records or collect_records([job.folder for job in complete])
         if this_process().is_main_process:
+            # All arms accept partial records, or none does.
+            folders = [job.folder for job in complete]
+            losses = losses or collect_losses(folders, allow_partial=select.allow_partial)
             cost = {job.run.name: read_json(job.folder / COST) for job in complete}
             origin = provenance(run.recipe, inputs={"model": run.model_digest, **inputs})
-            made = build_curriculum(records, select, provenance=origin, cost={"scorers": cost}, key=key)
+            made = build_curriculum(losses, select, provenance=origin, cost={"scorers": cost}, key=key)
             made = replace(made, facts={**made.facts, "certificate": certificate(run)})
             made.save(folder)
             if name == SELECTED:
-                kept, all_pairs = len(made.order), len(made.pair_ids)
+                kept, all_pairs = made.facts["selected"], made.facts["pairs"]
                 run.tell(f"curriculum: {kept:,} of {all_pairs:,} pairs, {label_for(select)}")
     wait_for_everyone()
     return Curriculum.load(run.folder.curriculum)

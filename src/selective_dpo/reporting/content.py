@@ -16,8 +16,8 @@ from pydantic import ValidationError
 from selective_dpo.artifacts import SCHEMA_VERSION, read_json, write_json
 from selective_dpo.config import SelectConfig
 from selective_dpo.core.estimates import Estimate
-from selective_dpo.core.identity import positions_of
 from selective_dpo.core.results import EvaluationResults, estimate_from_json, estimate_to_json, from_json
+from selective_dpo.curriculum.arrow_columns import id_positions
 from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.data.pairs import KEPT
 from selective_dpo.errors import ArtifactError
@@ -108,7 +108,7 @@ def load_report_content(run_folder: Path) -> ReportContent:
         subtitle=_subtitle(config),
         curriculum=curriculum,
         select=select,
-        lengths=_read_lengths(pairs_path, curriculum.pair_ids),
+        lengths=_read_lengths(pairs_path, curriculum),
         examples=report_examples(pairs_path, curriculum, select.rule),
         agreement=curriculum.facts.get("agreement") or {},
         results=from_json(read_json(results_path)) if results_path.is_file() else None,
@@ -183,9 +183,10 @@ def _read_drops(path: Path) -> tuple[DropCount, ...]:
     return tuple(sorted(drops, key=lambda drop: (drop.source, drop.status != KEPT, -drop.rows, drop.status)))
 
 
-def _read_lengths(path: Path, pair_ids: list[str]) -> Lengths | None:
+def _read_lengths(path: Path, curriculum: Curriculum) -> Lengths | None:
     columns = ("prompt_tokens", "chosen_tokens", "rejected_tokens")
     table = pq.read_table(path, columns=["pair_id", *columns], filters=pc.field("status") == KEPT)
-    where_P = positions_of(pair_ids, table["pair_id"].to_pylist(), what="curriculum and pairs.parquet")
+    what = "curriculum and pairs.parquet"
+    where_P = id_positions(curriculum.table["pair_id"], table["pair_id"], what=what)
     lengths = Lengths(*(np.asarray(table[name].to_numpy(), dtype=np.int64)[where_P] for name in columns))
     return lengths if lengths.pair_P.any() else None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
@@ -69,18 +70,30 @@ def read_groups(
     table = curriculum.table
     wanted = sorted({row for rows in regions.values() for row in rows})
     shown = {row["pair_id"]: row for row in table.take(wanted).to_pylist()}
-    texts = pq.read_table(
-        path,
-        columns=["pair_id", "prompt", "chosen", "rejected"],
-        filters=(pc.field("status") == KEPT) & pc.field("pair_id").isin(list(shown)),
-    ).to_pylist()
-    pairs = {text["pair_id"]: _example(shown[text["pair_id"]], text) for text in texts}
+    pairs = {text["pair_id"]: _example(shown[text["pair_id"]], text) for text in _read_texts(path, shown)}
     if missing := [pair_id for pair_id in shown if pair_id not in pairs]:
         raise IdentityError(f"{path} is not of this curriculum's data: it does not hold {name_some(missing)}")
     ids = table["pair_id"]
     return tuple(
         ExampleGroup(name, tuple(pairs[ids[row].as_py()] for row in rows)) for name, rows in regions.items()
     )
+
+
+def _read_texts(path: Path, pair_ids: Collection[str]) -> list[dict[str, Any]]:
+    """The texts of some kept pairs. Of a large file only the row groups that hold them are read."""
+    columns = ["pair_id", "status"]
+    with pq.ParquetFile(path) as file:
+        sizes = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
+        rows = np.flatnonzero(_is_wanted(file.read(columns), pair_ids))
+        groups = np.unique(np.searchsorted(np.cumsum(sizes), rows, side="right"))
+        table = file.read_row_groups(groups.tolist(), [*columns, "prompt", "chosen", "rejected"])
+    texts: list[dict[str, Any]] = table.filter(pa.array(_is_wanted(table, pair_ids))).to_pylist()
+    return texts
+
+
+def _is_wanted(table: pa.Table, pair_ids: Collection[str]) -> NDArray[np.bool_]:
+    ids = pa.array(list(pair_ids), type=pa.string())
+    return np.asarray(pc.and_(pc.equal(table["status"], KEPT), pc.is_in(table["pair_id"], ids)))
 
 
 def rows_by_rank(curriculum: Curriculum) -> NDArray[np.int64]:

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from selective_dpo.artifacts import write_atomic
 from selective_dpo.core.estimates import Estimate
 from selective_dpo.core.results import main_measure
+from selective_dpo.curriculum.arrow_columns import codes
 from selective_dpo.errors import ConfigError
 from selective_dpo.reporting.arm_figures import draw_arms
 from selective_dpo.reporting.content import ReportContent
@@ -185,7 +186,7 @@ def length_svg(content: ReportContent) -> str | None:
 
 def _draw_length(axes: Any, content: ReportContent, length_P: Any, label: str, title: str) -> None:
     difficulty_P = content.curriculum.difficulty_P
-    clusters_P = np.asarray(content.curriculum.table["prompt_id"].to_pylist())
+    clusters_P, _ = codes(content.curriculum.table["prompt_id"])
     (left, right), (low, high) = (
         np.quantile(values, _SHOWN_QUANTILES) for values in (length_P, difficulty_P)
     )

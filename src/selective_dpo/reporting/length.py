@@ -39,7 +39,8 @@ def clustered_spearman(x_N: ArrayLike, y_N: ArrayLike, clusters_N: ArrayLike) ->
     if x.ndim != 1 or not x.shape == y.shape == labels.shape or x.size == 0:
         raise ValueError(f"need equally many x, y and clusters: {x.shape}, {y.shape}, {labels.shape}")
     nan = float("nan")
-    below_x, below_y = _share_above(x, np.ones_like(x)), _share_above(y, np.ones_like(y))
+    code_x, code_y = (np.unique(values, return_inverse=True)[1] for values in (x, y))
+    below_x, below_y = (_share_above(code_N, np.ones_like(x)) for code_N in (code_x, code_y))
     # Mean-free ranks, scaled to (-1/2, 1/2); the share of observations above is 1 - rank.
     rank_x, rank_y = 0.5 - below_x, 0.5 - below_y
     variance_x, variance_y = float((rank_x**2).mean()), float((rank_y**2).mean())
@@ -48,10 +49,10 @@ def clustered_spearman(x_N: ArrayLike, y_N: ArrayLike, clusters_N: ArrayLike) ->
     covariance = float((rank_x * rank_y).mean())
     value = covariance / math.sqrt(variance_x * variance_y)
     influence_covariance = (
-        rank_x * rank_y + _share_above(x, rank_y) + _share_above(y, rank_x) - 3 * covariance
+        rank_x * rank_y + _share_above(code_x, rank_y) + _share_above(code_y, rank_x) - 3 * covariance
     )
-    influence_x = rank_x**2 + 2 * _share_above(x, rank_x) - 3 * variance_x
-    influence_y = rank_y**2 + 2 * _share_above(y, rank_y) - 3 * variance_y
+    influence_x = rank_x**2 + 2 * _share_above(code_x, rank_x) - 3 * variance_x
+    influence_y = rank_y**2 + 2 * _share_above(code_y, rank_y) - 3 * variance_y
     influence_N = influence_covariance / math.sqrt(variance_x * variance_y) - value / 2 * (
         influence_x / variance_x + influence_y / variance_y
     )
@@ -66,12 +67,11 @@ def clustered_spearman(x_N: ArrayLike, y_N: ArrayLike, clusters_N: ArrayLike) ->
     return Estimate(value, error, math.tanh(math.atanh(value) - reach), math.tanh(math.atanh(value) + reach))
 
 
-def _share_above(x_N: NDArray[np.float64], weights_N: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(1/N) sum_j weights_j [x_j > x_i] for each i, with a tie counted one half."""
-    _, value_N = np.unique(x_N, return_inverse=True)
-    sums_V = np.bincount(value_N, weights=weights_N)
+def _share_above(code_N: NDArray[np.intp], weights_N: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(1/N) sum_j weights_j [x_j > x_i] for each i, with a tie counted one half; x by its values' order."""
+    sums_V = np.bincount(code_N, weights=weights_N)
     above_V = sums_V.sum() - np.cumsum(sums_V) + sums_V / 2
-    return np.asarray(above_V[value_N] / x_N.size, dtype=np.float64)
+    return np.asarray(above_V[code_N] / code_N.size, dtype=np.float64)
 
 
 def binned_medians(x_N: ArrayLike, y_N: ArrayLike, bins: int = 10) -> BinnedMedians:

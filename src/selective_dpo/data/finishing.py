@@ -1,0 +1,58 @@
+"""Judged rows -> tokens, final statuses and the rows of both tables: all that can be done chunk by chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import pyarrow as pa
+
+from selective_dpo.config import DataConfig
+from selective_dpo.data.pairs import KEPT, DropReason
+from selective_dpo.data.store import RowOutcome, pairs_table, tokens_table
+from selective_dpo.data.tally import Tally
+from selective_dpo.data.tokenize import PairTokens, fit_length, tokenize_pairs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class FinishedChunk(NamedTuple):
+    """Some rows, ready to be written."""
+
+    pairs: pa.Table
+    """One row an input row."""
+    tokens: pa.Table
+    """One row a kept pair."""
+    tally: Tally
+
+
+class Finisher(NamedTuple):
+    """Finishes chunks, each independent of the others; it can be sent to another process."""
+
+    tokenizer: PreTrainedTokenizerBase
+    config: DataConfig
+
+    def finish(self, chunk: Sequence[RowOutcome]) -> FinishedChunk:
+        """Tokenize what is kept so far, decide on lengths, count.
+
+        Raises:
+            TemplateError, ConfigError, ModelError: see `tokenize_pairs`.
+        """
+        pairs = [outcome.pair for outcome in chunk if outcome.status == KEPT and outcome.pair is not None]
+        empty_system_message = self.config.empty_system_message
+        tokens = iter(tokenize_pairs(pairs, self.tokenizer, empty_system_message=empty_system_message))
+        outcomes = [
+            self._with_tokens(outcome, next(tokens)) if outcome.status == KEPT else outcome
+            for outcome in chunk
+        ]
+        tally = Tally()
+        for outcome in outcomes:
+            tally.count(outcome)
+        return FinishedChunk(pairs_table(outcomes), tokens_table(outcomes), tally)
+
+    def _with_tokens(self, outcome: RowOutcome, tokens: PairTokens | DropReason) -> RowOutcome:
+        if isinstance(tokens, DropReason):
+            return outcome._replace(status=tokens)
+        fitted = fit_length(tokens, self.config)
+        return outcome._replace(status=fitted.drop or KEPT, tokens=fitted.tokens)
