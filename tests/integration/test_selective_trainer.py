@@ -64,6 +64,7 @@ def make_trainer(
     eval_dataset: Any = None,
     model: Any = None,
     ref_model: Any = None,
+    path: Any = "auto",
     **settings: Any,
 ) -> SelectiveDPOTrainer:
     return SelectiveDPOTrainer(
@@ -75,6 +76,7 @@ def make_trainer(
         processing_class=byte_tokenizer(bos=False),
         peft_config=LoraConfig(**LORA) if lora else None,
         curriculum=curriculum,
+        path=path,
     )
 
 
@@ -175,12 +177,16 @@ def test_several_epochs_accumulation_and_workers_keep_the_order(model_folder: Pa
     )
     spy = InputSpy(trainer)
     trainer.train()
-    # Batches of 3, 3 and 1 pairs an epoch; two of them make an update, the last one makes its own.
+    # Batches of 3, 3 and 1 pairs an epoch; two of them make an update, the last one makes its own. Inside
+    # an update the pairs are dealt by length.
     assert trainer.state.global_step == 3 * 2
-    assert spy.pairs(tokens_of(rows)) == 3 * curriculum.order
+    seen = spy.pairs(tokens_of(rows))
+    for epoch in range(3):
+        for start, end in ((0, 6), (6, 7)):
+            assert sorted(seen[7 * epoch + start : 7 * epoch + end]) == sorted(curriculum.order[start:end])
     order = trainer.consumed_order
     assert order.matches and order.consumed == 21 and order.epochs == 3 and order.repeated_to_fill == 0
-    assert order.consumed_digest == ids_digest(3 * curriculum.order)
+    assert order.consumed_digest == order.expected_digest == ids_digest(3 * curriculum.order)
 
 
 def test_training_again_starts_a_new_record_of_the_order(model_folder: Path, tmp_path: Path) -> None:
@@ -261,7 +267,7 @@ def test_all_pairs_in_file_order_give_the_weights_of_plain_trl(
     model_folder: Path, tmp_path: Path, lora: bool, cached: bool
 ) -> None:
     rows = text_rows(PAIRS)
-    # A power of two as batch, and full batches only: sums are then taken in the same order.
+    # A power of two as batch, full batches only, and padded rows: sums are then taken in the same order.
     settings: dict[str, Any] = {"per_device_train_batch_size": 4, "num_train_epochs": 2, "seed": 7}
     plain = DPOTrainer(
         load_model(model_folder),
@@ -271,7 +277,8 @@ def test_all_pairs_in_file_order_give_the_weights_of_plain_trl(
         peft_config=LoraConfig(**LORA) if lora else None,
     )
     data = referenced_tokens(model_folder, rows) if cached else Dataset.from_list(rows)
-    ours = make_trainer(model_folder, tmp_path, data, all_in_file_order(rows), lora=lora, **settings)
+    order = all_in_file_order(rows)
+    ours = make_trainer(model_folder, tmp_path, data, order, lora=lora, path="padded", **settings)
     plain.train()
     ours.train()
     expected = dict(plain.model.named_parameters())

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from selective_dpo.core.identity import ids_digest
 from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.launch.processes import launch_command
 from tests.fixtures.models import recipe_file, tiny_model_folder, tiny_recipe
-from tests.fixtures.training import curriculum_of, text_rows, tokens_of
+from tests.fixtures.training import curriculum_of, sequence_names, text_rows, tokens_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAIRS = 9
@@ -50,17 +49,19 @@ def test_the_model_sees_the_curriculum_in_order_on_two_processes(tmp_path: Path)
     }
     in_two_processes(["-m", "tests.fixtures.processes", str(tmp_path), json.dumps(settings)])
 
-    tokens = tokens_of(rows)
-    names = {(*row["prompt_ids"], *row["chosen_ids"]): row["pair_id"] for row in tokens.to_list()}
+    names = sequence_names(tokens_of(rows))
     seen = [
-        [names[tuple(ids)] for ids in json.loads((tmp_path / f"inputs-{rank}.json").read_text("utf-8"))]
+        [names.get(tuple(ids)) for ids in json.loads((tmp_path / f"inputs-{rank}.json").read_text("utf-8"))]
         for rank in range(2)
     ]
-    # A round is two pairs for each process. 7 pairs: a full round, then a round with one pair repeated
-    # from the epoch's beginning. Two epochs.
-    rounds = [seen[rank][start : start + 2] for start in range(0, 8, 2) for rank in range(2)]
+    # A round is two pairs for each process. 7 pairs: a full round, then a round whose last pair, repeated
+    # from the epoch's beginning, is blanked. Two rounds are an update, inside which each process deals its
+    # own pairs by length. Two epochs.
     order = curriculum.order
-    assert list(chain(*rounds)) == 2 * [*order, order[0]]
+    for epoch in (0, 1):
+        own = [seen[rank][4 * epoch : 4 * epoch + 4] for rank in (0, 1)]
+        assert sorted(own[0]) == sorted([*order[0:2], *order[4:6]])
+        assert own[1][3] is None and sorted(own[1][:3]) == sorted([*order[2:4], order[6]])
     facts = read_json(tmp_path / "order.json")
     assert facts["matches"] and facts["pairs"] == 7 and facts["consumed"] == 14
     assert facts["repeated_to_fill"] == 2

@@ -248,7 +248,7 @@ def _measure(model: Any, path: Any, pairs: Dataset) -> Any:
 
 
 def test_the_choice_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
-    ways._say_once.cache_clear()
+    ways.say_once.cache_clear()
     model = tiny_family("llama")
     for _ in range(2):
         _measure(model, "auto", _pairs())
@@ -256,7 +256,7 @@ def test_the_choice_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_windows_shorter_than_a_pair_lead_to_padded_rows(capsys: pytest.CaptureFixture[str]) -> None:
-    ways._say_once.cache_clear()
+    ways.say_once.cache_clear()
     model = tiny_family("mistral", sliding_window=6)
     auto, padded = (_measure(model, path, _pairs(prompt=20)) for path in ("auto", "padded"))
     np.testing.assert_array_equal(auto.chosen_P, padded.chosen_P)
@@ -264,7 +264,7 @@ def test_windows_shorter_than_a_pair_lead_to_padded_rows(capsys: pytest.CaptureF
 
 
 def test_a_model_that_ignores_the_mask_is_found_out(capsys: pytest.CaptureFixture[str]) -> None:
-    ways._say_once.cache_clear()
+    ways.say_once.cache_clear()
     model = tiny_family("llama")
     inner = model.base_model.forward
 

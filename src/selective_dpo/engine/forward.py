@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selective_dpo.engine.heads import completion_log_probs, language_model
+from selective_dpo.engine.heads import completion_log_probs, language_model, predicted_outputs
 from selective_dpo.engine.paths import attention_of
 from selective_dpo.engine.shared_rows import SharedBatch, additive_mask, block_mask
 
@@ -30,18 +30,21 @@ def shared_log_probs(model: Any, batch: SharedBatch) -> Tensor:
     Differentiable. `model` must carry TRL's fused head, and `engine.paths.choose_path` must have said
     that its attention can take shared rows.
     """
+    return completion_log_probs(model, batch.labels, batch.predicted_at, **_model_inputs(model, batch))
+
+
+def shared_outputs(model: Any, batch: SharedBatch) -> Any:
+    """All that the model's fused head says of each completion token: fields of [1, N], see
+    `engine.heads.predicted_outputs`; the tokens in the order of `batch.labels`."""
+    return predicted_outputs(model, batch.labels, batch.predicted_at, **_model_inputs(model, batch))
+
+
+def _model_inputs(model: Any, batch: SharedBatch) -> dict[str, Any]:
     if attention_of(model) == "flex_attention":
         mask = block_mask(batch.parts)
     else:
         mask = additive_mask(batch.parts, _computing_dtype(model, batch.parts.device))
-    return completion_log_probs(
-        model,
-        batch.labels,
-        batch.predicted_at,
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        attention_mask=mask,
-    )
+    return {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "attention_mask": mask}
 
 
 def _computing_dtype(model: Any, device: torch.device) -> torch.dtype:

@@ -61,11 +61,12 @@ def log_probs_only(model: Any) -> Iterator[None]:
             inner.forward = before
 
 
-def completion_log_probs(model: Any, labels: Tensor, predicted_at: Tensor, **inputs: Any) -> Tensor:
-    """Log-probability of each label under the position that predicts it: [R, L] float32, 0 where ignored.
+def predicted_outputs(model: Any, labels: Tensor, predicted_at: Tensor, **inputs: Any) -> Any:
+    """TRL's fused head at the positions that predict a label, and only there.
 
-    `inputs` go to the model as they are. Differentiable, so it serves training as well as scoring; the
-    model must carry TRL's fused head.
+    `inputs` go to the model as they are. Returns TRL's output; its per-token fields are [1, N], for the N
+    labels that are not ignored, row by row. Which fields there are is for the head to say that `model`
+    carries.
 
     Shapes: labels, predicted_at [R, L], as in `SharedBatch`.
     """
@@ -80,9 +81,16 @@ def completion_log_probs(model: Any, labels: Tensor, predicted_at: Tensor, **inp
 
     hook = language_model(model).base_model.register_forward_hook(keep_predicting)
     try:
-        output = model(shift_labels=labels[is_label][None], fused_lm_head=True, use_cache=False, **inputs)
+        return model(shift_labels=labels[is_label][None], fused_lm_head=True, use_cache=False, **inputs)
     finally:
         hook.remove()
-    log_probs_N = output.log_probs[0].float()
+
+
+def completion_log_probs(model: Any, labels: Tensor, predicted_at: Tensor, **inputs: Any) -> Tensor:
+    """Log-probability of each label under the position that predicts it: [R, L] float32, 0 where ignored.
+
+    Differentiable; the model must carry TRL's fused head. Shapes and `inputs` as in `predicted_outputs`.
+    """
+    log_probs_N = predicted_outputs(model, labels, predicted_at, **inputs).log_probs[0].float()
     empty: Tensor = torch.zeros(labels.shape, dtype=torch.float32, device=log_probs_N.device)
-    return empty.masked_scatter(is_label.to(log_probs_N.device), log_probs_N)
+    return empty.masked_scatter((labels != IGNORED_LABEL).to(log_probs_N.device), log_probs_N)

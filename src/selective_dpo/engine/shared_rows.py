@@ -54,7 +54,10 @@ def shared_lengths(
 
 
 def make_shared_batch(
-    rows: Mapping[str, Sequence[Sequence[int]]], pad_token_id: int, *, multiple_of: int = 1
+    rows: Mapping[str, Sequence[Sequence[int] | NDArray[np.int64]]],
+    pad_token_id: int,
+    *,
+    multiple_of: int = 1,
 ) -> SharedBatch:
     """Put tokenized pairs (`prompt_ids`, `chosen_ids`, `rejected_ids`) into one row each.
 

@@ -69,7 +69,7 @@ def choose_way(model: Any, tokens: Dataset, pad_token_id: int, name: PathName) -
         difference = _difference_per_token(shared, padded, tried)
         if difference > _tolerance(model, device):
             path = Path("padded", f"shared rows change this model's log-probs by {difference:.2g} a token")
-    _say_once(path)
+    say_once(path)
     return shared if path.name == "shared" else padded
 
 
@@ -97,7 +97,8 @@ def _tolerance(model: Any, device: torch.device) -> float:
 
 
 @functools.cache
-def _say_once(path: Path) -> None:
+def say_once(path: Path) -> None:
+    """Tell the user which rows are computed and why, once for each answer."""
     rows = "one row a pair" if path.name == "shared" else "one row a completion"
     if this_process().is_main_process:
         sys.stderr.write(f"log-probs: {rows} ({path.reason})\n")

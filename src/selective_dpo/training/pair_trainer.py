@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator
 from typing import Any
@@ -14,11 +15,23 @@ from numpy.typing import NDArray
 from trl import DPOConfig, DPOTrainer
 
 from selective_dpo.core.dpo import LN_2
+from selective_dpo.engine.paths import choose_path
 from selective_dpo.engine.reference import CHOSEN_COLUMN, REJECTED_COLUMN
+from selective_dpo.engine.ways import PathName
 from selective_dpo.errors import ConfigError, DataError, name_some
 from selective_dpo.training.equal_weights import BLANK, WEIGHT, weigh_equally
+from selective_dpo.training.shared_step import TOKEN_COLUMNS, SharedModel, shares_rows
+from selective_dpo.training.update_batches import MEANS_OVER_PAIRS, can_deal_by_length, deal_by_length
 
-TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+_PAIR_MEANS = tuple(
+    f"{kind}/{part}"
+    for kind, parts in (
+        ("rewards", ("chosen", "rejected", "accuracies", "margins")),
+        ("logps", ("chosen", "rejected")),
+    )
+    for part in parts
+)
+"""What TRL logs as means over the pairs of a batch."""
 _ROWS_AT_ONCE = 10_000
 
 
@@ -74,7 +87,19 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
 
     Rows without these columns are left to TRL, except that it may drop none of them in silence. Each
     pair of an update weighs the same, also in the last update of an epoch (see `equal_weights`).
+
+    Args:
+        path: `auto` computes the loss in one row a pair where the model's attention and the settings
+            allow it (see `shared_step`), and deals the pairs of an update to its batches by length (see
+            `update_batches`); both leave each update's pairs, weights and gradient what they are.
+            `padded` leaves all that to TRL; `shared` refuses what rules shared rows out.
+        Others: as for `DPOTrainer`.
     """
+
+    def __init__(self, *args: Any, path: PathName = "auto", **others: Any) -> None:
+        self._path: PathName = path
+        self._shares_rows: bool | None = None
+        super().__init__(*args, **others)
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: DPOConfig, dataset_name: str
@@ -101,6 +126,7 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
     ) -> tuple[list[Any], Any]:
         """The batches of the next update."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._note_update(batches)
         if batches and self._can_weigh_equally():
             pairs, size = len(self.train_dataset), self._train_batch_size
             processes, accumulated = self.accelerator.num_processes, self.args.gradient_accumulation_steps
@@ -113,7 +139,21 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
                 processes=processes,
                 process=self.accelerator.process_index,
             )
+        if self._can_deal_by_length() and can_deal_by_length(batches):
+            multiple = getattr(self.data_collator, "pad_to_multiple_of", None)
+            batches = deal_by_length(batches, multiple_of=multiple or 1)
         return batches, items
+
+    def _note_update(self, batches: list[dict[str, Any]]) -> None:
+        """Called with the batches of each update as the data loader deals them."""
+
+    def _can_deal_by_length(self) -> bool:
+        return (
+            self._path != "padded"
+            and set(self.loss_types) <= MEANS_OVER_PAIRS
+            and not self.aux_loss_enabled
+            and self.accelerator.parallelism_config is None
+        )
 
     def _can_weigh_equally(self) -> bool:
         # The loss of a blank pair must be known and its gradient zero, which holds for DPO's own loss; and
@@ -133,12 +173,50 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         weight, blank = inputs.pop(WEIGHT, 1.0), inputs.pop(BLANK, 0)
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        # Whoever asks for the model's outputs means those of plain rows.
+        if not return_outputs and self._takes_shared_rows(model):
+            model = self._sharing(model)
+            with self._reference_shared(inputs):
+                result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        else:
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if weight == 1.0 and not blank:
             return result
+        self._weigh_logged_means(weight)
         # Training asks for the loss alone. A blank pair's loss, ln 2, is no part of the update's.
         share = blank / (inputs["completion_mask"].shape[0] // 2)
         return weight * (result - share * LN_2 * self.loss_weights[0])
+
+    def _weigh_logged_means(self, weight: float) -> None:
+        # TRL logs the mean over batches of each batch's mean; a blank pair counts in it with 0. Weighed,
+        # it becomes the mean over the update's own pairs, as the loss is.
+        for name in _PAIR_MEANS:
+            self._metrics["train"][name][-1] *= weight
+
+    def _takes_shared_rows(self, model: Any) -> bool:
+        if self._shares_rows is None:
+            self._shares_rows = shares_rows(self, model, self._path)
+        return self._shares_rows
+
+    def _sharing(self, model: Any) -> SharedModel:
+        return SharedModel(model, self.accelerator, self.processing_class.pad_token_id)
+
+    @contextlib.contextmanager
+    def _reference_shared(self, inputs: dict[str, Any]) -> Iterator[None]:
+        """Inside, `inputs` carry the reference's log-probs, from shared rows where it can take them."""
+        reference_model = self.ref_model or self.model
+        live = not self.precompute_ref_logps
+        if not live or choose_path(reference_model, inputs["input_ids"].shape[1]).name == "padded":
+            yield
+            return
+        reference = self._sharing(reference_model)
+        inputs[CHOSEN_COLUMN], inputs[REJECTED_COLUMN] = self.compute_ref_log_probs(reference, inputs)
+        # TRL reads the log-probs from the batch where it believes them computed beforehand.
+        self.precompute_ref_logps: bool = True
+        try:
+            yield
+        finally:
+            self.precompute_ref_logps = False
 
     def _send_telemetry(self) -> None:
         """Nothing leaves the machine that the user did not ask for."""

@@ -49,7 +49,7 @@ class SelectiveDPOTrainer(PairTrainer):
             or tokenized rows (`prompt_ids`, `chosen_ids`, `rejected_ids`). Rows that the curriculum did
             not select, or does not know, are left out. Columns `ref_chosen_logps` and
             `ref_rejected_logps`, where present, are the reference; no reference model is loaded.
-        Others: as for `DPOTrainer`.
+        Others: as for `DPOTrainer`, and `path` as for `PairTrainer`.
 
     Raises:
         ConfigError: the configuration would shuffle, drop or cut rows, or contradicts cached reference
@@ -116,16 +116,19 @@ class SelectiveDPOTrainer(PairTrainer):
         if PAIR_ID not in columns:
             self._signature_columns: Any = [*columns, PAIR_ID]
 
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        # Taken out, since TRL would pass it on to the model.
-        positions = inputs.pop(POSITION, None)
-        if positions is not None:
-            own = self._order_log.add(self.accelerator.gather(positions).tolist())
+    def _note_update(self, batches: list[dict[str, Any]]) -> None:
+        # Before the update's pairs are dealt by length: their order within it is the curriculum's.
+        for batch in batches:
+            own = self._order_log.add(self.accelerator.gather(batch.pop(POSITION)).tolist())
             # TRL logs the mean of this list, so one entry a pair gives the mean over pairs, whatever the
             # sizes of the batches.
             self._metrics["train"][DIFFICULTY].extend(self._difficulty_P[own].tolist())
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        # TRL would pass it on to the model, where the batch did not come through `get_batch_samples`.
+        inputs.pop(POSITION, None)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
 
