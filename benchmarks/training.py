@@ -153,7 +153,7 @@ class Sides:
         logps = pair_logps(
             self._base,
             self._pairs,
-            tokens_per_batch=4096 if self._options.device == "cpu" else None,
+            tokens_per_batch="auto",
             pad_token_id=0,
             autocast_dtype=None,
             what="reference",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from trl.trainer import dpo_trainer
+from transformers import Qwen2ForCausalLM
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 
 from selective_dpo.artifacts import folder_digests, read_json
 from selective_dpo.cli.main import main
@@ -18,9 +20,11 @@ from selective_dpo.engine import logprobs, ways
 from selective_dpo.errors import ConfigError, DataError
 from selective_dpo.pipeline import verbs
 from selective_dpo.pipeline.plan import Plan, make_plan
+from selective_dpo.pipeline.planning import dealing
 from selective_dpo.pipeline.planning.pricing import PlannedJob
 from selective_dpo.recipe_io import load_recipe
-from tests.fixtures.models import TRAINER, recipe_file, tiny_pairs_file, tiny_recipe
+from selective_dpo.training import shared_step
+from tests.fixtures.models import LORA, TRAINER, recipe_file, tiny_pairs_file, tiny_recipe
 
 # PEFT still reads the old name of a property that transformers has renamed.
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -50,7 +54,7 @@ def recipe_with_all_stages(folder: Path, **blocks: Any) -> Recipe:
 
 
 class Counted:
-    """Padded tokens that went through the collator of a training, and through the engine."""
+    """Tokens of the model's inputs, padding included: in passes that are learned from, and in others."""
 
     def __init__(self) -> None:
         self.trained = 0
@@ -58,41 +62,51 @@ class Counted:
 
 
 @pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counted]:
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
     counts = Counted()
-    collate = dpo_trainer.DataCollatorForPreference.torch_call
-    make_shared_batch = ways.make_shared_batch
-    run_within_memory = logprobs.run_within_memory
-    working = []
+    forward, choose_way = Qwen2Model.forward, ways.choose_way
+    trying: list[bool] = []
 
-    def count_collated(self: Any, examples: Any) -> Any:
-        batch = collate(self, examples)
-        counts.trained += batch["input_ids"].numel()
-        return batch
+    @functools.wraps(forward)
+    def count(self: Any, input_ids: Any, *arguments: Any, **options: Any) -> Any:
+        if torch.is_grad_enabled():
+            counts.trained += input_ids.numel()
+        elif not trying:
+            counts.forwarded += input_ids.numel()
+        return forward(self, input_ids, *arguments, **options)
 
-    def count_made(*arguments: Any, **options: Any) -> Any:
-        batch = make_shared_batch(*arguments, **options)
-        counts.forwarded += batch.input_ids.numel() if working else 0  # not the trial of one pair before
-        return batch
-
-    def work(*arguments: Any, **options: Any) -> Any:
-        working.append(True)
+    def try_out(*arguments: Any, **options: Any) -> Any:
+        """The pair that shared rows are tried on first is no part of the plan."""
+        trying.append(True)
         try:
-            return run_within_memory(*arguments, **options)
+            return choose_way(*arguments, **options)
         finally:
-            working.clear()
+            trying.clear()
 
-    monkeypatch.setattr(dpo_trainer.DataCollatorForPreference, "torch_call", count_collated)
-    monkeypatch.setattr(ways, "make_shared_batch", count_made)
-    monkeypatch.setattr(logprobs, "run_within_memory", work)
-    yield counts
+    monkeypatch.setattr(Qwen2Model, "forward", count)
+    for module in (logprobs, shared_step):
+        monkeypatch.setattr(module, "choose_way", try_out)
+    return counts
+
+
+def _without(counts: Counted, generate: Callable[..., Any]) -> Callable[..., Any]:
+    """`generate`, its tokens not counted."""
+
+    @functools.wraps(generate)
+    def uncounted(*arguments: Any, **options: Any) -> Any:
+        before = counts.forwarded
+        answers = generate(*arguments, **options)
+        counts.forwarded = before
+        return answers
+
+    return uncounted
 
 
 def by_name(plan: Plan) -> dict[str, PlannedJob]:
     return {job.name: job for job in plan.jobs}
 
 
-def test_a_plan_comes_true(tmp_path: Path, counted: Counted) -> None:
+def test_a_plan_comes_true(tmp_path: Path, counted: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = recipe_with_all_stages(tmp_path)
     before = make_plan(recipe)
     root = tmp_path / "runs" / "tiny"
@@ -106,12 +120,11 @@ def test_a_plan_comes_true(tmp_path: Path, counted: Counted) -> None:
     assert {job.name for job in scored.jobs if job.cached} == {
         "reference", "test-reference", "scores/seed41-fold0", "scores/seed41-fold1"
     }  # fmt: skip
-    # References of both folders, and every evaluation of both scorers.
-    measured = counted.forwarded
-    forwarded = sum(
+    # References of both folders, and every evaluation of both scorers; these are trained in random order.
+    planned = sum(
         job.tokens or 0.0 for job in by_name(before).values() if job.kind in ("reference", "scorer")
     )
-    assert forwarded - measured == pytest.approx(counted.trained, rel=0.1)  # trained in random order
+    assert planned - counted.forwarded == pytest.approx(counted.trained, rel=0.1)
     for scorer in run.scorer_runs:
         folder, job = run.folder.scores(scorer), jobs[f"scores/{scorer.name}"]
         cost = read_json(folder / "cost.json")
@@ -137,10 +150,19 @@ def test_a_plan_comes_true(tmp_path: Path, counted: Counted) -> None:
         assert not ordered[name].cached
 
     counted.forwarded = 0
-    verbs.evaluate(run)
+    with monkeypatch.context() as patch:
+        # Sampling goes through the model token by token, which the plan counts otherwise.
+        patch.setattr(Qwen2ForCausalLM, "generate", _without(counted, Qwen2ForCausalLM.generate))
+        verbs.evaluate(run)
     assert counted.forwarded == ordered["evaluation: held-out"].tokens
     files = folder_digests(root)
     done = make_plan(recipe)
+    # The table of protocols is of the scoring as a whole, whatever is there.
+    (own,) = [protocol for protocol in done.protocols if protocol.scoring.is_own]
+    assert own.costs is not None
+    assert own.costs.tokens == sum(
+        job.tokens or 0.0 for job in done.jobs if job.name == "reference" or job.kind == "scorer"
+    )
     assert all(job.cached for job in done.jobs)
     assert done.seconds == 0.0
     assert folder_digests(root) == files
@@ -176,6 +198,16 @@ def test_what_is_printed_and_written(tmp_path: Path, capfd: pytest.CaptureFixtur
     assert (jobs["controls/all/policy"]["pairs"], jobs["controls/all/policy"]["updates"]) == (24, 6)
     assert jobs["evaluation: answers"]["seconds"] is None
     assert all(job["flops"] > 0 and job["memory_bytes"]["total"] > 0 for job in plan["jobs"])
+    protocols = {(each["protocol"], each["part"]): each for each in plan["protocols"]}
+    assert list(protocols) == [
+        ("paper", ""), ("fast", ""), ("certified", "least"), ("certified", "most"), ("custom", "")
+    ]  # fmt: skip
+    # One seed, two evaluations, as in `fast`: the reference, a pass to train, two to evaluate.
+    assert protocols["custom", ""]["costs"] == protocols["fast", ""]["costs"]
+    assert protocols["custom", ""]["costs"]["passes"] == {"forward": 24 * 4, "backward": 24}
+    assert protocols["custom", ""]["own"]
+    assert protocols["fast", ""]["expected_agreement"]["overlap"] == [0.951, 0.969]  # at the nearest, 0.2
+    assert "custom (this recipe)" in out
     assert plan["pairs"]["kept"] == 24
     assert plan["config"]["select"]["fraction"] == 0.25
 
@@ -193,6 +225,8 @@ def test_shipped_recipes_are_planned_offline(
     recipe = load_recipe(RECIPES / f"{name}.yaml")
     lines = [line for line in out.splitlines() if line.startswith("scores/seed")]
     assert len(lines) == 2 * len(recipe.score.seeds)
+    # What needs no data: 1 + 1 + 2 passes over all pairs.
+    assert "fast" in out and "  4 P  " in out
     assert list(tmp_path.iterdir()) == []
 
 
@@ -255,6 +289,35 @@ def test_faults_that_are_found_are_errors(tmp_path: Path) -> None:
         make_plan(tiny_recipe(tmp_path, score={"evaluations": 50}))
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 2},
+        # Dropout acts, so each completion has a row of its own; they are dealt by length all the same.
+        {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 2, "disable_dropout": False},
+        # Rows of the last, smaller update weigh more in this loss.
+        {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 3, "loss_type": "hinge"},
+        # Not dealt by length: this loss weighs pairs by their length.
+        {"gradient_accumulation_steps": 3, "loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.1]},
+    ],
+)
+def test_trained_tokens_in_the_order_of_the_curriculum(
+    tmp_path: Path, counted: Counted, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any]
+) -> None:
+    # So little that the short rows here take several passes, too.
+    for module in (shared_step, dealing):
+        monkeypatch.setattr(module, "_WORTH_A_PASS", 3)
+    train = {"lora": {**LORA, "lora_dropout": 0.1}, "trainer": {**TRAINER, **given}}
+    recipe = tiny_recipe(tmp_path, train=train, score={"evaluations": 1}, select={"count": 17})
+    run = verbs.open_run(recipe, say=lambda line: None)
+    verbs.curriculum(run)
+    planned = by_name(make_plan(recipe))["policy"]
+    assert planned.rows_per_pair == (2 if "disable_dropout" in given else 1)
+    counted.trained = 0
+    verbs.train(run)
+    assert counted.trained == planned.tokens
+
+
 def test_evaluations_of_the_training_stage_are_counted(tmp_path: Path, counted: Counted) -> None:
     trainer = {
         **TRAINER,
@@ -266,6 +329,6 @@ def test_evaluations_of_the_training_stage_are_counted(tmp_path: Path, counted: 
     run = verbs.open_run(recipe, say=lambda line: None)
     verbs.curriculum(run)
     planned = by_name(make_plan(recipe))["policy"].tokens
-    counted.trained = 0
+    counted.trained = counted.forwarded = 0
     verbs.train(run)
-    assert counted.trained == planned
+    assert counted.trained + counted.forwarded == planned

@@ -151,11 +151,12 @@ def test_the_automatic_budget_follows_free_memory(monkeypatch: pytest.MonkeyPatc
     model = tiny_family("llama")
     # A quarter of it, by 2 * 1,856 + 16 * 50 (vocabulary) = 4,512 bytes a token.
     monkeypatch.setattr(memory, "_free_bytes", lambda device: 4 * 4512 * 1000)
-    assert budget_for(model, None).tokens == 1000
+    # 1,000, rounded down to a power of two.
+    assert budget_for(model, "auto").tokens == 512
     monkeypatch.setattr(memory, "_free_bytes", lambda device: 2**40)
-    assert budget_for(model, None).tokens == 4096
+    assert budget_for(model, "auto").tokens == 4096
     monkeypatch.setattr(memory, "_free_bytes", lambda device: 1)
-    assert budget_for(model, None).tokens == 1
+    assert budget_for(model, "auto").tokens == 1
 
 
 @pytest.mark.parametrize("path", ["shared", "padded"])
@@ -170,7 +171,7 @@ def test_log_probs_are_complete_after_running_out_of_memory(path: Any) -> None:
         return pair_logps(
             model,
             Dataset.from_list(rows),
-            tokens_per_batch=None,
+            tokens_per_batch="auto",
             pad_token_id=0,
             autocast_dtype=None,
             what="test",

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from selective_dpo.config import ModelConfig
 from selective_dpo.data.store import PairsSummary
+from selective_dpo.engine.padded_rows import PartLengths
 from selective_dpo.engine.paths import Path as RowPath
 from selective_dpo.errors import ConfigError
 from selective_dpo.pipeline.planning.architecture import (
@@ -119,13 +120,19 @@ def test_work_of_a_random_half_is_the_mean_over_halves() -> None:
 
 def test_work_within_a_token_budget() -> None:
     # Padded: 28 tokens have room for 2 pairs as long as the longest (4 x 7 = 28): (7, 5), then (3).
-    # Shared: rows of 9, 7 and 4 tokens; 28 tokens have room for 3 of the longest (3 x 9 = 27).
+    # Shared, without the completions' last tokens: rows of 3 + 3 + 3, 1 + 3 + 3 and 1 + 1 + 1 tokens; 28
+    # tokens have room for 3 of the longest (3 x 9 = 27).
     summary = PairsSummary(3, 3, 1, {"kept": 3}, {}, 3, 0, 0, 0, 0, 0, "", "")
-    pairs = KeptPairs(summary, ["a", "b", "c"], ["p"] * 3, lengths(5, 3, 7), lengths(7, 4, 9))
+    parts = PartLengths(lengths(1, 1, 3), lengths(4, 2, 4), lengths(4, 2, 4))
+    pairs = KeptPairs(summary, ["a", "b", "c"], ["p"] * 3, parts)
     padded, shared = (Forwarding(RowPath(name, ""), None) for name in PATHS)
     assert padded.work(pairs, 28) == Work(4 * 7 + 2 * 3, 4 * 49 + 2 * 9)
     assert shared.work(pairs, 28) == Work(3 * 9, 3 * 81)
-    assert shared.work(pairs.rows(np.array([1])), 28) == Work(4, 16)
+    assert shared.work(pairs.rows(np.array([1])), 28) == Work(3, 9)
+    # On a GPU the 9 become 16.
+    assert shared._replace(device="cuda").work(pairs, 28) == Work(3 * 16, 3 * 256)
+    assert pairs.longest_row(1) == 9
+    assert pairs.longest_row(2) == 7
 
 
 def test_forward_flops_count_matrices_and_attention() -> None:
@@ -163,7 +170,14 @@ def test_sizes_of_a_real_model_and_adapter(tmp_path: Path) -> None:
 def test_memory_of_full_fine_tuning() -> None:
     def memory(trained: Any, dtype: str, processes: int = 1) -> Any:
         return training_memory(
-            SIZES, trained, adapter=0, dtype=dtype, eager=False, longest=10, processes=processes
+            SIZES,
+            trained,
+            adapter=0,
+            dtype=dtype,
+            eager=False,
+            rows_per_pair=2,
+            longest=10,
+            processes=processes,
         )
 
     plain = settings(activation_checkpointing=False)
@@ -187,8 +201,18 @@ def test_memory_of_full_fine_tuning() -> None:
 
 def test_memory_with_an_adapter_and_without_training() -> None:
     trained = training_memory(
-        SIZES, settings("bfloat16"), adapter=5, dtype="bfloat16", eager=True, longest=10, processes=1
+        SIZES,
+        settings("bfloat16"),
+        adapter=5,
+        dtype="bfloat16",
+        eager=True,
+        rows_per_pair=1,
+        longest=10,
+        processes=1,
     )
+    # One row of 10 tokens, 8 wide: the inputs of 2 layers, 2 bytes each; one layer's 17 values, and 5 bytes
+    # for each of 2 heads' 100 scores.
+    assert trained.activations == 2 * 10 * 8 * 2 + 10 * 8 * 17 * 2 + 5 * 2 * 100
     # The adapter is float32: 5 x 4 weights, as many gradients, twice as many states.
     assert trained[:3] == (200 + 20, 20, 40)
     flat = inference_memory(

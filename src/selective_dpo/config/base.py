@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
+TokenBudget = Count | Literal["auto"]
+"""Tokens that a forward pass computes at a time; `auto`: as free memory allows."""
 Settings = dict[str, Any]
 """Keyword arguments of another library's configuration, checked against that library when used."""
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from selective_dpo.config.base import Block, Count, Fraction, Settings
+from selective_dpo.config.base import Block, Count, Fraction, Settings, TokenBudget
 from selective_dpo.config.data import DataConfig, ModelConfig
 from selective_dpo.config.selection import ScoreConfig, SelectConfig
 
@@ -56,8 +56,8 @@ class EvaluateConfig(Block):
     """Hub name or folder of the sequence classifier for judge `reward-model`."""
     controls: dict[str, SelectConfig] = Field(default_factory=dict)
     """Other selections to train on the same way and evaluate beside the run's own, by name."""
-    tokens_per_batch: Count = 16_384
-    """Padded tokens in one forward pass over held-out pairs, per process."""
+    tokens_per_batch: TokenBudget = "auto"
+    """Padded tokens in one forward pass over held-out pairs, per process; `auto` as in `score`."""
 
     @model_validator(mode="after")
     def _judge_has_something_to_judge(self) -> Self:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
-from selective_dpo.config.base import Block, Count, Fraction, Settings
+from selective_dpo.config.base import Block, Count, Fraction, Settings, TokenBudget
 
 
 class Protocol(NamedTuple):
@@ -53,8 +53,9 @@ class ScoreConfig(Block):
     """PEFT `LoraConfig` keys; null: full fine-tuning."""
     trainer: Settings = Field(default_factory=dict)
     """TRL `DPOConfig` keys for the scorers' training."""
-    tokens_per_batch: Count = 16_384
-    """Padded tokens in one forward pass of an evaluation, per process."""
+    tokens_per_batch: TokenBudget = "auto"
+    """Padded tokens in one forward pass of the reference and of an evaluation, per process; `auto`: the power
+    of two that free memory allows, at most 4,096 on a CPU and 65,536 on a GPU."""
     keep_scorers: bool = False
     """Publish each scorer's adapter or weights beside its records."""
 

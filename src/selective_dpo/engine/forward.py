@@ -13,7 +13,7 @@ from selective_dpo.engine.shared_rows import SharedBatch, additive_mask, block_m
 
 _FLEX_BLOCK = 128
 """Tokens in a block of FlexAttention's mask."""
-_CUDA_ALIGNMENT = 8
+CUDA_ALIGNMENT = 8
 """CUDA's kernels copy a mask whose rows do not start at multiples of this."""
 
 
@@ -21,7 +21,7 @@ def width_multiple(model: Any) -> int:
     """What the padded length of shared rows should be a multiple of, for the model's attention."""
     if attention_of(model) == "flex_attention":
         return _FLEX_BLOCK
-    return _CUDA_ALIGNMENT if next(model.parameters()).device.type == "cuda" else 1
+    return CUDA_ALIGNMENT if next(model.parameters()).device.type == "cuda" else 1
 
 
 def shared_log_probs(model: Any, batch: SharedBatch) -> Tensor:

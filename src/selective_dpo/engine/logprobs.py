@@ -12,7 +12,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 
 from selective_dpo.engine.heads import is_sharded, log_probs_only
-from selective_dpo.engine.memory import bounded_batches, budget_for, run_within_memory
+from selective_dpo.engine.memory import TokenBudget, bounded_batches, budget_for, run_within_memory
 from selective_dpo.engine.padded_rows import PairBatch, batch_logps, make_batch, pair_lengths
 from selective_dpo.engine.processes import combine_by_position, this_process
 from selective_dpo.engine.shared_rows import IGNORED_LABEL
@@ -42,7 +42,7 @@ def pair_logps(
     model: Any,
     tokens: Dataset,
     *,
-    tokens_per_batch: int | None,
+    tokens_per_batch: TokenBudget,
     pad_token_id: int,
     autocast_dtype: torch.dtype | None,
     what: str,
@@ -55,7 +55,7 @@ def pair_logps(
 
     Args:
         tokens_per_batch: Tokens that are computed at a time, padding included; halved where memory
-            runs out. None: as many as free memory allows.
+            runs out. `auto`: as many as free memory allows.
         path: `shared` computes prompt, chosen and rejected in one row, `padded` in a row for each
             completion; `auto` takes shared rows where the model's attention can, and says which.
 

@@ -12,7 +12,7 @@ import logging
 import os
 from collections import deque
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -39,6 +39,9 @@ _HEAD_TILE = (4_096, 32_768)
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
 
 
+TokenBudget = int | Literal["auto"]
+
+
 class Budget(NamedTuple):
     """What a batch of B rows of T tokens may cost."""
 
@@ -48,17 +51,22 @@ class Budget(NamedTuple):
     """At most this many B * T * T."""
 
 
-def budget_for(model: Any, tokens: int | None) -> Budget:
-    """The budget of `tokens` a batch; None: as many as free memory allows, in the process that
+def budget_for(model: Any, tokens: TokenBudget) -> Budget:
+    """The budget of `tokens` a batch; `auto`: as many as free memory allows, in the process that
     has least.
 
     Masks and scores, which grow with the square of the length, may take as much memory as the
     activations of a full batch of short rows, and no more.
     """
     token_bytes, cell_bytes = _activation_bytes(model), _cell_bytes(model)
-    if tokens is None:
+    if tokens == "auto":
         tokens = _least_of_all(_automatic_tokens(model, token_bytes))
     return Budget(tokens, max(tokens, tokens * token_bytes // cell_bytes))
+
+
+def most_tokens(device_type: str) -> int:
+    """The largest automatic budget, in tokens, on a device of this type."""
+    return _MOST_TOKENS.get(device_type, _MOST_GPU_TOKENS)
 
 
 def bounded_batches(
@@ -166,7 +174,8 @@ def _automatic_tokens(model: Any, token_bytes: int) -> int:
     tokens = usable // (2 * token_bytes + logit_bytes)
     if tokens > positions:
         tokens = (usable - positions * logit_bytes) // (2 * token_bytes)
-    return max(1, min(tokens, _MOST_TOKENS.get(device.type, _MOST_GPU_TOKENS)))
+    # A power of two: the memory that happens to be free a little more or less must not change how sums round.
+    return 1 << (max(1, min(tokens, most_tokens(device.type))).bit_length() - 1)
 
 
 def _least_of_all(tokens: int) -> int:

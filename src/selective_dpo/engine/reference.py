@@ -18,6 +18,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from selective_dpo.core.identity import positions_of
 from selective_dpo.engine.logprobs import PairLogps, pair_logps
+from selective_dpo.engine.memory import TokenBudget
 from selective_dpo.engine.processes import publish_from_main, this_process
 
 FILE = "logps.parquet"
@@ -32,7 +33,7 @@ def publish_reference(
     key: str,
     model: Any,
     tokens: Dataset,
-    tokens_per_batch: int | None,
+    tokens_per_batch: TokenBudget,
     pad_token_id: int,
     autocast_dtype: torch.dtype | None,
 ) -> None:

@@ -17,6 +17,7 @@ from selective_dpo.pipeline.planning.device import ASSUMED_UTILISATION, Device, 
 from selective_dpo.pipeline.planning.forwarding import forwarding_of
 from selective_dpo.pipeline.planning.inputs import Inputs, Unknown, is_local, read_inputs
 from selective_dpo.pipeline.planning.pricing import Models, PlannedJob, Pricing, models_of
+from selective_dpo.pipeline.planning.protocols import PlannedProtocol, planned_protocols
 from selective_dpo.pipeline.planning.settings import TrainingSettings, training_settings
 from selective_dpo.pipeline.planning.workload import workloads
 from selective_dpo.pipeline.run_directory import RunDirectory
@@ -36,6 +37,8 @@ class Plan:
     pairs: PairsSummary | None
     test: PairsSummary | None
     jobs: tuple[PlannedJob, ...]
+    protocols: tuple[PlannedProtocol, ...]
+    """What scoring would take and keep with the recipe's protocol and with the others."""
     device: Device
     devices: int
     """How many like this one the times assume."""
@@ -60,6 +63,7 @@ class Plan:
             "pairs": None if self.pairs is None else self.pairs._asdict(),
             "test_pairs": None if self.test is None else self.test._asdict(),
             "jobs": [job.to_json() for job in self.jobs],
+            "protocols": [protocol.to_json() for protocol in self.protocols],
             "device": {**self.device._asdict(), "assumed_number": self.devices},
             "measured_flops_per_second": self.rates,
             "assumed_utilisation": ASSUMED_UTILISATION,
@@ -104,6 +108,7 @@ def make_plan(recipe: Recipe) -> Plan:
         pairs=inputs.pairs.summary if inputs else None,
         test=inputs.test.summary if inputs and inputs.test else None,
         jobs=jobs,
+        protocols=planned_protocols(recipe, inputs.pairs if inputs else None, models, forwarding),
         device=device,
         devices=pricing.devices,
         rates=pricing.rates,

@@ -1,11 +1,14 @@
-"""How many batches and updates a training makes, and how many padded tokens its batches hold.
+"""How many batches and updates a training makes, and how many padded tokens plain batches hold.
 
-Both libraries pad chosen and rejected alike: a batch of b pairs is 2b rows as long as its longest row.
+Plain batches are TRL's own: of b pairs 2b rows, chosen and rejected, all as long as the longest of them.
+`dealing` has what this package's trainer makes of them.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +32,17 @@ class Work(NamedTuple):
 
 
 NO_WORK = Work(0.0, 0.0)
+
+
+def padded_rows(rows: int, longest: int, *, multiple_of: int = 1) -> Work:
+    """`rows` rows as long as the longest of them, rounded up to `multiple_of`."""
+    width = max(1, math.ceil(longest / multiple_of)) * multiple_of
+    return Work(float(rows * width), float(rows * width**2))
+
+
+def total_work(parts: Iterable[Work]) -> Work:
+    """All of `parts` together."""
+    return functools.reduce(Work.plus, parts, NO_WORK)
 
 
 class Epoch(NamedTuple):
@@ -61,15 +75,19 @@ def optimizer_steps(
 
 
 def sequential_work(lengths_P: NDArray[np.int64], pairs_per_batch: int, processes: int) -> Work:
-    """One epoch in the given order, exactly. Shapes: lengths_P [P], each pair's longer row, in order."""
+    """One epoch of plain batches in the given order, exactly.
+
+    Shapes: lengths_P [P], the longer row of each pair, in order.
+    """
     epoch = epoch_batches(len(lengths_P), pairs_per_batch, processes)
     rows = epoch.full * pairs_per_batch + epoch.rest
     repeated = np.resize(lengths_P, rows)  # from the beginning again, where a last round is filled
-    return _work_of([repeated[start : start + pairs_per_batch] for start in range(0, rows, pairs_per_batch)])
+    batches = (repeated[start : start + pairs_per_batch] for start in range(0, rows, pairs_per_batch))
+    return total_work(padded_rows(2 * len(batch), int(batch.max())) for batch in batches)
 
 
 def random_work(lengths_P: NDArray[np.int64], pairs: int, pairs_per_batch: int, processes: int) -> Work:
-    """One epoch over `pairs` of the P pairs, drawn and ordered at random: the expectation.
+    """One epoch of plain batches over `pairs` of the P pairs, drawn and ordered at random: the expectation.
 
     Each batch then is a random subset of the P pairs. Shapes: lengths_P [P], each pair's longer row.
     """
@@ -95,9 +113,3 @@ def expected_longest(values_P: NDArray[np.int64], size: int) -> float:
     # C(i-1, s-1) / C(i, s-1) = (i - s + 1) / i, downwards from the largest's share, s / P.
     shares = size / count * np.cumprod(np.concatenate([[1.0], (ranks - size + 1) / np.maximum(ranks, 1)]))
     return float(shares @ np.sort(values_P)[::-1][: len(shares)])
-
-
-def _work_of(batches: list[NDArray[np.int64]]) -> Work:
-    rows_B = np.array([2 * len(batch) for batch in batches], dtype=np.float64)
-    longest_B = np.array([batch.max() for batch in batches], dtype=np.float64)
-    return Work(float(rows_B @ longest_B), float(rows_B @ longest_B**2))

@@ -61,10 +61,11 @@ def training_memory(
     adapter: int,
     dtype: str,
     eager: bool,
+    rows_per_pair: int,
     longest: int,
     processes: int,
 ) -> Memory:
-    """Memory of a training whose longest row has `longest` tokens.
+    """Memory of a training with `rows_per_pair` rows for a pair, the longest of `longest` tokens.
 
     `dtype` is the weights' type, `eager` whether attention is written out. Gradients are kept in the trained
     parameters' type. Optimizer states by its name; what shards are divided among is `processes`.
@@ -80,7 +81,7 @@ def training_memory(
         optimizer += trained * 4
     shared = ("optimizer", "gradients", "weights")
     shares = [processes if settings.shards in shared[place:] else 1 for place in range(3)]
-    rows = 2 * settings.pairs_per_batch
+    rows = rows_per_pair * settings.pairs_per_batch
     layer = _layer_bytes(sizes, rows, longest, settings.compute_dtype, eager=eager)
     if settings.recomputes:
         # Each layer keeps its input; one layer at a time has all of its activations.

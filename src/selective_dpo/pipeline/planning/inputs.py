@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from selective_dpo.config import ModelConfig, SourceConfig
 from selective_dpo.data.sources import open_source
 from selective_dpo.data.store import PairsSummary, load_summary, load_tokens
 from selective_dpo.engine.models import load_tokenizer
+from selective_dpo.engine.padded_rows import PartLengths, part_lengths
 from selective_dpo.engine.shared_rows import shared_lengths
 from selective_dpo.errors import DataError, ModelError
 from selective_dpo.evaluation.generation import choose_prompts
@@ -35,18 +35,29 @@ class KeptPairs(NamedTuple):
     summary: PairsSummary
     pair_ids: list[str]
     prompt_ids: list[str]
-    lengths_P: NDArray[np.int64]
-    """Tokens of the longer of prompt + chosen and prompt + rejected."""
-    shared_lengths_P: NDArray[np.int64]
-    """Tokens of prompt, chosen and rejected in one row (see `engine.shared_rows`)."""
+    parts: PartLengths
+    """Tokens of prompt, chosen and rejected."""
+
+    @property
+    def lengths_P(self) -> NDArray[np.int64]:
+        """Tokens of the longer of prompt + chosen and prompt + rejected."""
+        return self.parts.prompt_P + np.maximum(self.parts.chosen_P, self.parts.rejected_P)
+
+    @property
+    def shared_lengths_P(self) -> NDArray[np.int64]:
+        """Tokens of prompt, chosen and rejected in one row (see `engine.shared_rows`)."""
+        return shared_lengths(*self.parts)
+
+    def longest_row(self, rows_per_pair: int) -> int:
+        """Tokens of the longest row, where a pair takes one row or two."""
+        return int((self.shared_lengths_P if rows_per_pair == 1 else self.lengths_P).max())
 
     def rows(self, rows_N: NDArray[np.int64]) -> KeptPairs:
         """Some of the pairs, by row number."""
         return self._replace(
             pair_ids=[self.pair_ids[row] for row in rows_N],
             prompt_ids=[self.prompt_ids[row] for row in rows_N],
-            lengths_P=self.lengths_P[rows_N],
-            shared_lengths_P=self.shared_lengths_P[rows_N],
+            parts=PartLengths(*(counts_P[rows_N] for counts_P in self.parts)),
         )
 
 
@@ -112,21 +123,10 @@ def _read(run: Run) -> Inputs:
 
 
 def _kept(folder: Path) -> KeptPairs:
-    table = load_tokens(folder).with_format("arrow")[:]
-    prompt, chosen, rejected = (
-        _list_lengths(table[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")
-    )
-    return KeptPairs(
-        load_summary(folder),
-        table["pair_id"].to_pylist(),
-        table["prompt_id"].to_pylist(),
-        prompt + np.maximum(chosen, rejected),
-        shared_lengths(prompt, chosen, rejected),
-    )
-
-
-def _list_lengths(column: Any) -> NDArray[np.int64]:
-    return np.asarray(pc.list_value_length(column).to_numpy(), dtype=np.int64)
+    tokens = load_tokens(folder)
+    ids = tokens.select_columns(["pair_id", "prompt_id"]).with_format("arrow")[:]
+    pair_ids, prompt_ids = (ids[name].to_pylist() for name in ("pair_id", "prompt_id"))
+    return KeptPairs(load_summary(folder), pair_ids, prompt_ids, part_lengths(tokens))
 
 
 def _prompt_lengths(run: Run) -> NDArray[np.int64]:

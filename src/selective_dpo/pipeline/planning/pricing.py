@@ -40,6 +40,8 @@ class PlannedJob:
     held_out: int | None
     updates: int | None
     evaluated_after: tuple[int, ...] | None
+    rows_per_pair: int
+    """1 where prompt, chosen and rejected share a row; of a scorer, in its training."""
     tokens: float | None
     """Computed by the model, padding included; training and forward passes."""
     flops: float | None
@@ -57,6 +59,7 @@ class PlannedJob:
             "held_out": self.held_out,
             "updates": self.updates,
             "evaluated_after": None if self.evaluated_after is None else list(self.evaluated_after),
+            "rows_per_pair": self.rows_per_pair,
             "tokens": self.tokens,
             "flops": self.flops,
             "memory_bytes": memory,
@@ -125,6 +128,7 @@ class Pricing:
             held_out=load.held_out,
             updates=load.updates,
             evaluated_after=load.evaluated_after,
+            rows_per_pair=load.rows_per_pair,
             tokens=sum(works) if works else None,
             flops=flops,
             memory=self._memory(load),
@@ -187,36 +191,39 @@ class Pricing:
                 rows=generation.batch_size,
                 longest=load.longest or recipe.data.max_prompt_length + generation.max_new_tokens,
             )
-        longest = load.longest or recipe.data.max_length
-        budget = (recipe.evaluate if load.kind == "held-out" else recipe.score).tokens_per_batch
+        # A shared row holds one prompt and two completions: at most twice the longest sequence.
+        longest = load.longest or recipe.data.max_length * (2 if load.rows_per_pair == 1 else 1)
+        block = recipe.evaluate if load.kind == "held-out" else recipe.score
+        budget = self._models.forwarding.tokens_of(block.tokens_per_batch)
         if load.kind in ("reference", "held-out"):
-            return self._forward_memory(load.kind, self._models, longest, budget)
-        training = self._training_memory(load.kind, self._models, longest)
+            return self._forward_memory(load, self._models, longest, budget)
+        training = self._training_memory(load, self._models, longest)
         if load.kind == "policy":
             return training
-        measuring = self._forward_memory(load.kind, self._models, longest, budget)
+        measuring = self._forward_memory(load, self._models, longest, budget)
         return training._replace(activations=max(training.activations, measuring.activations))
 
-    def _training_memory(self, kind: Kind, models: Models, longest: int) -> Memory:
-        settings, adapter = self._stage(kind)
+    def _training_memory(self, load: Workload, models: Models, longest: int) -> Memory:
+        settings, adapter = self._stage(load.kind)
         return training_memory(
             models.sizes,
             settings,
             adapter=adapter,
             dtype=self._recipe.model.dtype,
             eager=self._recipe.model.attention == "eager",
+            rows_per_pair=load.rows_per_pair,
             longest=longest,
             processes=self._recipe.launch.processes,
         )
 
-    def _forward_memory(self, kind: Kind, models: Models, longest: int, budget: int) -> Memory:
-        settings, adapter = self._stage(kind)
+    def _forward_memory(self, load: Workload, models: Models, longest: int, budget: int) -> Memory:
+        settings, adapter = self._stage(load.kind)
         return inference_memory(
             models.sizes,
             adapter=adapter,
             dtype=self._recipe.model.dtype,
             compute_dtype=settings.compute_dtype,
             eager=self._recipe.model.attention == "eager",
-            rows=max(2, budget // longest),
+            rows=max(load.rows_per_pair, budget // longest),
             longest=longest,
         )

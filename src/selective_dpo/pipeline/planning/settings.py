@@ -41,8 +41,7 @@ def training_settings(settings: Settings, model: ModelConfig) -> TrainingSetting
     """What `score.trainer` or `train.trainer` decide for a model loaded as `model` says."""
 
     def value(key: str) -> Any:
-        given = {**_library_defaults(), **ORIGINAL_DEFAULTS, **settings}
-        return given[key]
+        return trainer_value(settings, key)
 
     checkpointing = value("activation_checkpointing")
     if checkpointing is None:  # the older name counts only where the newer one is not given
@@ -65,14 +64,22 @@ def training_settings(settings: Settings, model: ModelConfig) -> TrainingSetting
     )
 
 
+def trainer_value(settings: Settings, key: str) -> Any:
+    """What a `DPOConfig` key is set to: as given, as in the original, or as in the libraries."""
+    return {**_library_defaults(), **ORIGINAL_DEFAULTS, **settings}[key]
+
+
 @functools.cache
 def _library_defaults() -> dict[str, Any]:
     from trl import DPOConfig
 
-    return {
-        field.name: None if field.default is dataclasses.MISSING else field.default
-        for field in dataclasses.fields(DPOConfig)
-    }
+    return {field.name: _default(field) for field in dataclasses.fields(DPOConfig)}
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return None if field.default is dataclasses.MISSING else field.default
 
 
 def _sharding(settings: Settings) -> tuple[str, str]:

@@ -10,6 +10,14 @@ from selective_dpo.config import Recipe, ScoreConfig
 from selective_dpo.data.store import PairsSummary
 from selective_dpo.pipeline.planning.device import ASSUMED_UTILISATION
 from selective_dpo.pipeline.planning.pricing import PlannedJob
+from selective_dpo.pipeline.planning.protocol_words import protocols_text
+from selective_dpo.pipeline.planning.quantities import (
+    UNKNOWN,
+    readable,
+    readable_bytes,
+    readable_count,
+    readable_time,
+)
 from selective_dpo.pipeline.planning.settings import TrainingSettings
 from selective_dpo.recipe_io import dump_config, make_recipe
 from selective_dpo.reporting.tables import label_for, text_table
@@ -18,8 +26,7 @@ from selective_dpo.training.arguments import ORIGINAL_DEFAULTS
 if TYPE_CHECKING:
     from selective_dpo.pipeline.plan import Plan
 
-UNKNOWN = "unknown"
-_PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+__all__ = ["plan_text", "readable", "readable_bytes", "readable_count", "readable_time"]
 
 
 def plan_text(plan: Plan) -> str:
@@ -30,44 +37,10 @@ def plan_text(plan: Plan) -> str:
         *_pairs_parts(plan),
         _jobs_table(plan.jobs),
         "\n".join(_assumption_lines(plan)),
+        protocols_text(plan.protocols, plan.recipe.select, plan.pairs.kept if plan.pairs else None),
         "\n".join(_end_lines(plan)),
     ]
     return "\n\n".join(part for part in parts if part)
-
-
-def readable(value: float | None, unit: str) -> str:
-    """A quantity with three digits and a decimal prefix, such as "12.3 TFLOP"."""
-    if value is None:
-        return UNKNOWN
-    for size, prefix in _PREFIXES:
-        if value >= size:
-            return f"{value / size:.3g} {prefix}{unit}"
-    return f"{value:.3g} {unit}"
-
-
-def readable_count(value: float) -> str:
-    """A number with three digits and a decimal prefix, such as "7.62 G"."""
-    return readable(value, "").strip()
-
-
-def readable_bytes(value: float | None) -> str:
-    """Bytes in binary units, as devices are sold."""
-    if value is None:
-        return UNKNOWN
-    for size, name in ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB")):
-        if value >= size:
-            return f"{value / size:.3g} {name}"
-    return f"{value / 1024:.3g} KiB"
-
-
-def readable_time(seconds: float | None) -> str:
-    """Seconds in the unit that reads best."""
-    if seconds is None:
-        return UNKNOWN
-    for size, name in ((86_400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.3g} {name}"
-    return f"{seconds:.2g} s"
 
 
 def _decisive_lines(plan: Plan) -> list[str]:
@@ -207,13 +180,21 @@ def _assumption_lines(plan: Plan) -> list[str]:
     rates = ", ".join(f"{readable(rate, 'FLOP/s')} in {dtype}" for dtype, rate in plan.rates.items())
     measured = f"; matrix multiplication measured here: {rates}" if rates else ""
     return [
-        "tokens: what the model computes, padding included; exact where the order is known, else expected",
+        "tokens: what the model computes, padding included; exact where the order is known, else expected; "
+        f"{_rows_words(plan)}",
         "FLOPs: 2 per parameter and token, plus attention; training 3 times that, with LoRA about 2 times; "
         "recomputed activations are counted",
         "memory: an estimate, on each process, for weights, gradients, optimizer states and activations",
         f"time: an estimate, on {number}{device.name}, {readable_bytes(device.memory)}{measured}; assumed to "
         f"be used to {ASSUMED_UTILISATION:.0%}; small models use less and take longer",
     ]
+
+
+def _rows_words(plan: Plan) -> str:
+    kinds = {job.kind: job.rows_per_pair for job in plan.jobs}
+    rows = {1: "one row a pair", 2: "two rows a pair"}
+    forward, trained = rows[kinds["reference"]], rows[kinds["policy"]]
+    return f"forward passes take {forward}, the training {trained}"
 
 
 def _end_lines(plan: Plan) -> list[str]:

@@ -7,8 +7,6 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import numpy as np
-
 from selective_dpo.config import SelectConfig
 from selective_dpo.core.identity import positions_of
 from selective_dpo.core.selection import rank_window, size_of
@@ -17,17 +15,15 @@ from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.pipeline.planning.batches import (
     NO_WORK,
     Work,
-    epoch_batches,
-    optimizer_steps,
-    random_work,
-    sequential_work,
 )
+from selective_dpo.pipeline.planning.dealing import dealing_of, expected_work, ordered_work
 from selective_dpo.pipeline.planning.forwarding import Forwarding
 from selective_dpo.pipeline.planning.inputs import Inputs, KeptPairs
-from selective_dpo.pipeline.planning.settings import TrainingSettings, training_settings
+from selective_dpo.pipeline.planning.scorer_work import epochs_done, scorer_work, updates_of
+from selective_dpo.pipeline.planning.settings import trainer_value, training_settings
 from selective_dpo.pipeline.room import scorer_steps
 from selective_dpo.pipeline.stages import Run
-from selective_dpo.scoring.plan import ScorerRun, split_pairs
+from selective_dpo.scoring.plan import ScorerRun
 
 Kind = Literal["reference", "scorer", "policy", "held-out", "answers"]
 
@@ -50,6 +46,8 @@ class Workload(NamedTuple):
     trained: Work | None = None
     forwarded: Work | None = None
     """Computed without gradients."""
+    rows_per_pair: int = 2
+    """1 where prompt, chosen and rejected share a row."""
     longest: int | None = None
     """Tokens of the longest row."""
 
@@ -68,7 +66,7 @@ def workloads(
     jobs = [_reference(run, run.folder.reference, pairs, cached, forwarding)]
     jobs += [_reference(run, run.folder.test_reference, test, cached, forwarding)] if has_test else []
     jobs += [_scorer(run, scorer, pairs, cached, forwarding) for scorer in run.scorer_runs]
-    jobs += [_policy(run, select, folder, inputs, cached) for select, folder in run.arms.values()]
+    jobs += [_policy(run, select, folder, inputs, cached, forwarding) for select, folder in run.arms.values()]
     jobs += [_held_out(run, test, cached, forwarding)] if has_test else []
     if run.recipe.evaluate.generation.prompts:
         jobs.append(_answers(run, inputs, cached))
@@ -91,82 +89,88 @@ def _reference(
 ) -> Workload:
     known = folder in cached
     if pairs is None:
-        return Workload("reference", folder, known)
+        return Workload("reference", folder, known, rows_per_pair=forwarding.rows_per_pair)
     return Workload(
         "reference",
         folder,
         known,
         pairs=len(pairs.pair_ids),
         forwarded=forwarding.work(pairs, run.recipe.score.tokens_per_batch),
-        longest=int(pairs.lengths_P.max()),
+        rows_per_pair=forwarding.rows_per_pair,
+        longest=pairs.longest_row(forwarding.rows_per_pair),
     )
 
 
 def _scorer(
     run: Run, scorer: ScorerRun, pairs: KeptPairs | None, cached: Collection[Path], forwarding: Forwarding
 ) -> Workload:
-    folder, config = run.folder.scores(scorer), run.recipe.score
+    folder = run.folder.scores(scorer)
+    rows = dealing_of(run.recipe, "score", forwarding).rows_per_pair
     if pairs is None:
-        return Workload("scorer", folder, folder in cached)
-    settings = training_settings(config.trainer, run.recipe.model)
-    processes = run.recipe.launch.processes
-    split = split_pairs(pairs.prompt_ids, scorer)
-    updates, evaluated_after = scorer_steps(run.recipe, scorer, len(split.train), processes)
-    epoch = random_work(pairs.lengths_P[split.train], len(split.train), settings.pairs_per_batch, processes)
-    measured = forwarding.work(pairs.rows(split.held_out), config.tokens_per_batch)
+        return Workload("scorer", folder, folder in cached, rows_per_pair=rows)
+    work = scorer_work(run.recipe, scorer, pairs, forwarding)
+    count = len(work.split.train)
+    updates, evaluated_after = scorer_steps(run.recipe, scorer, count, run.recipe.launch.processes)
     return Workload(
         "scorer",
         folder,
         folder in cached,
-        pairs=len(split.train),
-        held_out=len(split.held_out),
+        pairs=count,
+        held_out=len(work.split.held_out),
         updates=updates,
         evaluated_after=evaluated_after,
-        trained=epoch.times(_epochs_done(run, settings, len(split.train), updates)),
-        forwarded=measured.times(config.evaluations),
-        longest=int(pairs.lengths_P.max()),
+        trained=work.trained,
+        forwarded=work.measured.times(run.recipe.score.evaluations),
+        rows_per_pair=rows,
+        longest=pairs.longest_row(rows),
     )
 
 
 def _policy(
-    run: Run, select: SelectConfig, folder: Path, inputs: Inputs | None, cached: Collection[Path]
+    run: Run,
+    select: SelectConfig,
+    folder: Path,
+    inputs: Inputs | None,
+    cached: Collection[Path],
+    forwarding: Forwarding,
 ) -> Workload:
-    job = Workload("policy", folder / "policy", folder / "policy" in cached)
+    dealing = dealing_of(run.recipe, "train", forwarding)
+    place = folder / "policy"
+    job = Workload("policy", place, place in cached, rows_per_pair=dealing.rows_per_pair)
     if inputs is None:
         return job
     pairs, test = inputs.pairs, inputs.test
-    settings = training_settings(run.recipe.train.trainer, run.recipe.model)
-    batch, processes = settings.pairs_per_batch, run.recipe.launch.processes
+    job = job._replace(longest=pairs.longest_row(dealing.rows_per_pair))
     if folder in cached:
         order = Curriculum.load(folder).order
         count = len(order)
         at = positions_of(order, pairs.pair_ids, what=f"curriculum in {folder}")
-        epoch = sequential_work(pairs.lengths_P[at], batch, processes)
+        epoch = ordered_work(pairs.rows(at).parts, dealing)
     else:
         known = selected_count(select, len(pairs.pair_ids))
         if known is None:
-            return job._replace(longest=int(pairs.lengths_P.max()))
+            return job
         count = known
-        epoch = random_work(pairs.lengths_P, count, batch, processes)
-    updates = _updates(run, settings, count)
+        epoch = expected_work(pairs.parts, count, dealing)
+    settings = training_settings(run.recipe.train.trainer, run.recipe.model)
+    updates = updates_of(settings, count, dealing.processes)
     measured = NO_WORK
     evaluations = _trainer_evaluations(run, updates, settings.epochs)
     if evaluations and test is not None:
-        size = run.recipe.train.trainer.get("per_device_eval_batch_size", 8)
-        measured = sequential_work(test.lengths_P, size, processes).times(evaluations)
+        size = trainer_value(run.recipe.train.trainer, "per_device_eval_batch_size")
+        measured = ordered_work(test.parts, dealing.evaluates(size)).times(evaluations)
     return job._replace(
         pairs=count,
         updates=updates,
-        trained=epoch.times(_epochs_done(run, settings, count, updates)),
+        trained=epoch.times(epochs_done(settings, count, updates, dealing.processes)),
         forwarded=measured,
-        longest=int(pairs.lengths_P.max()),
     )
 
 
 def _held_out(run: Run, test: KeptPairs | None, cached: Collection[Path], forwarding: Forwarding) -> Workload:
     folder = run.folder.evaluation
     if test is None:
-        return Workload("held-out", folder, folder in cached)
+        return Workload("held-out", folder, folder in cached, rows_per_pair=forwarding.rows_per_pair)
     once = forwarding.work(test, run.recipe.evaluate.tokens_per_batch)
     return Workload(
         "held-out",
@@ -174,7 +178,8 @@ def _held_out(run: Run, test: KeptPairs | None, cached: Collection[Path], forwar
         folder in cached,
         pairs=len(test.pair_ids),
         forwarded=once.times(len(run.arms) + 1),  # the starting model is measured too
-        longest=int(test.lengths_P.max()),
+        rows_per_pair=forwarding.rows_per_pair,
+        longest=test.longest_row(forwarding.rows_per_pair),
     )
 
 
@@ -194,25 +199,6 @@ def _answers(run: Run, inputs: Inputs | None, cached: Collection[Path]) -> Workl
         forwarded=once.times(generation.samples * (len(run.arms) + 1)),
         longest=int(lengths_G.max(initial=0)),
     )
-
-
-def _updates(run: Run, settings: TrainingSettings, pairs: int) -> int:
-    return optimizer_steps(
-        pairs,
-        pairs_per_batch=settings.pairs_per_batch,
-        accumulation=settings.accumulation,
-        processes=run.recipe.launch.processes,
-        epochs=settings.epochs,
-    )
-
-
-def _epochs_done(run: Run, settings: TrainingSettings, pairs: int, updates: int) -> float:
-    """Epochs that `updates` make up: part of an epoch is trained in whole updates."""
-    if settings.epochs == int(settings.epochs):
-        return settings.epochs
-    epoch = epoch_batches(pairs, settings.pairs_per_batch, run.recipe.launch.processes)
-    batches = updates * settings.accumulation * run.recipe.launch.processes
-    return min(float(np.ceil(settings.epochs)), batches / max(1, epoch.full + (epoch.rest > 0)))
 
 
 def _trainer_evaluations(run: Run, updates: int, epochs: float) -> int:
