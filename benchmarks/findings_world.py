@@ -146,7 +146,8 @@ def _oracle(run: Run, world: World) -> dict[str, float]:
     for name, column in (("selected", pa.array(clean_P)), ("position", pa.array(positions_P))):
         table = table.set_column(table.column_names.index(name), name, column)
     folder = run.folder.control(ORACLE)
-    Curriculum(table, {**curriculum.facts, "key": ORACLE}).save(folder)
+    facts = {**curriculum.facts, "key": ORACLE, "selected": int(clean_P.sum())}
+    Curriculum(table, facts).save(folder)
     job = training_job(run, SELECTED)
     train_policy(
         job._replace(

@@ -22,8 +22,10 @@ from transformers import PrinterCallback
 from trl import DPOConfig, DPOTrainer
 
 from harness import interleave, show, summary
+from on_gpu import Work, measure_on_gpu
 from selective_dpo.core.dpo import dpo_losses
 from selective_dpo.engine.logprobs import PairLogps, pair_logps
+from selective_dpo.engine.memory import TokenBudget
 from selective_dpo.launch.quiet import quieten_libraries
 from workload import byte_tokenizer, seven_billion, small_model, tokenized_pairs
 
@@ -59,6 +61,11 @@ def main() -> None:
         ):
             rounds = interleave(ours, trainer.evaluate, rounds=options.rounds, device=options.device)
             details = {"pairs": options.pairs, "tokens_per_batch": budget, "trl_batch": 8, "lora": LORA}
+            if options.device == "cuda":
+                for side, run in (("ours", ours), ("theirs", trainer.evaluate)):
+                    twice = side == "theirs" or name == "scoring+reference"
+                    work = forward_work(model, pairs, shares=side == "ours", reference=twice)
+                    details[side] = measure_on_gpu(run, work)._asdict()
             results.append(summary(name, rounds, max_abs_diff=difference, details=details))
     show(results, options.json)
 
@@ -92,13 +99,25 @@ def make_trainer(model: Any, pairs: Dataset, scratch: Path, device: str) -> Any:
     return trainer
 
 
-def reference_logps(trainer: Any, pairs: Dataset, tokens_per_batch: int) -> PairLogps:
+def forward_work(model: Any, pairs: Dataset, *, shares: bool, reference: bool) -> Work:
+    """One evaluation of all pairs. `shares`: a pair's prompt is computed once; `reference`: so is that."""
+    prompts, chosen, rejected = (
+        sum(len(ids) for ids in pairs[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")
+    )
+    computed = prompts * (1 if shares else 2) + chosen + rejected
+    weights = sum(weight.numel() for name, weight in model.named_parameters() if "lora_" not in name)
+    passes = 2 if reference else 1
+    # A multiplication and an addition for each weight and token.
+    return Work(2 * prompts + chosen + rejected, 2.0 * passes * weights * computed)
+
+
+def reference_logps(trainer: Any, pairs: Dataset, tokens_per_batch: TokenBudget) -> PairLogps:
     """The starting model's log-probs: those of the same model without its adapter."""
     with trainer.model.disable_adapter():
         return _logps(trainer, pairs, tokens_per_batch)
 
 
-def evaluate(trainer: Any, pairs: Dataset, reference: PairLogps, tokens_per_batch: int) -> np.ndarray:
+def evaluate(trainer: Any, pairs: Dataset, reference: PairLogps, tokens_per_batch: TokenBudget) -> np.ndarray:
     """Held-out loss of each pair: [P]."""
     policy = _logps(trainer, pairs, tokens_per_batch)
     return dpo_losses(
@@ -106,7 +125,7 @@ def evaluate(trainer: Any, pairs: Dataset, reference: PairLogps, tokens_per_batc
     ).loss_P
 
 
-def compare(trainer: Any, pairs: Dataset, reference: PairLogps, tokens_per_batch: int) -> float:
+def compare(trainer: Any, pairs: Dataset, reference: PairLogps, tokens_per_batch: TokenBudget) -> float:
     """Largest difference in the loss between ours and TRL's, batch of 8 by batch, in nats.
 
     TRL reduces a batch to its mean, so means over the same 8 pairs are compared.
@@ -125,7 +144,7 @@ def compare(trainer: Any, pairs: Dataset, reference: PairLogps, tokens_per_batch
     return max(differences)
 
 
-def _logps(trainer: Any, pairs: Dataset, tokens_per_batch: int) -> PairLogps:
+def _logps(trainer: Any, pairs: Dataset, tokens_per_batch: TokenBudget) -> PairLogps:
     return pair_logps(
         trainer.model,
         pairs,
@@ -136,6 +155,10 @@ def _logps(trainer: Any, pairs: Dataset, tokens_per_batch: int) -> PairLogps:
     )
 
 
+def _budget(text: str) -> TokenBudget:
+    return "auto" if text == "auto" else int(text)
+
+
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -143,7 +166,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=64, help="a multiple of 8")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--tokens-per-batch", type=int, default=4096)
+    parser.add_argument("--tokens-per-batch", type=_budget, default="auto")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()

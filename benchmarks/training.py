@@ -16,8 +16,6 @@ from __future__ import annotations
 import argparse
 import copy
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,10 +26,12 @@ from transformers import PrinterCallback
 from trl import DPOConfig, DPOTrainer
 
 from harness import interleave, show, summary
+from on_gpu import Work, measure_on_gpu
 from selective_dpo.engine.logprobs import pair_logps
 from selective_dpo.engine.reference import CHOSEN_COLUMN, REJECTED_COLUMN
 from selective_dpo.launch.quiet import quieten_libraries
-from selective_dpo.training.pair_trainer import PairTrainer, with_cached_reference
+from selective_dpo.training.pair_trainer import PairTrainer
+from selective_dpo.training.rows import with_cached_reference
 from workload import byte_tokenizer, seven_billion, small_model, tokenized_pairs
 
 LORA: dict[str, Any] = {"r": 16, "lora_alpha": 16, "target_modules": "all-linear"}
@@ -84,8 +84,9 @@ def main() -> None:
             }
             if options.device == "cuda":
                 live = name == "training"
-                details["ours"] = sides.on_gpu(ours, shares=True, reference=live)
-                details["theirs"] = sides.on_gpu(theirs, shares=False, reference=live)
+                for side, train in (("ours", ours), ("theirs", theirs)):
+                    work = sides.work(shares=side == "ours", reference=live)
+                    details[side] = measure_on_gpu(train, work)._asdict()
             results.append(summary(name, rounds, max_abs_diff=learned.max_abs_diff, details=details))
     show(results, options.json)
 
@@ -127,27 +128,14 @@ class Sides:
         self._with_reference()
         self.ours.train()
 
-    def on_gpu(self, train: Callable[[], object], *, shares: bool, reference: bool) -> dict[str, float]:
-        """Tokens/s, utilisation against the matrix rate measured now, and peak memory of one training."""
-        rate = matrix_rate()
-        torch.cuda.reset_peak_memory_stats()
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        train()
-        torch.cuda.synchronize()
-        seconds = time.perf_counter() - started
+    def work(self, *, shares: bool, reference: bool) -> Work:
+        """One training on all pairs. `shares`: a pair's prompt is computed once; `reference`: so is that."""
         prompts = sum(len(row["prompt_ids"]) for row in self._pairs)
         computed = self.pair_tokens - (prompts if shares else 0)
         weights = sum(weight.numel() for weight in self._base.parameters())
         # Frozen weights: a multiplication and an addition forwards, as many back to the inputs, and one more
-        # forward pass where there is a reference to compute. Padding, attention and what checkpointing
-        # computes again do not count.
-        return {
-            "pair_tokens_per_second": self.pair_tokens / seconds,
-            "model_flops_utilisation": (6 if reference else 4) * weights * computed / seconds / rate,
-            "matrix_tflops": rate / 1e12,
-            "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
-        }
+        # forward pass where there is a reference to compute.
+        return Work(self.pair_tokens, (6 if reference else 4) * weights * computed)
 
     def _with_reference(self) -> Dataset:
         logps = pair_logps(
@@ -209,21 +197,6 @@ class Sides:
             for name, weight in trainer.model.named_parameters():
                 if name in values:
                     weight.copy_(values[name])
-
-
-def matrix_rate(size: int = 8192, seconds: float = 2.0) -> float:
-    """FLOPs a second of bfloat16 matrix products on this GPU."""
-    left, right = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    for _ in range(5):
-        left @ right
-    torch.cuda.synchronize()
-    started, count = time.perf_counter(), 0
-    while time.perf_counter() - started < seconds:
-        for _ in range(10):
-            left @ right
-        torch.cuda.synchronize()
-        count += 10
-    return 2 * size**3 * count / (time.perf_counter() - started)
 
 
 def _options() -> argparse.Namespace:

@@ -86,7 +86,8 @@ def _values(field: dict[str, Any]) -> str:
     if field["type"] == "array":
         entries = field.get("prefixItems", [field.get("items", {})])
         number = f"{field['maxItems']} " if "maxItems" in field else ""
-        return f"list of {number}{_values(entries[0])}s"
+        word, sign, limits = _values(entries[0]).partition(" ≥")
+        return f"list of {number}{word}s{sign}{limits}"
     words = {"integer": "whole number", "number": "number", "boolean": "true, false", "string": "text"}
     words |= {"null": "null"}
     return words[field["type"]] + _limits(field)
@@ -94,7 +95,7 @@ def _values(field: dict[str, Any]) -> str:
 
 def _limits(field: dict[str, Any]) -> str:
     signs = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
-    limits = [f"{sign} {field[limit]:g}" for limit, sign in signs.items() if limit in field]
+    limits = [f"{sign} {field[limit]:.10g}" for limit, sign in signs.items() if limit in field]
     return " " + ", ".join(limits) if limits else ""
 
 

@@ -2,7 +2,8 @@
 
 A folder is written under a temporary name beside its final one, each file is flushed to disk, the
 manifest goes last, and one rename makes it visible. So a manifest's presence means the folder is
-complete, and a killed writer leaves only a `.partial-*` folder that the next writer removes.
+complete, and a killed writer leaves only a `.partial-*` folder. The next writer removes it, under the
+folder's lock: no writer can take away what another one is filling.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 
 from selective_dpo.digests import digest
 from selective_dpo.errors import ArtifactError, name_some
+from selective_dpo.locks import holding, lock_beside
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -68,32 +70,41 @@ def publish_folder(folder: Path, *, kind: str, key: str) -> Iterator[Path]:
     """Fill the folder that this yields; on leaving without an error it becomes `folder`, complete.
 
     An existing `folder` is replaced only at that moment. On an error nothing of it is left behind, nor
-    of the folders above it that were made for it. Only one process may publish a folder (in a
-    distributed run, the main one).
+    of the folders above it that were made for it. In a distributed run only the main process publishes.
+
+    Raises:
+        BusyError: another process is publishing this folder.
     """
-    made = [parent for parent in folder.parents if not parent.exists()]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    remove_partials(folder)
-    partial = folder.parent / f".partial-{folder.name}-{uuid.uuid4().hex[:8]}"
-    partial.mkdir()
-    try:
-        yield partial
-        files = folder_digests(partial)
-        for name in files:
-            _flush(partial / name)
-        manifest = Manifest(SCHEMA_VERSION, kind, key, files)
-        _write_flushed(partial / MANIFEST, _to_json(manifest._asdict()))
-        _replace_folder(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        with contextlib.suppress(OSError):  # something else was put there meanwhile
-            for parent in made:
-                parent.rmdir()
-        raise
+    # The folders above are made, and removed if nothing came of them, together with the lock file.
+    with holding(lock_beside(folder), what=str(folder)):
+        _remove_partials(folder)
+        partial = folder.parent / f".partial-{folder.name}-{uuid.uuid4().hex[:8]}"
+        partial.mkdir()
+        try:
+            yield partial
+            files = folder_digests(partial)
+            for name in files:
+                _flush(partial / name)
+            manifest = Manifest(SCHEMA_VERSION, kind, key, files)
+            _write_flushed(partial / MANIFEST, _to_json(manifest._asdict()))
+            _replace_folder(partial, folder)
+        except BaseException as error:
+            _name_place(error, folder)
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
 
 
 def remove_partials(folder: Path) -> None:
-    """Remove what a killed writer of `folder` left behind."""
+    """Remove what a killed writer of the file or folder `folder` left behind.
+
+    Raises:
+        BusyError: a writer is alive.
+    """
+    with holding(lock_beside(folder), what=str(folder)):
+        _remove_partials(folder)
+
+
+def _remove_partials(folder: Path) -> None:
     # The name's random end is spelled out: `.partial-a-*` would be those of a folder `a-b`, too.
     for leftover in folder.parent.glob(f".partial-{glob.escape(folder.name)}-{'[0-9a-f]' * 8}"):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -162,6 +173,9 @@ def replacing(path: Path) -> Iterator[Path]:
         _flush(partial)
         partial.replace(path)
         _flush_folder(path.parent)
+    except OSError as error:
+        _name_place(error, path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
 
@@ -193,6 +207,12 @@ def _write_flushed(path: Path, content: str | bytes) -> None:
         stream.write(content.encode("utf-8") if isinstance(content, str) else content)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def _name_place(error: BaseException, path: Path) -> None:
+    # A write that the system refuses does not say where.
+    if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+        error.filename = str(path)
 
 
 def _flush(path: Path) -> None:

@@ -1,12 +1,19 @@
-"""The mistakes a user can mend. Each is one clear line with the remedy; the command line exits with 2."""
+"""The mistakes a user can mend. Each is one clear line with the remedy; the command line exits with 2,
+or with 75 where the same command has only to be run again."""
 
 from __future__ import annotations
 
+import errno
+import os
+import re
 from collections.abc import Iterable
 
 
 class SelectiveDPOError(Exception):
     """Base of every error that the user, not this package, has to mend."""
+
+    exit_code: int = 2
+    """What the command line returns."""
 
 
 class ConfigError(SelectiveDPOError):
@@ -37,12 +44,61 @@ class RecordsError(SelectiveDPOError):
     """Held-out records are incomplete or not finite where a complete set is needed."""
 
 
+class NotFiniteError(SelectiveDPOError):
+    """A training came upon a loss or a gradient that is not finite, and stopped before learning from it."""
+
+
+class DiskError(SelectiveDPOError):
+    """The system refused to write or read: the disk is full, read-only, or not allowed."""
+
+
 class RunChangedError(SelectiveDPOError):
     """The recipe differs from the one that the run directory was made with."""
 
 
+class BusyError(SelectiveDPOError):
+    """Another process is at work on the same run or artifact; it is named."""
+
+
 class PublishError(SelectiveDPOError):
     """The result is complete on disk but could not be sent to where the recipe wants it."""
+
+
+class Interrupted(SelectiveDPOError):  # noqa: N818 (nothing is wrong)
+    """SIGTERM came, and the work stopped where it can be taken up again."""
+
+    exit_code = 75
+    """The system's EX_TEMPFAIL: try again. A scheduler can queue the same command again on it."""
+
+
+_DISK_FAULTS = frozenset(  # not of this package
+    (
+        errno.EACCES,
+        errno.EPERM,
+        errno.EROFS,
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EFBIG,
+        errno.ENOTDIR,
+        errno.EEXIST,
+    )
+)
+_OS_ERROR = re.compile(r"\(os error (\d+)\)|Os \{ code: (\d+)")
+"""How libraries written in Rust tell an error's number."""
+
+
+def disk_fault(error: BaseException | None) -> str | None:
+    """What the system refused, in one line, if `error` or its cause is a fault of a disk or a path."""
+    while error is not None:
+        number = error.errno if isinstance(error, OSError) else None
+        if number is None and (told := _OS_ERROR.search(str(error))):
+            number = int(told[1] or told[2])
+        if number in _DISK_FAULTS:
+            place = getattr(error, "filename", None)
+            where = f"{place}: " if place else ""
+            return f"{where}{os.strerror(number)}; check the path, its permissions and the room on the disk"
+        error = error.__cause__
+    return None
 
 
 def name_some(items: Iterable[object], limit: int = 5) -> str:

@@ -9,10 +9,14 @@ Stage = Literal["score", "train"]
 _LENGTHS = "data.max_length and data.overlong decide"
 _REFERENCE = "the reference's log-probs are computed once, before any training, and stay what they are"
 _HUB = "train.hub_id and train.hub_private decide; log in with `hf auth login`"
+_TOKEN = "a recipe is no place for secrets; set the environment variable HF_TOKEN, or use `hf auth login`"
 _LOADING = "the model block decides how the model is loaded"
 _PREPARED = "this package prepares the pairs"
 _PROCESSES = "launch.processes decides"
-_CHECKPOINTS = "no checkpoints are kept; what is finished is published, and score.keep_scorers keeps scorers"
+_CHECKPOINTS = (
+    "launch.checkpoint_minutes decides; a training goes on from its newest whole checkpoint by itself, and "
+    "score.keep_scorers keeps scorers"
+)
 _LAST = "the policy is what the curriculum ends with"
 _NO_EFFECT = "it has no effect on DPO here"
 _ORDER = "the order is the curriculum's; select.order and select.seed decide"
@@ -52,7 +56,7 @@ DECIDED: dict[str, str] = {
     "remove_unused_columns": _PREPARED,
     "dataset_num_proc": _PREPARED,
     "push_to_hub": _HUB,
-    "hub_token": _HUB,
+    "hub_token": _TOKEN,
     "hub_private_repo": _HUB,
     "hub_model_id": _HUB,
     "hub_strategy": _HUB,

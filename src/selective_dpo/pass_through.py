@@ -121,6 +121,8 @@ def _check_names_and_types(
             raise ConfigError(f"{where}.{key} is {show(value)}, but must be {phrase(options[key], value)}")
         if key in POSITIVE and not value > 0:
             raise ConfigError(f"{where}.{key} is {show(value)}, but must be above 0")
+        if key == "seed" and not 0 <= value < 2**32:
+            raise ConfigError(f"{where}.{key} is {show(value)}, but must be at least 0 and below 2**32")
 
 
 def _check_training(settings: Settings, where: str) -> None:

@@ -17,16 +17,20 @@ SECONDS_BETWEEN_LINES = 30.0
 class Progress:
     """Counts pairs; shows rate and time left. Only the main process shows anything.
 
-    A `total` of 0 means that it is not known.
+    A `total` of 0 means that it is not known; `done` of it were done before.
     """
 
-    def __init__(self, total: int, what: str, *, unit: str = "pairs") -> None:
+    def __init__(self, total: int, what: str, *, unit: str = "pairs", done: int = 0) -> None:
         self._total, self._what, self._unit = total, what, unit
-        self._done = 0
+        self._done = self._done_before = done
         self._started = self._last_line = time.monotonic()
         self._shown = this_process().is_main_process
         terminal = self._shown and sys.stderr.isatty()
-        self._bar = tqdm(total=total or None, desc=what, unit=f" {unit}", leave=False) if terminal else None
+        self._bar = (
+            tqdm(total=total or None, desc=what, unit=f" {unit}", leave=False, initial=done)
+            if terminal
+            else None
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -54,7 +58,7 @@ class Progress:
         if not self._shown:
             return
         elapsed = time.monotonic() - self._started
-        rate = self._done / elapsed if elapsed > 0 else 0.0
+        rate = (self._done - self._done_before) / elapsed if elapsed > 0 else 0.0
         line = f"{self._what}: {self._done:,} {self._unit}, {rate:,.1f} {self._unit}/s"
         if self._total and rate > 0:
             line += f", {self._done / self._total:.0%}, {(self._total - self._done) / rate:,.0f} s left"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import types
 from collections.abc import Iterable, Sequence
 from typing import Any, Union, get_args, get_origin
@@ -12,6 +13,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 _GIVEN_CHARACTERS = 60
+_SECRET = re.compile(r"(^|_)(token|secret|password|credentials?|auth|api_?key)(_|$)", re.IGNORECASE)
+"""What keys are called that hold secrets."""
 _ALLOWED = {
     "string_type": "text; put it in quotes",
     "int_type": "a whole number",
@@ -46,7 +49,10 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
 
 def show(value: object) -> str:
     """A value as a short JSON text on one line."""
-    text = json.dumps(value, default=str, ensure_ascii=False)
+    try:
+        text = json.dumps(value, default=str, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError):  # a key that JSON has not, digits beyond count, no end
+        return f"a {type(value).__name__} that cannot be shown"
     return text if len(text) <= _GIVEN_CHARACTERS else text[:_GIVEN_CHARACTERS] + "..."
 
 
@@ -105,6 +111,12 @@ def _explain_one(complaint: ErrorDetails, model: type[BaseModel]) -> str:
     return f"{key} is {show(given)}, but must {_must(complaint, block, kind_at(model, path))}"
 
 
+def _given(key: str, value: object) -> str:
+    # An unknown key may be meant for a secret, and what is printed ends in logs.
+    is_secret = isinstance(value, str) and _SECRET.search(key.rsplit(".", maxsplit=1)[-1])
+    return "; secrets belong into the environment (HF_TOKEN ...)" if is_secret else f" (given {show(value)})"
+
+
 def _unknown_key(key: str, given: object, block: Any, model: type[BaseModel]) -> str:
     parent, _, leaf = key.rpartition(".")
     known = list(block.model_fields)
@@ -113,7 +125,7 @@ def _unknown_key(key: str, given: object, block: Any, model: type[BaseModel]) ->
     if not hint and "trainer" in known:
         hint = f"; TRL's DPOConfig keys go below {parent}.trainer"
     place = f"known in {parent}" if parent else "known"
-    return f"{key}: unknown key (given {show(given)}){hint} ({place}: {', '.join(known)})"
+    return f"{key}: unknown key{_given(key, given)}{hint} ({place}: {', '.join(known)})"
 
 
 def _must(complaint: ErrorDetails, block: Any, kind: Any) -> str:

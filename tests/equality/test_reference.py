@@ -25,7 +25,8 @@ from selective_dpo.scoring import scorer as scorer_module
 from selective_dpo.scoring.score import collect_records
 from selective_dpo.training import train as train_module
 from selective_dpo.training.arguments import dpo_arguments, lora_config
-from selective_dpo.training.pair_trainer import PairTrainer, with_cached_reference
+from selective_dpo.training.pair_trainer import PairTrainer
+from selective_dpo.training.rows import with_cached_reference
 from tests.fixtures.models import LORA, tiny_model_folder, tiny_pairs_file, tiny_recipe
 
 pytestmark = pytest.mark.slow
@@ -174,12 +175,12 @@ def test_one_reference_pass_serves_scorers_evaluations_and_the_final_training(
 
     publish = stages.publish_reference
     monkeypatch.setattr(stages, "publish_reference", counted)
-    monkeypatch.setattr(scorer_module, "PairTrainer", spied(scorer_module.PairTrainer))
-    monkeypatch.setattr(train_module, "SelectiveDPOTrainer", spied(train_module.SelectiveDPOTrainer))
+    monkeypatch.setattr(scorer_module, "_Scorer", spied(scorer_module._Scorer))
+    monkeypatch.setattr(train_module, "_PolicyTrainer", spied(train_module._PolicyTrainer))
     monkeypatch.setattr(DPOTrainer, "compute_ref_log_probs", no_live_reference)
     whole = open_run(recipe, say=lambda line: None)
     train(whole)
-    assert events == ["reference", "PairTrainer", "PairTrainer", "SelectiveDPOTrainer"]
+    assert events == ["reference", "_Scorer", "_Scorer", "_PolicyTrainer"]
 
     table = load_reference(whole.folder.reference)
     reference = dict(zip(table.pair_ids, zip(table.chosen_P, table.rejected_P, strict=True), strict=True))

@@ -23,7 +23,8 @@ from selective_dpo.engine.forward import shared_outputs
 from selective_dpo.errors import ConfigError
 from selective_dpo.launch.processes import launch_command
 from selective_dpo.training import shared_step
-from selective_dpo.training.pair_trainer import PairTrainer, with_cached_reference
+from selective_dpo.training.pair_trainer import PairTrainer
+from selective_dpo.training.rows import with_cached_reference
 from selective_dpo.training.update_batches import MEANS_OVER_PAIRS
 from tests.fixtures.families import FAMILIES, tiny_family
 from tests.fixtures.models import tiny_model_folder
@@ -348,6 +349,12 @@ def test_what_rules_shared_rows_out_is_said(
     asked.model.add_module("some_dropout", dropout)
     with pytest.raises(ConfigError, match=r"dropout is on.*leave path out"):
         asked.train()
+
+
+def test_attention_that_a_cpu_cannot_train_is_refused(tmp_path: Path) -> None:
+    model = model_of("qwen2", seed=1, attention="flex_attention")
+    with pytest.raises(ConfigError, match=r"flex_attention cannot be trained on a CPU: use sdpa"):
+        trainer_of(PairTrainer, tmp_path, pairs(2), model=model)
 
 
 @pytest.mark.slow

@@ -302,7 +302,7 @@ def test_where_no_folder_can_be_made(
 ) -> None:
     message = one_line(capsys, ["run", things / "recipe.yaml", "--output_dir", things / output_dir])
     assert message.startswith(str(things / "file"))
-    assert "check the path, its permissions and the disk" in message
+    assert "check the path, its permissions and the room on the disk" in message
     assert (things / "file").read_text() == "not a folder"
 
 

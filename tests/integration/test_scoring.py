@@ -18,14 +18,13 @@ from selective_dpo.config import Recipe
 from selective_dpo.core.records import Records
 from selective_dpo.curriculum.records_io import read_records
 from selective_dpo.data.store import load_tokens
-from selective_dpo.errors import ConfigError, RecordsError
+from selective_dpo.errors import ConfigError, NotFiniteError, RecordsError
 from selective_dpo.pipeline.stages import Run
 from selective_dpo.pipeline.verbs import open_run, score
 from selective_dpo.scoring import score as score_module
 from selective_dpo.scoring import scorer as scorer_module
 from selective_dpo.scoring.score import collect_records
 from selective_dpo.scoring.scorer import RECORDS, ScorerJob, run_scorer
-from selective_dpo.training.pair_trainer import PairTrainer
 from tests.fixtures.by_hand import dpo_loss, dpo_margin, sequence_logp
 from tests.fixtures.models import tiny_model_folder, tiny_pairs_file, tiny_recipe
 from tests.fixtures.tokenizers import END
@@ -88,7 +87,7 @@ def consumed(monkeypatch: pytest.MonkeyPatch, inputs: Path) -> list[Consumed]:
     pair_of: dict[tuple[tuple[int, ...], tuple[int, ...]], str] = {}
     trainings: list[Consumed] = []
 
-    class Spy(PairTrainer):
+    class Spy(scorer_module._Scorer):
         def __init__(self, *args: Any, **others: Any) -> None:
             super().__init__(*args, **others)
             for row in self.train_dataset:
@@ -105,7 +104,7 @@ def consumed(monkeypatch: pytest.MonkeyPatch, inputs: Path) -> list[Consumed]:
             self.consumed.batches.append([pair_of[_parted(*row)] for row in zip(*columns, strict=True)])
             return super().compute_loss(model, inputs, *args, **others)
 
-    monkeypatch.setattr(scorer_module, "PairTrainer", Spy)
+    monkeypatch.setattr(scorer_module, "_Scorer", Spy)
     return trainings
 
 
@@ -312,17 +311,16 @@ class TestWorkers:
         assert len(records_of(run)) == 2 * PAIRS
         assert _state(second) == before
 
-    def test_a_loss_that_is_not_finite_is_an_error_that_names_pairs(
-        self, inputs: Path, tmp_path: Path
-    ) -> None:
-        # A learning rate that sends the weights to infinity.
+    def test_a_training_that_diverges_is_stopped_and_names_pairs(self, inputs: Path, tmp_path: Path) -> None:
+        # A learning rate that sends the weights to infinity, after a first update at 0.
         settings = {**FULL, "trainer": {"learning_rate": 1e38, "max_grad_norm": 0.0}}
         run = open_run(recipe_for(inputs, tmp_path, **settings), say=lambda line: None)
         with pytest.raises(
-            RecordsError, match=r"^seed41-fold0: the held-out loss of \d+ pairs is not finite: [0-9a-f]{32}"
+            NotFiniteError,
+            match=r"^seed41-fold0: the loss of 4 of 4 pairs is not finite.* before update 3 .*: [0-9a-f]{32}",
         ):
             score(run)
-        assert not list((run.folder.root / "scores").glob("*"))
+        assert not [path for path in (run.folder.root / "scores").glob("*") if path.is_dir()]
 
 
 class TestResume:

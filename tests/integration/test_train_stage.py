@@ -18,8 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from selective_dpo.artifacts import is_complete, read_json, read_manifest, verify_folder
 from selective_dpo.cli.main import main
 from selective_dpo.curriculum.table import Curriculum
+from selective_dpo.errors import IdentityError
 from selective_dpo.training.selective_trainer import SelectiveDPOTrainer
+from selective_dpo.training.train import _require_same_pairs
 from tests.fixtures.models import recipe_file, tiny_pairs_file, tiny_recipe
+from tests.fixtures.training import curriculum_of, text_rows
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 SELECTED = 10
@@ -65,6 +68,18 @@ def train(workplace: Path, *options: str) -> int:
 
 def policy_of(workplace: Path) -> Path:
     return workplace / "runs" / "tiny" / "policy"
+
+
+@pytest.mark.fault(row=13, trials=2)
+def test_a_curriculum_that_lacks_prepared_pairs_or_knows_others_is_refused() -> None:
+    """The trainer alone would leave out rows that the curriculum does not know; this stage may not."""
+    curriculum = curriculum_of(text_rows(4), [0.1, 0.2, 0.3, 0.4], count=2)
+    ids = curriculum.table["pair_id"].to_pylist()
+    _require_same_pairs(curriculum, list(reversed(ids)))
+    with pytest.raises(IdentityError, match=r"lacks 1 of 5 prepared pairs \(0{32}\), and 0 of its 4"):
+        _require_same_pairs(curriculum, [*ids, "0" * 32])
+    with pytest.raises(IdentityError, match=rf"lacks 0 of 3 .* 1 of its 4 are not among them \({ids[1]}\)"):
+        _require_same_pairs(curriculum, [ids[0], *ids[2:]])
 
 
 # --- what is published ---------------------------------------------------------------------------------
@@ -177,8 +192,8 @@ def test_a_diverged_training_is_not_published(
 ) -> None:
     trains = SelectiveDPOTrainer.train
 
-    def diverge(self: Any) -> Any:
-        result = trains(self)
+    def diverge(self: Any, **others: Any) -> Any:
+        result = trains(self, **others)
         weight = next(weight for weight in self.model.parameters() if weight.requires_grad)
         weight.data[0] = torch.nan
         return result

@@ -160,7 +160,7 @@ def test_no_files_at_all(tmp_path) -> None:
         (b"a,0.1\nb,1_0\n", "line 2: .* '1_0'"),
         (b"", "cannot be read as CSV"),
         (b"\n", "has no rows"),
-        (b"\xff\xfe,0.1\n", "cannot be read as CSV"),
+        (b"\xff\xfe,0.1\n", "line 1 is not UTF-8 text"),
     ],
 )
 def test_bad_files_are_named_with_the_line(tmp_path, content, words) -> None:

@@ -24,13 +24,27 @@ ROWS: dict[str, list[Any]] = {
     "reason": ["harder", "easy", "easy", "easy"],
     "position": [-1, 0, 2, 1],
 }
+FACTS_OF_ROWS: dict[str, Any] = {
+    "key": "k",
+    "pairs": 4,
+    "selected": 3,
+    "select": {"rule": "below", "threshold": 0.6},
+    "seeds": [41],
+    "evaluations": [1],
+    "quarantined": 0,
+    "partial": 1,
+    "agreement": {},
+    "provenance": {},
+    "cost": {},
+}
 
 
 def curriculum(facts: dict[str, Any] | None = None, **columns: list[Any]) -> Curriculum:
     values = {**ROWS, **columns}
     table = pa.table({name: pa.array(values[name], type=kind) for name, kind in COLUMNS.items()})
     losses = pa.array([0.8, 0.2, 0.4, None], type=pa.float64())
-    return Curriculum(table.append_column(loss_column(41, 1), losses), facts or {"key": "k", "seeds": [41]})
+    complete = {**FACTS_OF_ROWS, "selected": sum(values["selected"]), **(facts or {})}
+    return Curriculum(table.append_column(loss_column(41, 1), losses), complete)
 
 
 def test_the_order_is_that_of_the_positions() -> None:
@@ -42,7 +56,7 @@ def test_the_order_is_that_of_the_positions() -> None:
 
 
 def test_nothing_selected_is_an_empty_order() -> None:
-    assert curriculum(position=[-1] * 4).order == []
+    assert curriculum(position=[-1] * 4, selected=[False] * 4).order == []
 
 
 @pytest.mark.parametrize("place", ["folder", "folder/mine.parquet"])
@@ -59,21 +73,32 @@ def test_what_is_saved_is_loaded(tmp_path: Path, place: str) -> None:
 
 def test_saving_again_replaces_both_files(tmp_path: Path) -> None:
     curriculum().save(tmp_path)
-    curriculum({"key": "other"}, position=[0, 1, 2, 3]).save(tmp_path)
+    curriculum({"key": "other"}, position=[0, 1, 2, 3], selected=[True] * 4).save(tmp_path)
     loaded = Curriculum.load(tmp_path)
-    assert (loaded.facts, loaded.order) == ({"key": "other"}, ["a", "b", "c", "d"])
+    assert (loaded.facts["key"], loaded.order) == ("other", ["a", "b", "c", "d"])
 
 
-def test_a_table_without_its_facts_is_not_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
+def test_an_error_while_writing_keeps_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError("the disk is full")
 
-    curriculum().save(tmp_path)
-    monkeypatch.setattr("selective_dpo.curriculum.table.write_json", killed)
-    with pytest.raises(KeyboardInterrupt):  # between the two files: the old facts must be gone by then
-        curriculum({"key": "other"}).save(tmp_path)
+    curriculum({"key": "old"}).save(tmp_path)
+    monkeypatch.setattr("selective_dpo.curriculum.table.write_json", full)
+    with pytest.raises(OSError, match="full"):
+        curriculum({"key": "new"}).save(tmp_path)
+    assert Curriculum.load(tmp_path).facts["key"] == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["curriculum.json", "curriculum.parquet"]
+
+
+def test_a_table_without_its_own_facts_is_not_complete(tmp_path: Path) -> None:
+    # A kill between the two renames: the table is the new one, the facts are the old ones.
+    old, new = (curriculum().save(tmp_path / name) for name in ("old", "new"))
+    pq.write_table(pq.read_table(new).slice(1), old)
+    with pytest.raises(ArtifactError, match=r"is not the table that curriculum\.json was written for"):
+        Curriculum.load(tmp_path / "old")
+    old.with_suffix(".json").unlink()
     with pytest.raises(ArtifactError, match=r"curriculum\.json does not exist"):
-        Curriculum.load(tmp_path)
+        Curriculum.load(tmp_path / "old")
 
 
 def test_an_absent_curriculum_is_said_to_be_absent(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def test_options_of_trl_pass(stage: Stage, settings: dict[str, Any]) -> None:
         ),
         ({"max_length": 9}, ".max_length cannot be set: data.max_length and data.overlong decide"),
         ({"push_to_hub": True}, ".push_to_hub cannot be set: train.hub_id"),
-        ({"save_strategy": "epoch"}, ".save_strategy cannot be set: no checkpoints are kept"),
+        ({"save_strategy": "epoch"}, ".save_strategy cannot be set: launch.checkpoint_minutes decides"),
         ({"padding_free": True}, ".padding_free cannot be set: TRL ignores it"),
     ],
 )

@@ -111,7 +111,7 @@ def test_the_card_says_what_the_policy_is_and_was_made_from() -> None:
     words = " ".join(body.split())
     assert "3,000 of 6,000 scored preference pairs: easiest 50%, easy to hard" in words
     assert "seeds [41, 42], evaluations [1, 2]" in words
-    assert "- `org/pairs` train" in body
+    assert "- `org/pairs` `train`\n" in body
     assert "- `more.jsonl`\n" in body
     assert "learning_rate: 6.0e-06" in body
     assert "Rows consumed: 3,000" in body

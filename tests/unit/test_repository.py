@@ -16,13 +16,14 @@ PACKAGE = ROOT / "src" / "selective_dpo"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 MOST_LINES = 300
 
-GROUND = {"artifacts", "config", "digests", "errors"}
-RECIPES = {"pass_through", "option_rules", "option_types", "recipe_errors", "recipe_io"}
+GROUND = {"artifacts", "config", "digests", "errors", "locks"}
+RECIPES = {"pass_through", "option_rules", "option_types", "recipe_errors", "recipe_io", "recipe_yaml"}
 ENGINE = GROUND | RECIPES | {"core", "curriculum", "data", "engine", "launch"}
 MAY_IMPORT: dict[str, set[str]] = {
     "digests": set(),
     "errors": set(),
-    "artifacts": {"digests", "errors"},
+    "locks": {"errors"},
+    "artifacts": {"digests", "errors", "locks"},
     "config": {"errors"},
     **dict.fromkeys(RECIPES, RECIPES | {"config", "digests", "errors"}),
     "core": {"artifacts", "digests", "errors"},

@@ -29,9 +29,11 @@ def add_options(parser: argparse.ArgumentParser, verb: str) -> None:
 
 def execute(verb: str, options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:
     """Export and say what was written."""
+    from selective_dpo.artifacts import verify_folder
     from selective_dpo.curriculum.exporting import export_curriculum
     from selective_dpo.curriculum.table import Curriculum
     from selective_dpo.data.store import pairs_file
+    from selective_dpo.reporting.text import printable
 
     if options.pairs and options.format not in WITH_TEXTS:
         raise ConfigError(f"--pairs has no effect with --format {options.format}; leave it out")
@@ -41,8 +43,10 @@ def execute(verb: str, options: argparse.Namespace, overrides: Sequence[tuple[st
     folder = Path(options.pairs) if options.pairs else beside
     wanted = options.format in WITH_TEXTS and (options.pairs or folder.is_dir())
     pairs = pairs_file(folder) if wanted else None
+    if wanted:
+        verify_folder(folder)
     path = export_curriculum(
         curriculum, Path(options.out), options.format, pairs=pairs, overwrite=options.overwrite
     )
-    print(f"{path}: {len(curriculum.order):,} selected of {len(curriculum.table):,} pairs")
+    print(f"{printable(str(path))}: {len(curriculum.order):,} selected of {len(curriculum.table):,} pairs")
     return 0

@@ -25,11 +25,12 @@ def add_options(parser: argparse.ArgumentParser, verb: str) -> None:
 def execute(verb: str, options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:
     """Import, write, and say what was found."""
     from selective_dpo.curriculum.importing import import_records
+    from selective_dpo.reporting.text import printable
 
     if options.allow_partial:
         overrides = [*overrides, ("select.allow_partial", "true")]
     imported = import_records(options.folder, select=read_select(overrides))
     path = imported.curriculum.save(options.out)
-    print(imported.describe())
-    print(f"{path}")
+    print(printable(imported.describe()))
+    print(printable(str(path)))
     return 0

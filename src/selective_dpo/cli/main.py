@@ -1,16 +1,20 @@
-"""`selective-dpo VERB`: finds the verb, and turns a user's mistakes into one line and exit code 2."""
+"""`selective-dpo VERB`: finds the verb, and turns a user's mistakes into one line and exit code 2.
+
+SIGTERM, a scheduler's warning, ends it with one line and exit code 75: the same command goes on later.
+"""
 
 from __future__ import annotations
 
 import argparse
-import errno
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from typing import NoReturn
 
 from selective_dpo import __version__
-from selective_dpo.errors import ConfigError, SelectiveDPOError
+from selective_dpo.errors import BusyError, ConfigError, Interrupted, SelectiveDPOError, disk_fault
+from selective_dpo.launch.interruption import stopping_at_once
 
 # One module a verb, imported only when used: `--help` must not wait for torch.
 VERBS = {
@@ -26,6 +30,7 @@ VERBS = {
     "import-records": "read the original repository's CSV records",
     "export": "a curriculum as CSV, Parquet, JSON Lines or a datasets folder",
     "inspect": "show the easiest, median, hardest or named pairs",
+    "verify": "re-check every digest of a run, and every id from input to policy",
 }
 _MODULES = {
     **dict.fromkeys(("run", "score", "curriculum", "train", "evaluate", "report"), "stages"),
@@ -33,27 +38,36 @@ _MODULES = {
 }
 # Recipe keys that would otherwise look like a verb's own options.
 _KEYS_WITHOUT_A_BLOCK = ("name", "output_dir")
-# Faults of a disk or a path, not of this package.
-_DISK_FAULTS = frozenset(
-    (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
-)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command line `arguments`; returns the exit code: 0 done, 2 the user's to mend."""
+    """Run the command line `arguments`; returns the exit code: 0 done, 2 the user's to mend, 75 interrupted
+    by SIGTERM."""
     try:
-        return _dispatch(list(arguments))
+        with stopping_at_once(forgetting=True):
+            return _dispatch(list(arguments))
+    except Interrupted as stop:
+        if os.environ.get("RANK", "0") == "0":  # of several processes, the main one speaks
+            print(f"selective-dpo: {stop}", file=sys.stderr)
+        return stop.exit_code
     except SelectiveDPOError as error:
+        if isinstance(error, BusyError) and os.environ.get("RANK", "0") != "0":
+            return 2  # all processes know
         message = " ".join(str(error).split())
-    except OSError as error:
-        if error.errno not in _DISK_FAULTS:
+    except Exception as error:
+        fault = disk_fault(error)
+        if fault is None:
             raise
-        place = f"{error.filename}: " if error.filename else ""
-        message = f"{place}{error.strerror or error}; check the path, its permissions and the disk"
+        message = fault
     except SystemExit as shown:  # argparse, after --help or --version
         return int(shown.code or 0)
-    print(f"selective-dpo: error: {message}", file=sys.stderr)
+    print(f"selective-dpo: error: {_printable(message)}", file=sys.stderr)
     return 2
+
+
+def _printable(message: str) -> str:
+    # Names and values come from files of others; on a terminal, some characters are commands.
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in message)
 
 
 def entry_point() -> None:

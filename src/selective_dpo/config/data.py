@@ -6,23 +6,23 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from selective_dpo.config.base import Block, Count, Fraction
+from selective_dpo.config.base import Block, Count, Fraction, PathText
 
 
 class ModelConfig(Block):
     """The starting (SFT) policy. It is also the reference."""
 
-    path: str
+    path: PathText
     """Hub name or local folder of the weights."""
     revision: str = "main"
     """Branch, tag or commit; hub models only."""
-    tokenizer: str = ""
+    tokenizer: PathText = ""
     """Hub name or local folder of the tokenizer; empty: the model's own."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """What the weights are loaded as. Mixed precision is `trainer.bf16` of each stage."""
     attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] = "sdpa"
     """transformers' `attn_implementation`."""
-    chat_template: str = ""
+    chat_template: PathText = ""
     """`chatml`, `gemma-system`, or the path of a Jinja file; empty: the tokenizer's own."""
     trust_remote_code: bool = False
     """Run Python code that ships with the model. Off unless you have read that code."""
@@ -31,7 +31,7 @@ class ModelConfig(Block):
 class SourceConfig(Block):
     """One place that preference pairs come from."""
 
-    path: str
+    path: PathText
     """A .jsonl, .json, .csv or .parquet file (also .gz), a `datasets` folder, or a hub name."""
     split: str = ""
     """Split of a hub name or of a saved `DatasetDict`; needed exactly there."""
@@ -66,6 +66,9 @@ class DataConfig(Block):
     """Use only this many rows of the mixture, drawn with `seed`; 0: all."""
     seed: int = 0
     """Decides which rows a `fraction` or `max_pairs` keeps."""
+    exclude: tuple[Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")], ...] = ()
+    """Ids of pairs to leave out, of `train` or `test`, such as those that a training named because their
+    loss is not finite. An id that no row has is refused."""
 
     @model_validator(mode="after")
     def _lengths_fit(self) -> Self:

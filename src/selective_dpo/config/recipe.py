@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from selective_dpo.config.base import Block, Count, Fraction, Settings, TokenBudget
+from selective_dpo.config.base import Block, Count, Fraction, PathText, Settings, TokenBudget, file_name
 from selective_dpo.config.data import DataConfig, ModelConfig
 from selective_dpo.config.selection import ScoreConfig, SelectConfig
 
@@ -29,7 +29,7 @@ class GenerationConfig(Block):
 
     prompts: Annotated[int, Field(ge=0)] = 0
     """Number of prompts answered; 0: no generation."""
-    source: str = ""
+    source: PathText = ""
     """JSON Lines of `{"prompt": text or messages}` to answer; empty: the prompts of `data.test`."""
     samples: Count = 1
     """Answers per prompt and model."""
@@ -52,7 +52,7 @@ class EvaluateConfig(Block):
     """Sampling from the policy and the starting model."""
     judge: Literal["none", "reward-model", "embedded-world"] = "none"
     """Who compares the answers: nobody, a sequence classifier, or the embedded world's gold reward."""
-    reward_model: str = ""
+    reward_model: PathText = ""
     """Hub name or folder of the sequence classifier for judge `reward-model`."""
     controls: dict[str, SelectConfig] = Field(default_factory=dict)
     """Other selections to train on the same way and evaluate beside the run's own, by name."""
@@ -75,6 +75,11 @@ class LaunchConfig(Block):
     """Scorers (and control arms) trained at the same time on this machine, a process each."""
     processes: Count = 1
     """Data-parallel processes of each training, started through `accelerate launch`."""
+    checkpoint_minutes: Annotated[float, Field(ge=0.0)] = 10.0
+    """Minutes between two checkpoints of a training; 0: none by time. A killed training goes on from its
+    newest whole one. With any checkpoints, one is made on SIGTERM and one at a training's end, too."""
+    checkpoint_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps between two checkpoints; 0: by time only."""
 
     @model_validator(mode="after")
     def _one_kind_of_spreading(self) -> Self:
@@ -86,9 +91,9 @@ class LaunchConfig(Block):
 class Recipe(Block):
     """A whole run."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"), AfterValidator(file_name)]
     """Name of the run's folder below `output_dir`: letters, digits, `.`, `_` and `-`."""
-    output_dir: str = "runs"
+    output_dir: PathText = "runs"
     """Where run folders are made."""
     model: ModelConfig
     """The starting policy."""

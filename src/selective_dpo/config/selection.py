@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
-from selective_dpo.config.base import Block, Count, Fraction, Settings, TokenBudget
+from selective_dpo.config.base import Block, Count, Fraction, Seed, Settings, TokenBudget
 
 
 class Protocol(NamedTuple):
@@ -33,7 +33,7 @@ class ScoreConfig(Block):
     """`paper`: seeds 41, 42, 43 and five evaluations; `fast`: seed 41, measured in the middle and at the
     end; `certified`: seeds are added, two at least, until the selected set is predicted to be stable;
     `custom`: as `seeds` and `evaluations` say. docs/protocols.md has what each costs and keeps."""
-    seeds: tuple[int, ...] = PROTOCOLS["paper"].seeds
+    seeds: tuple[Seed, ...] = PROTOCOLS["paper"].seeds
     """One random half split and two scorers for each; those of the protocol where none are given. For
     `certified` (41 to 46) they are used one after the other, and not all of them if fewer do."""
     evaluations: Count = PROTOCOLS["paper"].evaluations
@@ -62,9 +62,10 @@ class ScoreConfig(Block):
     @model_validator(mode="before")
     @classmethod
     def _what_the_protocol_means(cls, given: Any) -> Any:
-        if not isinstance(given, dict) or given.get("protocol") not in PROTOCOLS:
-            return given
-        return {**PROTOCOLS[given["protocol"]]._asdict(), **given}
+        protocol = given.get("protocol") if isinstance(given, dict) else None
+        if not isinstance(protocol, str) or protocol not in PROTOCOLS:
+            return given  # a list, say, is for the validation of the field to name
+        return {**PROTOCOLS[protocol]._asdict(), **given}
 
     @model_validator(mode="after")
     def _protocol_is_what_it_says(self) -> Self:
@@ -102,7 +103,7 @@ class SelectConfig(Block):
     """Lower and upper quantile kept by `band`, within [0, 1]."""
     order: Literal["easy-to-hard", "hard-to-easy", "shuffled"] = "easy-to-hard"
     """The order of training."""
-    seed: int | None = None
+    seed: Annotated[int, Field(ge=0)] | None = None
     """Decides `random` and `shuffled`; 0 when one of them is used and none is given."""
     allow_partial: bool = False
     """Accept pairs with fewer records than the protocol makes; the curriculum says so."""

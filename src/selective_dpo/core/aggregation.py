@@ -53,7 +53,7 @@ def difficulty(table: LossTable, how: Aggregate = "mean", *, allow_partial: bool
     empty = table.pair_ids_P[~np.isfinite(read_PK).any(axis=1)]
     if len(empty):
         raise RecordsError(f"{len(empty):,} pairs have no record that '{how}' reads: {name_some(empty)}")
-    losses_PR = losses_PSE.reshape(len(losses_PSE), -1)
+    losses_PR = _by_record(losses_PSE)
     # The NaN-skipping forms are reached only with `allow_partial`: on a complete table a NaN that
     # slipped in must show, not be averaged away.
     if how == "median":
@@ -68,12 +68,18 @@ def _values_read(losses_PSE: NDArray[np.float64], how: Aggregate) -> NDArray[np.
     """The values [P, K] whose mean (or median) over K is the difficulty."""
     if how == "final":
         return losses_PSE[:, :, -1]
-    losses_PR = losses_PSE.reshape(len(losses_PSE), -1)
+    losses_PR = _by_record(losses_PSE)
     if how == "rank-mean":
         return np.stack([scaled_ranks(column_P) for column_P in losses_PR.T], axis=1)
     if how in ("mean", "median"):
         return losses_PR
     raise ValueError(f"unknown aggregate {how!r}")
+
+
+def _by_record(losses_PSE: NDArray[np.float64]) -> NDArray[np.float64]:
+    # The width is spelled out: NumPy cannot tell it of a table without pairs.
+    pairs, seeds, evaluations = losses_PSE.shape
+    return losses_PSE.reshape(pairs, seeds * evaluations)
 
 
 def scaled_ranks(values_P: NDArray[np.float64]) -> NDArray[np.float64]:

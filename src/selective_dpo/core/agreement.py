@@ -141,7 +141,10 @@ def _basis(table: LossTable, how: Aggregate, rule: Rule) -> _Basis:
     whole = table if whole_P.all() else _rows(table, whole_P)
     read_SE = present_SE[:, -1:] if how == "final" else present_SE
     seeds = np.flatnonzero(read_SE.any(axis=1)).tolist()
-    own_SP = np.array([_own_difficulty(whole, s, how) for s in seeds]).reshape(len(seeds), -1)
+    # The shape is given, because no pair may have all records, and then there is none to be read off.
+    own_SP = np.array([_own_difficulty(whole, s, how) for s in seeds]).reshape(
+        len(seeds), len(whole.pair_ids_P)
+    )
     losses_CP = whole.losses_PSE[:, present_SE].T
     level_P = losses_CP.mean(axis=0) if how == "rank-mean" else _difficulty(whole, how)
     return _Basis(

@@ -13,6 +13,8 @@ from selective_dpo.digests import digest
 from selective_dpo.errors import IdentityError, name_some
 
 ID_HEX_DIGITS = 32
+LONGEST_ID = 1024
+"""Bytes of an id that comes with the data. Tables of ids are as wide as their longest."""
 
 Text = str | list[dict[str, Any]]
 """Plain text, or chat messages: dictionaries with `role` and `content`."""

@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 
 from selective_dpo.errors import RecordsError, name_some
 
+LARGEST_LOSS = 1e30
+"""In nats. A loss beyond it is no measurement; the sums and squares of those below stay finite."""
+
 
 @dataclass(frozen=True)
 class Records:
@@ -53,7 +56,8 @@ class LossTable:
     @property
     def counts_P(self) -> NDArray[np.int64]:
         """Number of records of each pair."""
-        held_PR = np.isfinite(self.losses_PSE).reshape(len(self.losses_PSE), -1)
+        pairs, seeds, evaluations = self.losses_PSE.shape
+        held_PR = np.isfinite(self.losses_PSE).reshape(pairs, seeds * evaluations)
         return np.asarray(np.count_nonzero(held_PR, axis=1), dtype=np.int64)
 
 
@@ -129,7 +133,8 @@ def arrange(axes: Axes, parts: Sequence[CodedRecords], *, allow_partial: bool = 
 
 
 def _require_finite(axes: Axes, parts: Sequence[CodedRecords]) -> None:
-    bad = np.concatenate([part.pair_R[~np.isfinite(part.loss_R)] for part in parts])
+    # Written so that NaN, which compares with nothing, is refused as well.
+    bad = np.concatenate([part.pair_R[~(np.abs(part.loss_R) <= LARGEST_LOSS)] for part in parts])
     if len(bad):
         named = axes.pair_ids_P[np.unique(bad)]
         raise RecordsError(f"{len(named):,} pairs have a loss that is not finite: {name_some(named)}")

@@ -9,14 +9,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from selective_dpo.core.identity import positions_of
+from selective_dpo.core.identity import LONGEST_ID, positions_of
+from selective_dpo.errors import IdentityError, name_some
 
 
 def text_array(column: pa.Array | pa.ChunkedArray) -> NDArray[np.str_]:
     """Strings without nulls as a NumPy array of the width of the longest.
 
     Ids are hex digits of one length, whose bytes are taken as they lie in memory; others go the long way.
+
+    Raises:
+        IdentityError: as `require_plain`.
     """
+    require_plain(column, what="ids")
     text = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     if isinstance(text, pa.ChunkedArray):  # more than 2 GB of text, or none at all
         parts = [text_array(chunk) for chunk in text.chunks]
@@ -27,6 +32,28 @@ def text_array(column: pa.Array | pa.ChunkedArray) -> NDArray[np.str_]:
     start = int(np.frombuffer(text.buffers()[1], dtype=np.int32)[text.offset])
     letters = np.frombuffer(text.buffers()[2], dtype=f"S{width}", count=len(text), offset=start)
     return letters.astype(f"U{width}")
+
+
+def require_plain(column: pa.Array | pa.ChunkedArray, *, what: str) -> None:
+    """Check that texts can be ids: NumPy drops NUL characters at their ends and pads all to the longest.
+
+    Raises:
+        IdentityError: one is null, holds a NUL character, is too long or is not UTF-8; `what` names them.
+    """
+    wrong = pc.fill_null(
+        pc.or_(pc.match_substring(column, "\0"), pc.greater(pc.binary_length(column), LONGEST_ID)), True
+    )
+    count = pc.sum(wrong).as_py() or 0
+    if count:
+        shown = [str(text)[:40] for text in column.filter(wrong).cast(pa.binary()).to_pylist()[:5]]
+        raise IdentityError(
+            f"{what}: {count:,} are missing, hold a NUL character or have more than {LONGEST_ID} bytes: "
+            f"{name_some(shown)}"
+        )
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid as error:
+        raise IdentityError(f"{what} are not all UTF-8 text ({error})") from error
 
 
 def codes(column: pa.Array | pa.ChunkedArray) -> tuple[NDArray[np.int32], pa.Array]:

@@ -17,8 +17,9 @@ from selective_dpo.core.order import training_positions
 from selective_dpo.core.records import LossTable, Records, loss_table
 from selective_dpo.core.selection import DEFAULT_FRACTION, Rule
 from selective_dpo.core.selection import select as apply_rule
+from selective_dpo.curriculum.quarantine import REASON
 from selective_dpo.curriculum.table import COLUMNS, Curriculum, loss_column
-from selective_dpo.errors import ConfigError
+from selective_dpo.errors import ConfigError, RecordsError, name_some
 from selective_dpo.recipe_errors import explain
 
 
@@ -29,6 +30,7 @@ def build_curriculum(
     provenance: Mapping[str, Any] | None = None,
     cost: Mapping[str, Any] | None = None,
     key: str = "",
+    quarantined: Mapping[str, str] | None = None,
 ) -> Curriculum:
     """Aggregate records into difficulties, select and order the pairs, and measure the agreement.
 
@@ -39,9 +41,12 @@ def build_curriculum(
         provenance: where the records come from; JSON values, kept as they are in the facts.
         cost: what they cost; likewise.
         key: content key of everything that the curriculum is made from.
+        quarantined: pairs that were set aside as not finite (pair id -> prompt id); `records` hold none of
+            them. They are listed, not selected, without a difficulty.
 
     Returns:
-        One row a pair, sorted by id. The facts hold the selection with its defaults filled in, and as
+        One row a pair, sorted by id. The facts hold the selection with its defaults filled in, as
+        `pairs` the number of those that have a difficulty, as `quarantined` that of the others, and as
         `partial` the number of pairs with fewer records than the others.
 
     Raises:
@@ -75,12 +80,13 @@ def build_curriculum(
         "select": config.model_dump(mode="json"),
         "seeds": list(losses.seeds_S),
         "evaluations": list(losses.evaluations_E),
+        "quarantined": len(quarantined or {}),
         "partial": int((measured.count_P < complete).sum()),
         "agreement": agreement(losses, config.aggregate, rule),
         "provenance": dict(provenance or {}),
         "cost": dict(cost or {}),
     }
-    return Curriculum(_with_losses(table, losses), facts)
+    return Curriculum(_with_quarantined(_with_losses(table, losses), quarantined or {}), facts)
 
 
 def resolved_selection(select: SelectConfig | Mapping[str, Any] | None) -> SelectConfig:
@@ -112,6 +118,18 @@ def rule_of(config: SelectConfig) -> Rule:
         band=config.band,
         seed=config.seed or 0,
     )
+
+
+def _with_quarantined(table: pa.Table, quarantined: Mapping[str, str]) -> pa.Table:
+    """Append the pairs without numbers, and sort by id again."""
+    if not quarantined:
+        return table
+    if both := sorted(set(quarantined) & set(table["pair_id"].to_pylist())):
+        raise RecordsError(f"{len(both):,} pairs were set aside and have records: {name_some(both)}")
+    known: dict[str, Any] = {"count": 0, "rank": -1, "selected": False, "reason": REASON, "position": -1}
+    rows = [{"pair_id": pair, "prompt_id": prompt, **known} for pair, prompt in quarantined.items()]
+    together = pa.concat_tables([table, pa.Table.from_pylist(rows, schema=table.schema)])
+    return together.sort_by("pair_id")
 
 
 def _with_losses(table: pa.Table, losses: LossTable) -> pa.Table:

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from selective_dpo.artifacts import publish_folder, replacing
 from selective_dpo.curriculum.table import Curriculum, loss_column
@@ -35,7 +36,7 @@ def export_curriculum(
 ) -> Path:
     """Write the curriculum to `path`, whole or not at all, and return it.
 
-    - `csv`: every scored pair, in the columns of the original repository: `prompt_id`,
+    - `csv`: every pair with a difficulty, in the columns of the original repository: `prompt_id`,
       `loss_step00_seed41` ..., `learning_order` (the mean loss); then `pair_id`, where it differs;
     - `parquet`: every scored pair, the table as it is;
     - `jsonl`: the selected pairs in training order: ids, difficulty, prompt, chosen, rejected;
@@ -91,7 +92,7 @@ def _require_free(path: Path, *, overwrite: bool, is_folder: bool) -> None:
 
 
 def _original_columns(curriculum: Curriculum) -> pa.Table:
-    table, facts = curriculum.table, curriculum.facts
+    table, facts = curriculum.measured.table, curriculum.facts
     # The original counts evaluations from 0 and calls them steps.
     losses = {
         f"loss_step{evaluation - 1:02d}_seed{seed}": table[loss_column(seed, evaluation)]
@@ -103,10 +104,19 @@ def _original_columns(curriculum: Curriculum) -> pa.Table:
     for column in losses.values():
         total_P += pc.fill_null(column, 0.0).to_numpy()
         held_P += np.asarray(column.is_valid())
-    columns: dict[str, Any] = {"prompt_id": table["prompt_id"], **losses, "learning_order": total_P / held_P}
+    columns: dict[str, Any] = {
+        "prompt_id": table["prompt_id"],
+        **losses,
+        "learning_order": _means(total_P, held_P),
+    }
     if table["pair_id"] != table["prompt_id"]:
         columns["pair_id"] = table["pair_id"]
     return pa.table(columns)
+
+
+def _means(total_P: NDArray[np.float64], held_P: NDArray[np.int64]) -> pa.Array:
+    has_none_P = held_P == 0
+    return pa.array(total_P / np.where(has_none_P, 1, held_P), mask=has_none_P)
 
 
 def _write_csv(table: pa.Table, path: Path) -> None:

@@ -14,9 +14,12 @@ from selective_dpo.errors import ArtifactError
 def curriculum_losses(curriculum: Curriculum) -> LossTable:
     """The losses by pair, seed and evaluation, NaN where there is no record; rows sorted by pair id.
 
+    Pairs that were set aside as not finite are not among them.
+
     Raises:
         ArtifactError: the table lacks the losses of a seed and evaluation that the facts name.
     """
+    curriculum = curriculum.measured
     seeds, evaluations = (tuple(curriculum.facts[name]) for name in ("seeds", "evaluations"))
     pair_ids, prompt_ids = (text_array(curriculum.table[name]) for name in ("pair_id", "prompt_id"))
     losses = np.empty((len(pair_ids), len(seeds), len(evaluations)))

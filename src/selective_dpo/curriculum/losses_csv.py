@@ -11,7 +11,9 @@ import pyarrow.compute as pc
 import pyarrow.csv
 from numpy.typing import NDArray
 
-from selective_dpo.errors import DataError
+from selective_dpo.core.records import LARGEST_LOSS
+from selective_dpo.curriculum.arrow_columns import require_plain
+from selective_dpo.errors import DataError, IdentityError
 
 _COLUMNS = {"id": pa.string(), "loss": pa.string()}
 
@@ -38,15 +40,20 @@ def read_losses(path: Path) -> Losses:
     try:
         losses_N = texts.cast(pa.float64()).to_numpy()
     except pa.ArrowInvalid:
-        row = next(row for row, text in enumerate(texts) if not _is_number(text))
+        row = next((row for row, text in enumerate(texts) if not _is_number(text)), 0)
         raise _bad_row(path, row, texts[row]) from None
-    bad_N = is_row_N & ~(np.asarray(has_id) & np.isfinite(losses_N))
+    bad_N = is_row_N & ~(np.asarray(has_id) & (np.abs(losses_N) <= LARGEST_LOSS))
     if bad_N.any():
         row = int(np.argmax(bad_N))
         raise _bad_row(path, row, texts[row])
     if not is_row_N.any():
         raise DataError(f"{path} has no rows")
-    return Losses(table["id"].combine_chunks().filter(pa.array(is_row_N)), losses_N[is_row_N])
+    ids = table["id"].combine_chunks().filter(pa.array(is_row_N))
+    try:
+        require_plain(ids, what=f"{path}: ids")
+    except IdentityError as error:
+        raise DataError(str(error)) from error
+    return Losses(ids, losses_N[is_row_N])
 
 
 def _read_text(path: Path) -> pa.Table:
@@ -60,6 +67,9 @@ def _read_text(path: Path) -> pa.Table:
     csv = pyarrow.csv
     try:
         with pa.input_stream(str(path), compression="detect") as stream:
+            content = stream.read()
+        _require_utf8(content, path)
+        with pa.BufferReader(content) as stream:
             table = csv.read_csv(
                 stream,
                 # One thread, because only then rows know their number.
@@ -73,6 +83,15 @@ def _read_text(path: Path) -> pa.Table:
         line, columns = wrong[0]
         raise DataError(f"{path} line {line}: {columns} column(s) instead of 2 (id, loss)")
     return table
+
+
+def _require_utf8(content: bytes, path: Path) -> None:
+    # Arrow cannot hand over a wrong row that is not text: it would be left out without a word.
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path} line {line} is not UTF-8 text; save it as UTF-8") from error
 
 
 def _bad_row(path: Path, row: int, loss: pa.Scalar) -> DataError:

@@ -75,7 +75,7 @@ def read_columns(path: Path, names: Sequence[str]) -> pa.Table:
         # A column that cannot hold nulls need not be read to know that there are none.
         nullable = [name for name in SCHEMA.names if schema.field(name).nullable]
         table = pq.read_table(path, columns=[*dict.fromkeys([*names, *nullable])])
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError, LookupError) as error:  # also names that are no text
         raise ArtifactError(
             f"{path} is not a Parquet file ({error}); delete its folder and score again"
         ) from error
@@ -88,10 +88,11 @@ def read_columns(path: Path, names: Sequence[str]) -> pa.Table:
 def _require_record_columns(path: Path, schema: pa.Schema) -> None:
     found = {field.name: field.type for field in schema}
     wanted = {field.name: field.type for field in SCHEMA}
-    if found != wanted:
+    if found != wanted or len(schema) != len(SCHEMA):
         wrong = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+        wrong += sorted({name for name in schema.names if schema.names.count(name) > 1})
         raise ArtifactError(
-            f"{path} does not hold records: column(s) {', '.join(wrong)} missing, extra or mistyped"
+            f"{path} does not hold records: column(s) {', '.join(wrong)} missing, extra, repeated or mistyped"
         )
 
 

@@ -6,7 +6,7 @@ result equals `loss_table(concat_records([read_records(path) ...]))`, which need
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,14 +22,18 @@ from selective_dpo.curriculum.records_io import read_columns
 _COLUMNS = ("pair_id", "prompt_id", "seed", "fold", "evaluation", "loss")
 
 
-def read_loss_table(paths: Sequence[Path], *, allow_partial: bool = False) -> LossTable:
+def read_loss_table(
+    paths: Sequence[Path], *, allow_partial: bool = False, without: Collection[str] = ()
+) -> LossTable:
     """The losses in records files, by pair, seed and evaluation, each exactly once.
+
+    Pairs of the ids `without` are left out, whatever was measured of them.
 
     Raises:
         ArtifactError: a file is missing, or does not hold records (see `read_records`).
         RecordsError: what `loss_table` refuses.
     """
-    files = [_read(path) for path in paths]
+    files = [_read(path, pa.array(list(without), type=pa.string())) for path in paths]
     ids = pa.chunked_array([file.pairs.values for file in files], type=pa.string())
     id_N, distinct = codes(ids)
     by_id_P = pc.sort_indices(distinct).to_numpy()
@@ -68,8 +72,10 @@ class _File(NamedTuple):
     loss_R: NDArray[np.float64]
 
 
-def _read(path: Path) -> _File:
+def _read(path: Path, without: pa.Array) -> _File:
     table = read_columns(path, _COLUMNS)
+    if len(without):
+        table = table.filter(pc.invert(pc.is_in(table["pair_id"], value_set=without)))
     pairs = _Coded(*codes(table["pair_id"]))
     first = first_rows(pairs.code_R, len(pairs.values))
     return _File(

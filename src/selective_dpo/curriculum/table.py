@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from selective_dpo.artifacts import SCHEMA_VERSION, file_digest, read_json, replacing, write_json
-from selective_dpo.core.identity import ids_digest, require_unique
+from selective_dpo.core.identity import ids_digest
+from selective_dpo.curriculum.checks import require_facts, require_losses, require_sound_table
+from selective_dpo.digests import digest
 from selective_dpo.errors import ArtifactError
+from selective_dpo.locks import holding, lock_beside
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -35,7 +37,8 @@ COLUMNS = {
     "position": pa.int64(),
 }
 """`rank` counts from 0, the easiest; `position` is the place in the training order, -1 if not selected;
-`spread` is the standard deviation of the pair's losses. The losses follow as `loss_seed41_evaluation1` ..."""
+`spread` is the standard deviation of the pair's losses. The losses follow as `loss_seed41_evaluation1` ...
+Pairs that were set aside as not finite (see `quarantine`) have no numbers: null, a count of 0 and rank -1."""
 
 
 def loss_column(seed: int, evaluation: int) -> str:
@@ -45,7 +48,11 @@ def loss_column(seed: int, evaluation: int) -> str:
 
 @dataclass(frozen=True)
 class Curriculum:
-    """A table of pairs (one row each, see `COLUMNS`) and the facts about it."""
+    """A table of pairs (one row each, sorted by id, see `COLUMNS`) and the facts about it.
+
+    Raises:
+        ArtifactError, IdentityError: the table is not that of a curriculum (see `require_sound_table`).
+    """
 
     table: pa.Table
     facts: Mapping[str, Any]
@@ -53,16 +60,22 @@ class Curriculum:
 
     def __post_init__(self) -> None:
         for name, kind in COLUMNS.items():
-            if name not in self.table.column_names or self.table.schema.field(name).type != kind:
+            if self.table.column_names.count(name) != 1 or self.table.schema.field(name).type != kind:
                 raise ArtifactError(f"not a curriculum: column {name!r} of type {kind} is missing")
-        if pc.count_distinct(self.table["pair_id"], mode="all").as_py() < len(self.table):
-            require_unique(self.pair_ids, what="curriculum")
+        require_sound_table(self.table)
 
     @property
     def pair_ids(self) -> list[str]:
         """Every scored pair."""
         ids: list[str] = self.table["pair_id"].to_pylist()
         return ids
+
+    @property
+    def measured(self) -> Curriculum:
+        """The same without the pairs that were set aside as not finite: all that has a difficulty."""
+        if not self.table["difficulty"].null_count:
+            return self
+        return Curriculum(self.table.filter(pc.is_valid(self.table["difficulty"])), self.facts)
 
     @property
     def difficulty_P(self) -> NDArray[np.float64]:
@@ -95,13 +108,25 @@ class Curriculum:
 
         `path` is a folder, or a `.parquet` file beside which the `.json` goes. The facts go last and hold
         the table's SHA-256, so they are the manifest.
+
+        Raises:
+            BusyError: another process is writing it.
         """
         table_path, facts_path = _paths(Path(path))
-        facts_path.unlink(missing_ok=True)
-        with replacing(table_path) as partial:
-            pq.write_table(self.table, partial)
-        head = {"schema_version": SCHEMA_VERSION, "table_sha256": file_digest(table_path)}
-        write_json(facts_path, {**head, **self.facts})
+        # Whatever fails while the two are written, those that were there stay; a kill between the two renames
+        # leaves facts that are not of the table, which `load` notices.
+        with (
+            holding(lock_beside(table_path), what=str(table_path)),
+            replacing(facts_path) as partial_facts,
+            replacing(table_path) as partial_table,
+        ):
+            pq.write_table(self.table, partial_table)
+            head = {
+                "schema_version": SCHEMA_VERSION,
+                "table_sha256": file_digest(partial_table),
+                "facts_sha256": digest(self.facts),
+            }
+            write_json(partial_facts, {**head, **self.facts})
         return table_path
 
     @classmethod
@@ -110,16 +135,44 @@ class Curriculum:
 
         Raises:
             ArtifactError: not there, incomplete, damaged, or of another schema version.
+            IdentityError: its ids are missing, repeated or out of order.
         """
         table_path, facts_path = _paths(Path(path))
         if not table_path.is_file():
             raise ArtifactError(f"no curriculum at {table_path}")
-        facts = read_json(facts_path)
+        facts = _read_facts(facts_path)
         if facts.pop("schema_version", None) != SCHEMA_VERSION:
             raise ArtifactError(f"{facts_path} is not of schema version {SCHEMA_VERSION}")
         if facts.pop("table_sha256", None) != file_digest(table_path):
             raise ArtifactError(f"{table_path} is not the table that {facts_path.name} was written for")
-        return cls(pq.read_table(table_path), json.loads(json.dumps(facts)))
+        if facts.pop("facts_sha256", None) != digest(facts):
+            raise ArtifactError(f"{facts_path} was changed since it was written; build the curriculum again")
+        made = cls(_read_table(table_path), facts)
+        require_facts(facts, made.table, facts_path)
+        columns = [loss_column(seed, number) for seed in facts["seeds"] for number in facts["evaluations"]]
+        require_losses(made.table, columns, facts_path)
+        return made
+
+
+def _read_facts(path: Path) -> dict[str, Any]:
+    try:
+        facts = read_json(path)
+        digest(facts)
+    except (ValueError, RecursionError) as error:  # NaN, or blocks in blocks without end
+        raise ArtifactError(f"{path} does not hold the facts of a curriculum: {error}") from error
+    except IsADirectoryError:
+        raise ArtifactError(f"{path} is a folder, not the facts of a curriculum") from None
+    return facts
+
+
+def _read_table(path: Path) -> pa.Table:
+    try:
+        with pq.ParquetFile(path) as file:
+            table = file.read()
+        table.validate(full=True)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise ArtifactError(f"{path} is not a curriculum's table: {error}") from error
+    return table
 
 
 def _paths(path: Path) -> tuple[Path, Path]:

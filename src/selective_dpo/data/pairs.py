@@ -60,6 +60,8 @@ class DropReason(StrEnum):
     """The same prompt, chosen and rejected stand in an earlier row."""
     IN_TRAINING_DATA = "in training data"
     """A test row whose prompt is one of the training pairs'."""
+    EXCLUDED = "excluded"
+    """Its id is among `data.exclude`."""
     NOT_SAMPLED = "not sampled"
     """Left out by `fraction` or `max_pairs`."""
     TEMPLATE_REFUSES = "refused by the template"
@@ -79,7 +81,7 @@ class Pair(NamedTuple):
     chosen: Text
     rejected: Text
     prompt_id: str
-    """The data's own, else made from the prompt's content."""
+    """The data's own where it can be one (short text without NUL), else made from the prompt's content."""
     pair_id: str
     score_chosen: float | None = None
     score_rejected: float | None = None
@@ -108,7 +110,7 @@ def read_pair(raw: Mapping[str, Any]) -> Pair | DropReason:
     if isinstance(parts, DropReason):
         return parts
     own_id = raw.get("prompt_id")
-    has_own_id = isinstance(own_id, str) and own_id != "" and _is_encodable(own_id)
+    has_own_id = isinstance(own_id, str) and _is_id(own_id)
     return Pair(
         *parts,
         prompt_id=str(own_id) if has_own_id else identity.prompt_id(parts.prompt),
@@ -253,6 +255,11 @@ def _is_encodable(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def _is_id(text: str) -> bool:
+    # What cannot be an id in a table (see `identity.LONGEST_ID`) is no reason to drop the pair.
+    return _is_encodable(text) and "\0" not in text and 0 < len(text.encode("utf-8")) <= identity.LONGEST_ID
 
 
 def _score(raw: Mapping[str, Any], *columns: str) -> float | None:

@@ -70,7 +70,7 @@ def prepare_pairs(
     if repeated := [label for label, count in labels.items() if count > 1]:
         raise ConfigError(f"data: {name_some(repeated)} is listed more than once; list a source once")
     masks = _masks(opened, [source.fraction for source in sources], config)
-    sorter = RowSorter(exclude_prompts)
+    sorter = RowSorter(exclude_prompts, config.exclude)
     finisher = Finisher(tokenizer, config)
     rows = chain.from_iterable(
         _outcomes_before_tokens(source, mask, sorter) for source, mask in zip(opened, masks, strict=True)
@@ -102,6 +102,9 @@ def pairs_key(
     settings = config.model_dump(exclude={"train", "test"})
     if config.max_pairs == 0 and all(source.fraction == 1.0 for source in sources):
         settings.pop("seed")  # It decides nothing.
+    settings["exclude"] = sorted(config.exclude)
+    if not config.exclude:
+        settings.pop("exclude")  # As if there were no such setting.
     return content_key(
         kind=KIND,
         sources=[[source_digest(source), source.fraction] for source in sources],
@@ -137,12 +140,23 @@ def _outcomes_before_tokens(
     for number, raw in enumerate(source.rows()):
         if not has_usable:
             has_usable = _note_columns(raw, columns)
+        if mask is not None and number >= len(mask):
+            raise DataError(_counted_otherwise(source.label, len(mask)))
         if mask is not None and not mask[number]:
             yield sorter.leave_out(number, source.label)
         else:
             yield sorter.judge(number, source.label, raw)
+    if mask is not None and number + 1 != len(mask):
+        raise DataError(_counted_otherwise(source.label, len(mask)))
     if not has_usable:
         raise DataError(_no_pairs_message(source.label, number + 1, columns))
+
+
+def _counted_otherwise(label: str, counted: int) -> str:
+    return (
+        f"{label} does not give the {counted:,} rows that were counted in it: it is damaged, or was changed "
+        "meanwhile"
+    )
 
 
 def _note_columns(raw: Row, columns: _Columns) -> bool:
@@ -161,7 +175,8 @@ def _no_pairs_message(label: str, rows: int, columns: _Columns) -> str:
     if columns.names:
         found = name_some(columns.names, limit=12)
         return f"{label}: no row has the columns of a pair; found are {found}; {wanted}"
-    return f"{label}: none of its {rows:,} rows can be read ({columns.problems[0]}); {wanted}"
+    problem = next(iter(columns.problems), "they are empty")
+    return f"{label}: none of its {rows:,} rows can be read ({problem}); {wanted}"
 
 
 def _refuse_unusable(summary: PairsSummary, config: DataConfig, tally: Tally) -> None:

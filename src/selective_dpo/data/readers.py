@@ -19,6 +19,8 @@ import pyarrow.parquet as pq
 from selective_dpo.errors import DataError
 
 BATCH_ROWS = 1024
+LONGEST_LINE = 64 << 20
+"""Bytes of a JSON Lines row."""
 _MESSAGE_COLUMNS = ("prompt", "chosen", "rejected")
 
 
@@ -46,7 +48,7 @@ def read_file(path: Path) -> Iterator[Row]:
     """
     rows = _format_of(path).rows(path)
     while True:
-        with _damage_named(path):
+        with damage_named(path):
             row = next(rows, None)
         if row is None:
             return
@@ -55,31 +57,44 @@ def read_file(path: Path) -> Iterator[Row]:
 
 def count_file(path: Path) -> int:
     """How many rows `read_file` gives; no JSON is parsed for it, where lines or metadata tell."""
-    with _damage_named(path):
+    with damage_named(path):
         return _format_of(path).row_count(path)
 
 
 def rows_of_batch(batch: pa.RecordBatch | pa.Table) -> Iterator[Row]:
-    """The rows of an Arrow batch; one with text that is not UTF-8 is `Malformed`."""
+    """The rows of an Arrow batch; one that Python has no values for, such as text that is not UTF-8, is
+    `Malformed`."""
     try:
-        yield from batch.to_pylist()
-    except UnicodeDecodeError:
-        for index in range(batch.num_rows):
-            try:
-                row: Row = batch.slice(index, 1).to_pylist()[0]
-            except UnicodeDecodeError as error:
-                row = Malformed(str(error))
-            yield row
+        rows = batch.to_pylist()
+    except Exception:  # dates beyond Python's years, names that stand twice ...: each with its own error
+        rows = [_arrow_row(batch.slice(index, 1)) for index in range(batch.num_rows)]
+    yield from rows
+
+
+def _arrow_row(batch: pa.RecordBatch | pa.Table) -> Row:
+    try:
+        row: Row = batch.to_pylist()[0]
+    except Exception as error:
+        return Malformed(f"no value in Python: {error}")
+    return row
 
 
 def _json_lines(path: Path) -> Iterator[Row]:
     with _open(path) as stream:
-        yield from (_json_row(line) for line in stream if line.strip())
+        yield from (_json_row(line) for line in _lines(stream) if line.strip())
 
 
 def _count_lines(path: Path) -> int:
     with _open(path) as stream:
-        return sum(1 for line in stream if line.strip())
+        return sum(1 for line in _lines(stream) if line.strip())
+
+
+def _lines(stream: IO[bytes]) -> Iterator[bytes]:
+    # A few kilobytes of a .gz file can unpack to one line that no memory holds.
+    while line := stream.readline(LONGEST_LINE):
+        if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
+            raise ValueError(f"a line of more than {LONGEST_LINE >> 20} MiB")
+        yield line
 
 
 def _json_row(line: bytes) -> Row:
@@ -176,10 +191,17 @@ def _open(path: Path) -> IO[bytes]:
 
 
 @contextlib.contextmanager
-def _damage_named(path: Path) -> Iterator[None]:
+def damage_named(path: Path | str) -> Iterator[None]:
+    """Say of whatever a library raises while it reads that `path` cannot be read.
+
+    Raises:
+        DataError: instead of the library's error.
+    """
     try:
         yield
-    except (OSError, EOFError, zlib.error, pa.ArrowException, csv.Error) as error:
+    except (OSError, EOFError, zlib.error, pa.ArrowException, csv.Error, MemoryError) as error:
+        raise DataError(f"{path} cannot be read ({error}); check that it is complete") from error
+    except (ValueError, LookupError, TypeError, ArithmeticError) as error:  # libraries, on damaged files
         raise DataError(f"{path} cannot be read ({error}); check that it is complete") from error
 
 

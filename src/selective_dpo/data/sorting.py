@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 class RowSorter:
     """Judges rows in their order, and sums up what became of them."""
 
-    def __init__(self, exclude_prompts: Collection[str]) -> None:
+    def __init__(self, exclude_prompts: Collection[str], exclude_pairs: Collection[str] = ()) -> None:
         self._excluded = frozenset(exclude_prompts)
+        self._excluded_pairs = frozenset(exclude_pairs)
         self._seen_pairs: set[bytes] = set()
         self._id_of_prompt: dict[bytes, str] = {}
         self._rows = 0
@@ -32,10 +33,15 @@ class RowSorter:
     def judge(self, row: int, source: str, raw: Row) -> RowOutcome:
         """The status of one sampled row as far as its content decides; KEPT is provisional."""
         self._rows += 1
-        pair = DropReason.MALFORMED if isinstance(raw, Malformed) else read_pair(raw)
+        if isinstance(raw, Malformed):
+            return RowOutcome(row, source, DropReason.MALFORMED)
+        pair = read_pair(raw)
         if isinstance(pair, DropReason):
             return RowOutcome(row, source, pair)
-        content_key = prompt_id(pair.prompt)
+        # Without an id of its own the pair has the content's already: hashing is what takes long here.
+        content_key = prompt_id(pair.prompt) if raw.get("prompt_id") else pair.prompt_id
+        if pair.pair_id in self._excluded_pairs:
+            return RowOutcome(row, source, DropReason.EXCLUDED, pair)
         reason = fault_of(pair) or self._repetition(pair, content_key)
         if reason is not None:
             return RowOutcome(row, source, reason, pair)
@@ -65,6 +71,11 @@ class RowSorter:
             joined_prompts=self._joined,
             tokenizer_digest=tokenizer_digest(tokenizer),
             template_digest=template_digest(tokenizer),
+            first_rows={
+                status: self.tally.first_rows[status]
+                for status in in_order(counts)
+                if status in self.tally.first_rows
+            },
         )
 
     def _repetition(self, pair: Pair, content_key: str) -> DropReason | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from selective_dpo.artifacts import file_digest, folder_digests
 from selective_dpo.config import SourceConfig
-from selective_dpo.data.readers import BATCH_ROWS, Row, count_file, read_file, rows_of_batch
+from selective_dpo.data.readers import BATCH_ROWS, Row, count_file, damage_named, read_file, rows_of_batch
 from selective_dpo.digests import digest
 from selective_dpo.errors import ConfigError, DataError, name_some
 
@@ -118,7 +118,12 @@ def _open_hub(config: SourceConfig) -> Source:
 
 def _arrow_source(config: SourceConfig, dataset: Any, content_digest: Callable[[], str]) -> Source:
     def rows() -> Iterator[Row]:
-        for batch in dataset.with_format("arrow").iter(batch_size=BATCH_ROWS):
+        batches = dataset.with_format("arrow").iter(batch_size=BATCH_ROWS)
+        while True:
+            with damage_named(config.path):
+                batch = next(batches, None)
+            if batch is None:
+                return
             yield from rows_of_batch(batch)
 
     return Source(source_label(config), rows, lambda: len(dataset), content_digest)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
@@ -14,10 +15,10 @@ import pyarrow.parquet as pq
 
 from selective_dpo.artifacts import read_json, read_manifest
 from selective_dpo.core.identity import ID_HEX_DIGITS, Text, canonical_text
-from selective_dpo.data.pairs import KEPT, Pair
+from selective_dpo.data.pairs import KEPT, DropReason, Pair
 from selective_dpo.data.tokenize import PairTokens
 from selective_dpo.digests import canonical_json
-from selective_dpo.errors import ArtifactError
+from selective_dpo.errors import ArtifactError, ConfigError, name_some
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -91,6 +92,9 @@ class PairsSummary(NamedTuple):
     """Pairs that took the `prompt_id` of an earlier pair with the same prompt, instead of their own."""
     tokenizer_digest: str
     template_digest: str
+    first_rows: Mapping[str, str] = MappingProxyType({})
+    """For each reason to drop, the first row of it: `row 5 of data.jsonl`, counted from 0 as in
+    `pairs.parquet`."""
 
     @property
     def boundary_mismatch_share(self) -> float:
@@ -100,10 +104,10 @@ class PairsSummary(NamedTuple):
     def describe(self) -> str:
         """Several lines of text: rows by status, then by source if there are several, then what to know."""
         lines = [f"{self.rows:,} rows: {self.kept:,} pairs kept, over {self.prompts:,} prompts"]
-        lines += _count_lines(self.counts)
+        lines += _count_lines(self.counts, self.first_rows)
         if len(self.sources) > 1:
             for source, counts in self.sources.items():
-                lines += [f"  {source}: {sum(counts.values()):,} rows", *_count_lines(counts, indent=4)]
+                lines += [f"  {source}: {sum(counts.values()):,} rows", *_count_lines(counts, {}, indent=4)]
         lines.append(
             f"  tokens: {self.prompt_tokens:,} in prompts, {self.completion_tokens:,} in completions; "
             f"{self.truncated:,} pairs truncated"
@@ -187,7 +191,11 @@ def load_summary(folder: Path) -> PairsSummary:
 
 def summary_json(summary: PairsSummary) -> dict[str, Any]:
     """What `summary.json` holds."""
-    return {**summary._asdict(), "boundary_mismatch_share": summary.boundary_mismatch_share}
+    return {
+        **summary._asdict(),
+        "first_rows": dict(summary.first_rows),
+        "boundary_mismatch_share": summary.boundary_mismatch_share,
+    }
 
 
 def prompt_keys(folder: Path) -> frozenset[str]:
@@ -198,6 +206,23 @@ def prompt_keys(folder: Path) -> frozenset[str]:
             prompts = batch["prompt"].filter(pc.equal(batch["status"], KEPT))
             keys.update(_json_key(prompt) for prompt in prompts.unique().to_pylist())
     return frozenset(keys)
+
+
+def require_known(excluded: Collection[str], folders: Sequence[Path]) -> None:
+    """Refuse pairs to leave out that are in no row of these published folders.
+
+    Raises:
+        ConfigError: some of the ids are named.
+    """
+    unknown = set(excluded)
+    for folder in folders if excluded else ():
+        table = pq.read_table(pairs_file(folder), columns=["pair_id", "status"])
+        unknown -= set(table.filter(pc.equal(table["status"], DropReason.EXCLUDED))["pair_id"].to_pylist())
+    if unknown:
+        raise ConfigError(
+            f"data.exclude names {len(unknown):,} pair(s) that are not in the data: "
+            f"{name_some(sorted(unknown))}; give pair ids, as messages and the curriculum have them"
+        )
 
 
 def text_json(text: Text) -> str:
@@ -255,8 +280,10 @@ def _tokens_row(outcome: RowOutcome) -> dict[str, Any]:
     }
 
 
-def _count_lines(counts: Mapping[str, int], indent: int = 2) -> list[str]:
+def _count_lines(counts: Mapping[str, int], first: Mapping[str, str], indent: int = 2) -> list[str]:
     total = sum(counts.values())
     return [
-        f"{'':{indent}}{status:<28}{count:>12,}  {count / total:>6.1%}" for status, count in counts.items()
+        f"{'':{indent}}{status:<28}{count:>12,}  {count / total:>6.1%}"
+        + (f"  first: {first[status]} (from 0)" if status in first else "")
+        for status, count in counts.items()
     ]

@@ -18,6 +18,8 @@ class Tally:
     totals: Counter[str] = field(default_factory=Counter)
     """`tokenized`, `mismatches`, `truncated`, `prompt_tokens` and `completion_tokens`."""
     kept_prompts: set[str] = field(default_factory=set)
+    first_rows: dict[str, str] = field(default_factory=dict)
+    """Where the first row of each reason to drop stands: its number and its source."""
     first_mismatch: str = ""
     """Id of the first pair whose boundary does not match."""
     has_conversations: bool = False
@@ -25,6 +27,8 @@ class Tally:
     def count(self, outcome: RowOutcome) -> None:
         """Add one row whose status is final."""
         self.by_source.setdefault(outcome.source, Counter())[str(outcome.status)] += 1
+        if outcome.status not in (KEPT, DropReason.NOT_SAMPLED):
+            self.first_rows.setdefault(str(outcome.status), f"row {outcome.row:,} of {outcome.source}")
         pair, tokens = outcome.pair, outcome.tokens
         if pair is None or tokens is None:
             return
@@ -44,6 +48,7 @@ class Tally:
         for source, counts in later.by_source.items():
             self.by_source.setdefault(source, Counter()).update(counts)
         self.totals.update(later.totals)
+        self.first_rows = {**later.first_rows, **self.first_rows}
         self.kept_prompts |= later.kept_prompts
         self.first_mismatch = self.first_mismatch or later.first_mismatch
         self.has_conversations = self.has_conversations or later.has_conversations

@@ -32,7 +32,12 @@ def load_template(name: str) -> str:
         raise ConfigError(
             f"chat_template {name!r} is neither {' nor '.join(NAMED_TEMPLATES)} nor the path of a file"
         )
-    return path.read_text("utf-8")
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"chat_template {name} is not UTF-8 text ({error.reason}); save it as UTF-8"
+        ) from error
 
 
 def apply_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
@@ -46,10 +51,15 @@ def apply_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         return
     tokenizer.chat_template = load_template(name)
     try:
-        _render(tokenizer, [_USER])
+        tokenizer.apply_chat_template([_USER], tokenize=False)
     except jinja2.TemplateSyntaxError as error:
         raise TemplateError(f"chat_template {name}, line {error.lineno}: {error.message}") from error
-    except jinja2.TemplateError:
+    except (SyntaxError, RecursionError, MemoryError) as error:
+        # Jinja turns a template into Python code, which has limits of its own.
+        raise TemplateError(
+            f"chat_template {name} is too deep for Jinja: {error}; make it simpler"
+        ) from error
+    except Exception:
         pass  # It may refuse this conversation; whether it suits the data shows on the data.
 
 
@@ -64,7 +74,7 @@ def mentions_system(tokenizer: PreTrainedTokenizerBase) -> bool:
     Asked of the rendered text, not of the template: some name the role only to refuse it.
     """
     try:
-        return _MARKER in _render(tokenizer, [{"role": "system", "content": _MARKER}, _USER])
+        return _MARKER in render(tokenizer, [{"role": "system", "content": _MARKER}, _USER])
     except jinja2.TemplateError:
         return False
 
@@ -87,5 +97,23 @@ def require_template(tokenizer: PreTrainedTokenizerBase, *, empty_system_message
         )
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> str:
-    return str(tokenizer.apply_chat_template(messages, tokenize=False))
+def render(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], *, add_generation_prompt: bool = False
+) -> str:
+    """The text that the tokenizer's template makes of a conversation.
+
+    Raises:
+        jinja2.TemplateError: whatever went wrong in the template, or its text cannot be encoded.
+    """
+    try:
+        text = str(
+            tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        )
+        text.encode("utf-8")
+    except jinja2.TemplateError:
+        raise
+    except Exception as error:  # a template is a program: it can divide by zero, or add a text to a number
+        raise jinja2.TemplateRuntimeError(f"{type(error).__name__}: {error}") from error
+    return text

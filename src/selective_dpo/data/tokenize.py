@@ -16,7 +16,7 @@ import jinja2
 
 from selective_dpo.config import DataConfig
 from selective_dpo.data.pairs import DropReason, Messages, Pair
-from selective_dpo.data.templates import require_template
+from selective_dpo.data.templates import render, require_template
 from selective_dpo.digests import digest
 from selective_dpo.errors import ModelError
 
@@ -134,21 +134,12 @@ def _render(pair: Pair, tokenizer: PreTrainedTokenizerBase, empty_system_message
     prompt = with_system(pair.prompt) if empty_system_message else pair.prompt
     try:
         return _Texts(
-            _template_text(tokenizer, prompt, add_generation_prompt=True),
-            _template_text(tokenizer, prompt + pair.chosen),
-            _template_text(tokenizer, prompt + pair.rejected),
+            render(tokenizer, prompt, add_generation_prompt=True),
+            render(tokenizer, prompt + pair.chosen),
+            render(tokenizer, prompt + pair.rejected),
         )
     except jinja2.TemplateError:
         return None
-
-
-def _template_text(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, *, add_generation_prompt: bool = False
-) -> str:
-    text = tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=add_generation_prompt
-    )
-    return str(text)
 
 
 def with_system(prompt: Messages) -> Messages:

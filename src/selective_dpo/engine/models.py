@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from selective_dpo.artifacts import file_digest
@@ -17,7 +20,9 @@ from selective_dpo.errors import ModelError
 
 _LOCAL_PATH = re.compile(r"[/~.\\]|[^/]*/[^/]*/")
 """What no hub name looks like: a leading slash, tilde or dot, or two slashes."""
-_LOADING_ERRORS = (OSError, ValueError, ImportError, KeyError)
+logger = logging.getLogger(__name__)
+
+_LOADING_ERRORS = (OSError, ValueError, ImportError, KeyError, SafetensorError)
 
 
 def load_policy(config: ModelConfig) -> Any:
@@ -26,6 +31,7 @@ def load_policy(config: ModelConfig) -> Any:
     Raises:
         ModelError: it cannot be loaded; only safetensors weights are read.
     """
+    _announce_remote_code(config)
     try:
         return AutoModelForCausalLM.from_pretrained(
             config.path,
@@ -48,6 +54,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
         ConfigError, TemplateError: there is no such chat template, or it is not valid.
     """
     path = config.tokenizer or config.path
+    _announce_remote_code(config)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             path,
@@ -66,6 +73,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
 
 def load_model_config(config: ModelConfig) -> Any:
     """The architecture's configuration, without weights. `ModelError` if it cannot be had."""
+    _announce_remote_code(config)
     try:
         return AutoConfig.from_pretrained(
             config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
@@ -75,13 +83,51 @@ def load_model_config(config: ModelConfig) -> Any:
 
 
 def model_digest(config: ModelConfig) -> str:
-    """What identifies the weights: digests of a local folder's files, or a hub model's commit."""
+    """What identifies the weights: digests of a local folder's files, or a hub model's commit.
+
+    Code that is run with the model (`trust_remote_code`) is part of it.
+    """
     folder = Path(config.path)
     if folder.is_dir():
         files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".json"))
-        return digest({path.name: file_digest(path) for path in files})
+        digests = {path.name: file_digest(path) for path in files}
+        return digest({**digests, **(remote_code(config) or {})})
     commit = getattr(load_model_config(config), "_commit_hash", None)
     return digest({"hub": config.path, "commit": commit or config.revision})
+
+
+def remote_code(config: ModelConfig) -> dict[str, str] | None:
+    """The code that `trust_remote_code` lets a model bring along; None where it is off.
+
+    SHA-256 of each Python file of a local folder, by name; of a hub model its name and revision.
+    """
+    if not config.trust_remote_code:
+        return None
+    found: dict[str, str] = {}
+    for path in dict.fromkeys((config.path, config.tokenizer or config.path)):
+        folder = Path(path)
+        if folder.is_dir():
+            files = sorted(folder.rglob("*.py"))
+            found |= {file.relative_to(folder).as_posix(): file_digest(file) for file in files}
+        else:
+            found[path] = f"revision {config.revision if path == config.path else 'main'}"
+    return found
+
+
+def _announce_remote_code(config: ModelConfig) -> None:
+    if config.trust_remote_code:
+        tokenizer = f" and {config.tokenizer}" if config.tokenizer else ""
+        _say_once(f"{config.path} ({config.revision}){tokenizer}")
+
+
+@functools.cache
+def _say_once(where: str) -> None:
+    # Without any logging set up, Python writes warnings to stderr, and so does the command line.
+    logger.warning(
+        "WARNING: model.trust_remote_code is on: Python code that comes with %s runs with all your rights; "
+        "leave it off unless you have read that code",
+        where,
+    )
 
 
 def _explain(what: str, path: str, error: BaseException) -> str:

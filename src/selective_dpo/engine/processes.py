@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env, reduce
+from accelerate.utils import broadcast_object_list, parse_flag_from_env, reduce
 from numpy.typing import NDArray
 
 from selective_dpo.artifacts import publish_folder
-from selective_dpo.errors import IdentityError, name_some
+from selective_dpo.errors import BusyError, IdentityError, name_some
+from selective_dpo.locks import holding, lock_beside
 
 _USE_CPU = "ACCELERATE_USE_CPU"
 _LONGEST_WAIT = timedelta(days=1)
@@ -50,6 +51,45 @@ def publish_from_main(folder: Path, *, kind: str, key: str) -> Iterator[Path]:
         with tempfile.TemporaryDirectory() as scratch:
             yield Path(scratch)
     wait_for_everyone()
+
+
+@contextlib.contextmanager
+def held_by_main(lock: Path, *, what: str, shared: bool = False) -> Iterator[None]:
+    """`locks.holding` by the main process; the others wait for its verdict. All processes must enter.
+
+    Raises:
+        BusyError: somebody else holds it; on all processes.
+    """
+    process = this_process()
+    refused: Exception | None = None
+    with contextlib.ExitStack() as stack:
+        if process.is_main_process:
+            try:
+                stack.enter_context(holding(lock, what=what, shared=shared))
+            except (BusyError, OSError) as error:
+                refused = error
+        if process.num_processes > 1:
+            # Its own error on the main process; the others need only know that there is no going on.
+            verdict = [str(refused) if refused else None]
+            broadcast_object_list(verdict)
+            if verdict[0] is not None and refused is None:
+                refused = BusyError(verdict[0])
+        if refused is not None:
+            raise refused
+        yield
+
+
+@contextlib.contextmanager
+def making(folder: Path) -> Iterator[None]:
+    """Around the work that ends with publishing `folder`: nobody else may have begun it.
+
+    All processes must enter; what was there before may be complete by now.
+
+    Raises:
+        BusyError: another process is making it; on all processes.
+    """
+    with held_by_main(lock_beside(folder), what=str(folder)):
+        yield
 
 
 def combine_by_position(

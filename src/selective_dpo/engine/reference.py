@@ -14,9 +14,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from datasets import Dataset
+from numpy.typing import NDArray
 from trl.trainer.utils import add_fused_lm_head
 
 from selective_dpo.core.identity import positions_of
+from selective_dpo.curriculum.quarantine import (
+    quarantined_pair,
+    read_quarantine,
+    require_few,
+    write_quarantine,
+)
 from selective_dpo.engine.logprobs import PairLogps, pair_logps
 from selective_dpo.engine.memory import TokenBudget
 from selective_dpo.engine.processes import publish_from_main, this_process
@@ -40,7 +47,11 @@ def publish_reference(
     """Compute the reference's log-probs of all pairs and publish them as float32.
 
     `model` is the starting policy as loaded; it is moved to this process's device and given TRL's
-    fused head.
+    fused head. Pairs whose log-probs are not finite are set aside (see `curriculum.quarantine`): without
+    a reference they have no loss, so nothing is trained on them or measured of them.
+
+    Raises:
+        RecordsError: more than 1% of the pairs are not finite.
     """
     add_fused_lm_head(model)
     model.to(this_process().device)
@@ -52,25 +63,57 @@ def publish_reference(
         autocast_dtype=autocast_dtype,
         what="reference",
     )
+    quarantined = _not_finite(logps, tokens)
+    require_few(
+        quarantined,
+        len(tokens),
+        what="the log-probability under the starting model",
+        remedy="check its weights, or use bfloat16 or float32 instead of float16",
+    )
+    table = pa.table(
+        {
+            "pair_id": logps.pair_ids,
+            "chosen": logps.chosen_P.astype(np.float32),
+            "rejected": logps.rejected_P.astype(np.float32),
+        }
+    )
     with publish_from_main(folder, kind="reference", key=key) as partial:
-        table = pa.table(
-            {
-                "pair_id": logps.pair_ids,
-                "chosen": logps.chosen_P.astype(np.float32),
-                "rejected": logps.rejected_P.astype(np.float32),
-            }
+        pq.write_table(table.filter(_is_finite(logps)), partial / FILE)
+        write_quarantine(partial, quarantined, pairs=len(tokens))
+
+
+def _is_finite(logps: PairLogps) -> NDArray[np.bool_]:
+    return np.isfinite(logps.chosen_P) & np.isfinite(logps.rejected_P)
+
+
+def _not_finite(logps: PairLogps, tokens: Dataset) -> list[dict[str, Any]]:
+    found = []
+    for row in np.flatnonzero(~_is_finite(logps)).tolist():
+        sides = {"chosen": logps.chosen_P[row], "rejected": logps.rejected_P[row]}
+        entry = quarantined_pair(logps.pair_ids[row], tokens[row]["prompt_id"])
+        entry["not_finite"].append(
+            {"values": [name for name, value in sides.items() if not np.isfinite(value)]}
         )
-        pq.write_table(table, partial / FILE)
+        found.append(entry)
+    return sorted(found, key=lambda entry: str(entry["pair_id"]))
 
 
 def load_reference(folder: Path) -> PairLogps:
-    """Read a published reference table."""
+    """Read a published reference table; it lacks the pairs that were set aside."""
     table = pq.read_table(folder / FILE)
     return PairLogps(
         table["pair_id"].to_pylist(),
         table["chosen"].to_numpy().astype(np.float64),
         table["rejected"].to_numpy().astype(np.float64),
     )
+
+
+def without_quarantined(tokens: Dataset, folder: Path) -> Dataset:
+    """`tokens` without the pairs that were set aside when the reference in `folder` was computed."""
+    quarantined = read_quarantine([folder])
+    if not quarantined:
+        return tokens
+    return tokens.select([row for row, name in enumerate(tokens["pair_id"]) if name not in quarantined])
 
 
 def with_reference(tokens: Dataset, reference: PairLogps) -> Dataset:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from selective_dpo.config import EvaluateConfig, GenerationConfig
+from selective_dpo.config.base import file_name
 from selective_dpo.core.results import REFERENCE, SELECTED
 from selective_dpo.errors import ConfigError, DataError
 
@@ -46,6 +47,10 @@ def check_arm_names(names: Iterable[str]) -> None:
             raise ConfigError(
                 f"evaluate.controls: {name!r} cannot be a name; use letters, digits, '.', '_' and '-'"
             )
+        try:
+            file_name(name)
+        except ValueError as error:
+            raise ConfigError(f"evaluate.controls: {error}") from None
         if name in taken:
             raise ConfigError(f"evaluate.controls: the name {name!r} is taken; choose another")
         taken.add(name)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError as JinjaError
-
 from selective_dpo.core.identity import Text
 from selective_dpo.data.tokenize import with_system
 from selective_dpo.errors import TemplateError
@@ -62,7 +60,7 @@ def _render(
         ids = tokenizer.apply_chat_template(
             messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False
         )
-    except JinjaError as error:
+    except Exception as error:  # a template is a program, and may raise anything
         raise TemplateError(
             f"the chat template refuses a prompt: {error}; choose model.chat_template"
         ) from error

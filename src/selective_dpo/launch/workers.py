@@ -5,12 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
 import torch
 
-from selective_dpo.errors import ConfigError, SelectiveDPOError
+from selective_dpo.errors import ConfigError, DiskError, Interrupted, SelectiveDPOError, disk_fault
+from selective_dpo.launch.interruption import REMEDY, note_between_jobs, passing_on, stopping_at_once
 from selective_dpo.launch.quiet import quieten_libraries
 
 Job = TypeVar("Job")
@@ -28,17 +30,23 @@ def run_in_workers(
 
     Workers share the machine: each takes one GPU in turn where there are any, else its share of the
     CPU's cores. A failing job does not stop the others; then the first error is raised, saying which
-    job it was.
+    job it was. SIGTERM is passed on to the workers, and no further job is begun.
+
+    Raises:
+        Interrupted: SIGTERM came.
     """
     if workers == 1 or len(jobs) <= 1:
         failures = _here(work, jobs, done)
     else:
         failures = _in_processes(work, jobs, workers, done)
     if failures:
-        job, error = failures[0]
+        stopped = [failure for failure in failures if isinstance(failure[1], Interrupted)]
+        job, error = (stopped or failures)[0]
         also = f" ({len(failures) - 1} more failed)" if len(failures) > 1 else ""
         if isinstance(error, SelectiveDPOError):
             raise type(error)(f"{name(job)}: {error}{also}") from error
+        if fault := disk_fault(error):
+            raise DiskError(f"{name(job)}: {fault}{also}") from error
         raise RuntimeError(f"{name(job)} failed{also}: {error}") from error
 
 
@@ -53,6 +61,8 @@ def _here(
             raise
         except Exception as error:
             failures.append((job, error))
+            if isinstance(error, Interrupted):
+                break
         else:
             done(job)
     return failures
@@ -64,22 +74,47 @@ def _in_processes(
     context = multiprocessing.get_context("spawn")
     turns = context.Value("i", 0)
     failures: list[tuple[Job, Exception]] = []
-    with ProcessPoolExecutor(
-        max_workers=min(workers, len(jobs)),
-        mp_context=context,
-        initializer=_start_worker,
-        initargs=(turns, workers, _gpu_count()),
-    ) as pool:
-        futures = {pool.submit(work, job): job for job in jobs}
-        for future in as_completed(futures):
-            error = future.exception()
-            if error is None:
-                done(futures[future])
-            elif isinstance(error, Exception):
-                failures.append((futures[future], error))
-            else:
-                raise error
+    waiting, running = list(jobs), dict[Future[None], Job]()
+    with (
+        ProcessPoolExecutor(
+            max_workers=min(workers, len(jobs)),
+            mp_context=context,
+            initializer=_start_worker,
+            initargs=(turns, workers, _gpu_count()),
+        ) as pool,
+        passing_on(_own_children) as interrupted,
+    ):
+        while True:
+            # No more than there are workers for: what is handed over cannot be taken back.
+            while waiting and len(running) < workers and not interrupted():
+                job = waiting.pop(0)
+                running[pool.submit(_work_on, work, job)] = job
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                job, error = running.pop(future), future.exception()
+                if interrupted() and isinstance(error, BrokenProcessPool):
+                    error = Interrupted(f"interrupted by SIGTERM: {REMEDY}")  # while a worker was starting
+                if isinstance(error, Interrupted):
+                    waiting.clear()
+                if error is None:
+                    done(job)
+                elif isinstance(error, Exception):
+                    failures.append((job, error))
+                else:
+                    raise error
+    if waiting:
+        failures.append((waiting[0], Interrupted(f"interrupted by SIGTERM: {REMEDY}")))
     return failures
+
+
+def _work_on(work: Callable[[Job], None], job: Job) -> None:
+    with stopping_at_once():
+        work(job)
+
+
+def _own_children() -> list[int]:
+    return [child.pid for child in multiprocessing.active_children() if child.pid is not None]
 
 
 def _gpu_count() -> int:
@@ -87,6 +122,7 @@ def _gpu_count() -> int:
 
 
 def _start_worker(turns: object, workers: int, gpus: int) -> None:
+    note_between_jobs()
     quieten_libraries()
     with turns.get_lock():  # type: ignore[attr-defined]
         number = turns.value  # type: ignore[attr-defined]

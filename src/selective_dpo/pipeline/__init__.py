@@ -6,4 +6,6 @@
 3. `verbs`: the stages as plain functions; `demo` is the whole method on the embedded world.
 4. `plan` (with `planning`) and `doctor` (with `checks`) look before anything is spent; `inspect` shows pairs
    of a curriculum.
+5. `lock`: who may work on a run at the same time; `verify` (with `verification`) checks one from input rows
+   to results.
 """

@@ -15,6 +15,7 @@ from selective_dpo.core.estimates import clustered_mean
 from selective_dpo.core.identity import positions_of
 from selective_dpo.core.results import EvaluationResults, from_json
 from selective_dpo.curriculum.table import Curriculum
+from selective_dpo.pipeline.lock import alone
 from selective_dpo.pipeline.verbs import evaluate, open_run, report
 from selective_dpo.reporting.content import TruthRow, save_findings
 from selective_dpo.reporting.tables import agreement_table, arms_table
@@ -40,23 +41,24 @@ def demo(
     torch.set_num_threads(1)
     workers = min(2, os.cpu_count() or 1)
     root = output_dir / NAME
-    say(f"world {seed}: a small model learns list tasks from careful and hasty demonstrators")
-    world = build_world(root / "world", seed=seed, config=config)
-    say(_world_line(world))
-    recipe = world_recipe(world, name=NAME, output_dir=output_dir, workers=workers)
-    run = open_run(recipe, fresh=True, say=say)
-    evaluate(run)
-    results = from_json(read_json(run.folder.evaluation / "results.json"))
-    curriculum = Curriculum.load(run.folder.curriculum)
-    truth = truth_about_selection(curriculum, world)
-    # The report's own headline compares the arms already.
-    save_findings(run.folder.root, hardest_half(results), truth)
-    path = report(run)
-    say("\n" + arms_table(results))
-    say("\n" + agreement_table(curriculum.facts["agreement"]) + "\n")
-    for line in [*comparisons(results), *hardest_half(results), *_truth_lines(truth)]:
-        say(line)
-    return path
+    with alone(root):
+        say(f"world {seed}: a small model learns list tasks from careful and hasty demonstrators")
+        world = build_world(root / "world", seed=seed, config=config)
+        say(_world_line(world))
+        recipe = world_recipe(world, name=NAME, output_dir=output_dir, workers=workers)
+        run = open_run(recipe, fresh=True, say=say)
+        evaluate(run)
+        results = from_json(read_json(run.folder.evaluation / "results.json"))
+        curriculum = Curriculum.load(run.folder.curriculum)
+        truth = truth_about_selection(curriculum, world)
+        # The report's own headline compares the arms already.
+        save_findings(run.folder.root, hardest_half(results), truth)
+        path = report(run)
+        say("\n" + arms_table(results))
+        say("\n" + agreement_table(curriculum.facts["agreement"]) + "\n")
+        for line in [*comparisons(results), *hardest_half(results), *_truth_lines(truth)]:
+            say(line)
+        return path
 
 
 def comparisons(results: EvaluationResults) -> list[str]:
@@ -95,6 +97,7 @@ def _verdict(shows: bool, opposite: bool) -> str:
 def truth_about_selection(curriculum: Curriculum, world: World) -> list[TruthRow]:
     """What the selected and the dropped pairs really are, by the gold reward that the method never saw."""
     truth = pq.read_table(world.truth)
+    curriculum = curriculum.measured
     at = positions_of(curriculum.pair_ids, truth["pair_id"].to_pylist(), what="truth about the pairs")
     prompts_P = np.asarray(curriculum.table["prompt_id"].to_pylist())
     selected_P = curriculum.table["selected"].to_numpy(zero_copy_only=False)

@@ -19,7 +19,7 @@ from selective_dpo.data.store import TOKENS, load_pairs, load_tokens
 from selective_dpo.engine.logprobs import pair_logps
 from selective_dpo.engine.models import load_policy
 from selective_dpo.engine.processes import publish_from_main, this_process, wait_for_everyone
-from selective_dpo.engine.reference import load_reference
+from selective_dpo.engine.reference import load_reference, without_quarantined
 from selective_dpo.errors import DataError
 from selective_dpo.evaluation.evaluate import Arm, evaluate_arms
 from selective_dpo.evaluation.generation import Prompt
@@ -101,7 +101,7 @@ def load_arm(run: Run, policy: Path | None) -> Any:
 def _held_out_measure(run: Run) -> Any:
     if not run.recipe.data.test:
         return None
-    tokens = load_tokens(run.folder.test_pairs)
+    tokens = without_quarantined(load_tokens(run.folder.test_pairs), run.folder.test_reference)
     reference = load_reference(run.folder.test_reference)
     prompt_ids = dict(zip(tokens["pair_id"], tokens["prompt_id"], strict=True))
     args = dpo_arguments(

@@ -71,8 +71,11 @@ def look_at(source: Path, wanted: Wanted, pairs: Path | None = None) -> Look:
             f"no pairs at {folder}, so no texts to show: give the run's pairs folder with --pairs"
         )
     verify_folder(folder)
-    groups = read_groups(folder / PAIRS, curriculum, _regions(curriculum, wanted))
-    return Look(groups, len(curriculum.pair_ids))
+    measured = curriculum.measured
+    if aside := sorted(set(curriculum.pair_ids) - set(measured.pair_ids)):
+        _refuse_without_difficulty(wanted.pair_ids, aside)
+    groups = read_groups(folder / PAIRS, measured, _regions(measured, wanted))
+    return Look(groups, len(measured.pair_ids))
 
 
 def group_text(group: ExampleGroup, total: int, *, longest: int | None = LONGEST) -> str:
@@ -98,6 +101,16 @@ def find_ids(beginnings: Sequence[str], pair_ids: Sequence[str]) -> list[str]:
             raise IdentityError(_which(beginning, candidates, pair_ids))
         found[candidates[0]] = None
     return list(found)
+
+
+def _refuse_without_difficulty(beginnings: Sequence[str], aside: Sequence[str]) -> None:
+    for beginning in beginnings:
+        found = [pair_id for pair_id in aside if pair_id.startswith(beginning.lower())]
+        if found:
+            raise IdentityError(
+                f"pair {name_some(found)} has no difficulty: its records are not finite (see quarantine.json "
+                "in the run's reference and scores folders)"
+            )
 
 
 def _regions(curriculum: Curriculum, wanted: Wanted) -> dict[str, list[int]]:

@@ -15,6 +15,7 @@ from selective_dpo.reporting.tables import label_for
 from selective_dpo.scoring.plan import ScorerRun
 from selective_dpo.scoring.scorer import RECORDS, ScorerJob
 from selective_dpo.training.arguments import autocast_dtype, dpo_arguments
+from selective_dpo.training.checkpoints import CheckpointPlan
 from selective_dpo.training.train import TrainingJob
 
 if TYPE_CHECKING:
@@ -60,7 +61,10 @@ def scorer_job(run: Run, scorer: ScorerRun) -> ScorerJob:
     )
     folder = run.folder.scores(scorer)
     tracking = run.folder.tracking / scorer.name
-    return ScorerJob(recipe, scorer, run.folder.pairs, run.folder.reference, folder, key, tracking)
+    checkpoints = _checkpoints(run, scorer.name, key)
+    return ScorerJob(
+        recipe, scorer, run.folder.pairs, run.folder.reference, folder, key, tracking, checkpoints
+    )
 
 
 def record_digests(jobs: Sequence[ScorerJob]) -> dict[str, str]:
@@ -110,6 +114,14 @@ def training_job(run: Run, name: str) -> TrainingJob:
         folder / "policy",
         key,
         run.folder.tracking / name,
+        _checkpoints(run, name, key),
+    )
+
+
+def _checkpoints(run: Run, name: str, key: str) -> CheckpointPlan:
+    launch = run.recipe.launch
+    return CheckpointPlan(
+        run.folder.checkpoints(name), key, minutes=launch.checkpoint_minutes, steps=launch.checkpoint_steps
     )
 
 

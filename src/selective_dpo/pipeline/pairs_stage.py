@@ -10,7 +10,7 @@ from selective_dpo.artifacts import is_complete
 from selective_dpo.config import DataConfig, SourceConfig
 from selective_dpo.data.prepare import pairs_key, prepare_pairs
 from selective_dpo.data.store import prompt_keys
-from selective_dpo.engine.processes import this_process, wait_for_everyone
+from selective_dpo.engine.processes import making, this_process, wait_for_everyone
 from selective_dpo.progress import Progress
 
 if TYPE_CHECKING:
@@ -26,20 +26,29 @@ def ensure_prepared(run: Run, sources: Sequence[SourceConfig], folder: Path, *, 
     key = prepared_key(run, sources, exclude=exclude)
     if is_complete(folder, key=key):
         return
-    wait_for_everyone()
-    if this_process().is_main_process:
-        with Progress(0, folder.name, unit="rows") as progress:
-            summary = prepare_pairs(
-                sources,
-                _limits(run, exclude),
-                run.tokenizer,
-                folder,
-                key=key,
-                exclude_prompts=_excluded(exclude),
-                progress=progress.advance,
-            )
-        run.tell(f"{folder.name}: {summary.describe()}")
-    wait_for_everyone()
+    with making(folder):
+        if not is_complete(folder, key=key):
+            wait_for_everyone()
+            _prepare(run, sources, folder, key=key, exclude=exclude)
+            wait_for_everyone()
+
+
+def _prepare(
+    run: Run, sources: Sequence[SourceConfig], folder: Path, *, key: str, exclude: Path | None
+) -> None:
+    if not this_process().is_main_process:
+        return
+    with Progress(0, folder.name, unit="rows") as progress:
+        summary = prepare_pairs(
+            sources,
+            _limits(run, exclude),
+            run.tokenizer,
+            folder,
+            key=key,
+            exclude_prompts=_excluded(exclude),
+            progress=progress.advance,
+        )
+    run.tell(f"{folder.name}: {summary.describe()}")
 
 
 def prepared_key(run: Run, sources: Sequence[SourceConfig], *, exclude: Path | None) -> str:

@@ -13,6 +13,7 @@ import torch
 
 from selective_dpo.config import Recipe
 from selective_dpo.digests import digest
+from selective_dpo.engine.models import remote_code
 from selective_dpo.recipe_io import dump_config
 
 _PACKAGES = ("selective-dpo", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "numpy")
@@ -25,6 +26,7 @@ def provenance(recipe: Recipe, *, inputs: dict[str, str]) -> dict[str, Any]:
         "recipe_sha256": digest(dump_config(recipe)),
         "inputs": inputs,
         "trust_remote_code": recipe.model.trust_remote_code,
+        "remote_code": remote_code(recipe.model),
         "versions": {"python": platform.python_version(), **_versions()},
         "hardware": hardware(),
         "git": git_state(),

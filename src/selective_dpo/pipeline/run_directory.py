@@ -84,6 +84,15 @@ class RunDirectory:
         """Protocol `certified`: how many seeds it took, and what was predicted from them."""
         return self.root / "scores" / "certificate.json"
 
+    @property
+    def all_checkpoints(self) -> Path:
+        """Checkpoints of unfinished trainings; private to the run, and gone once it is trained."""
+        return self.root / "checkpoints"
+
+    def checkpoints(self, name: str) -> Path:
+        """Those of one training: a scorer's, or an arm's."""
+        return self.all_checkpoints / name
+
     def scores(self, run: ScorerRun) -> Path:
         """One scorer's records."""
         return self.root / "scores" / run.name

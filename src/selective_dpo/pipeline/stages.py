@@ -6,19 +6,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from selective_dpo.artifacts import MANIFEST, is_complete, read_json
 from selective_dpo.config import Recipe, SelectConfig
 from selective_dpo.core.records import LossTable
 from selective_dpo.curriculum.build import build_curriculum
+from selective_dpo.curriculum.quarantine import read_quarantine
 from selective_dpo.curriculum.table import Curriculum
-from selective_dpo.data.store import load_tokens
+from selective_dpo.data.store import load_tokens, require_known
 from selective_dpo.engine.models import load_policy, load_tokenizer, model_digest
-from selective_dpo.engine.processes import this_process, wait_for_everyone
+from selective_dpo.engine.processes import making, this_process, wait_for_everyone
 from selective_dpo.engine.reference import publish_reference
 from selective_dpo.errors import ConfigError, RecordsError, name_some
 from selective_dpo.launch.workers import run_in_workers
+from selective_dpo.pipeline import told
 from selective_dpo.pipeline.certify import certificate, certified_runs, ensure_certified
 from selective_dpo.pipeline.jobs import (
     curriculum_key,
@@ -33,12 +35,21 @@ from selective_dpo.pipeline.pairs_stage import ensure_prepared
 from selective_dpo.pipeline.provenance import provenance
 from selective_dpo.pipeline.room import require_room_for_evaluations
 from selective_dpo.pipeline.run_directory import RunDirectory
+from selective_dpo.pipeline.unchanged import (
+    input_digests,
+    remember_inputs,
+    require_same_inputs,
+    require_same_processes,
+)
 from selective_dpo.reporting.tables import label_for
 from selective_dpo.scoring.plan import ScorerRun, planned_runs
 from selective_dpo.scoring.score import collect_losses, run_scorers
 from selective_dpo.scoring.scorer import COST, ScorerJob
 from selective_dpo.training.arguments import autocast_dtype
+from selective_dpo.training.checkpoints import discard_checkpoints
 from selective_dpo.training.train import TrainingJob, train_policy
+
+Job = TypeVar("Job", ScorerJob, TrainingJob)
 
 SELECTED = "selected"
 """Name of the run's own arm, beside its controls."""
@@ -52,6 +63,8 @@ class Run:
     folder: RunDirectory
     say: Callable[[str], object] = print
     """Told one line per stage."""
+    fresh: bool = False
+    """Whether changed inputs are accepted."""
 
     @cached_property
     def model_digest(self) -> str:
@@ -98,13 +111,19 @@ def ensure_pairs(run: Run) -> None:
     """Prepare the training pairs, and the held-out ones where the recipe has any.
 
     Raises:
-        ConfigError: too few pairs for the scorers' evaluations.
+        ConfigError: too few pairs for the scorers' evaluations, or a pair to exclude is not in the data.
+        RunChangedError: model, tokenizer, template or data are not those that the run began with.
     """
+    inputs = input_digests(run)
+    require_same_inputs(run, inputs)
     ensure_prepared(run, run.recipe.data.train, run.folder.pairs, exclude=None)
     if run.recipe.data.test:
         ensure_prepared(run, run.recipe.data.test, run.folder.test_pairs, exclude=run.folder.pairs)
+    prepared = [run.folder.pairs, *([run.folder.test_pairs] if run.recipe.data.test else [])]
+    require_known(run.recipe.data.exclude, prepared)
     require_room_for_evaluations(run)
     run.claim()
+    remember_inputs(run, inputs)
 
 
 def ensure_reference(run: Run) -> None:
@@ -137,12 +156,14 @@ def ensure_scores(run: Run, *, only: tuple[str, ...] = ()) -> None:
 
 def _score(run: Run, scorers: Sequence[ScorerRun]) -> None:
     jobs = [scorer_job(run, scorer) for scorer in scorers]
-    missing = [job for job in jobs if not is_complete(job.folder, key=job.key)]
+    complete, missing = _by_completeness(jobs)
     if not missing:
         return
+    require_same_processes(complete)
     run.tell(f"scores: {len(missing)} of {len(jobs)} scorers to train")
     wait_for_everyone()
-    run_scorers(missing, workers=run.recipe.launch.workers, done=lambda job: run.tell(f"  {_measured(job)}"))
+    workers = run.recipe.launch.workers
+    run_scorers(missing, workers=workers, done=lambda job: run.tell(f"  {told.measured(job)}"))
     _tell_tracking(run)
 
 
@@ -181,12 +202,20 @@ def build_curricula(run: Run) -> Curriculum:
             losses = losses or collect_losses(folders, allow_partial=select.allow_partial)
             cost = {job.run.name: read_json(job.folder / COST) for job in complete}
             origin = provenance(run.recipe, inputs={"model": run.model_digest, **inputs})
-            made = build_curriculum(losses, select, provenance=origin, cost={"scorers": cost}, key=key)
-            made = replace(made, facts={**made.facts, "certificate": certificate(run)})
+            made = build_curriculum(
+                losses,
+                select,
+                provenance=origin,
+                cost={"scorers": cost},
+                key=key,
+                quarantined=read_quarantine([run.folder.reference, *folders]),
+            )
+            absent = [job.run.name for job in missing]
+            more = {"certificate": certificate(run), "missing_scorers": absent}
+            made = replace(made, facts={**made.facts, **more})
             made.save(folder)
             if name == SELECTED:
-                kept, all_pairs = made.facts["selected"], made.facts["pairs"]
-                run.tell(f"curriculum: {kept:,} of {all_pairs:,} pairs, {label_for(select)}")
+                run.tell(f"curriculum: {told.selected(made, label_for(select))}")
     wait_for_everyone()
     return Curriculum.load(run.folder.curriculum)
 
@@ -195,19 +224,37 @@ def ensure_policy(run: Run) -> None:
     """Train the run's policy, and its controls', where they are missing."""
     ensure_curriculum(run)
     jobs = [training_job(run, name) for name in run.arms]
-    missing = [job for job in jobs if not is_complete(job.folder, key=job.key)]
+    complete, missing = _by_completeness(jobs)
     if not missing:
         return
+    require_same_processes(complete)
     run.tell(f"training: {'; '.join(job.label for job in missing)}")
     wait_for_everyone()
     run_in_workers(
-        train_policy,
+        _train_alone,
         missing,
         workers=run.recipe.launch.workers,
         name=lambda job: job.name,
-        done=lambda job: run.tell(f"  {_trained(job)}"),
+        done=lambda job: run.tell(f"  {told.trained(job)}"),
     )
     _tell_tracking(run)
+
+
+def _by_completeness(jobs: Sequence[Job]) -> tuple[list[Job], list[Job]]:
+    """The jobs that are done, and those to do. Checkpoints that a killed process left of a done one go."""
+    complete = [job for job in jobs if is_complete(job.folder, key=job.key)]
+    if this_process().is_main_process:
+        for job in complete:
+            if job.checkpoints is not None:
+                discard_checkpoints(job.checkpoints.folder)
+    return complete, [job for job in jobs if job not in complete]
+
+
+def _train_alone(job: TrainingJob) -> None:
+    # By the process that does the work: a worker may outlive the command that started it.
+    with making(job.folder):
+        if not is_complete(job.folder, key=job.key):
+            train_policy(job)
 
 
 def _ensure_reference_of(run: Run, pairs: Path, folder: Path) -> None:
@@ -215,33 +262,23 @@ def _ensure_reference_of(run: Run, pairs: Path, folder: Path) -> None:
     key = reference_key(run, pairs)
     if is_complete(folder, key=key):
         return
-    wait_for_everyone()
-    tokens = load_tokens(pairs)
-    publish_reference(
-        folder,
-        key=key,
-        model=load_policy(recipe.model),
-        tokens=tokens,
-        tokens_per_batch=recipe.score.tokens_per_batch,
-        pad_token_id=run.tokenizer.pad_token_id,
-        autocast_dtype=autocast_dtype(scorer_arguments(run)),
-    )
-    run.tell(f"{folder.name}: {len(tokens):,} pairs")
+    with making(folder):
+        if is_complete(folder, key=key):
+            return
+        wait_for_everyone()
+        tokens = load_tokens(pairs)
+        publish_reference(
+            folder,
+            key=key,
+            model=load_policy(recipe.model),
+            tokens=tokens,
+            tokens_per_batch=recipe.score.tokens_per_batch,
+            pad_token_id=run.tokenizer.pad_token_id,
+            autocast_dtype=autocast_dtype(scorer_arguments(run)),
+        )
+        run.tell(told.referenced(folder, len(tokens)))
 
 
 def _tell_tracking(run: Run) -> None:
     if run.folder.tracking.is_dir():
         run.tell(f"  trackers' files: {run.folder.tracking}")
-
-
-def _measured(job: ScorerJob) -> str:
-    cost = read_json(job.folder / COST)
-    return (
-        f"{job.run.name}: {cost['train_pairs']:,} pairs trained, {cost['held_out_pairs']:,} measured "
-        f"{cost['evaluations']} times, {cost['seconds']:.0f} s"
-    )
-
-
-def _trained(job: TrainingJob) -> str:
-    cost = read_json(job.folder / "cost.json")
-    return f"{job.label}: {cost['optimizer_steps']:,} updates, {cost['seconds']:.0f} s"

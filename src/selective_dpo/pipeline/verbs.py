@@ -1,11 +1,16 @@
-"""The verbs as plain functions: each brings a run up to its stage."""
+"""The verbs as plain functions: each brings a run up to its stage, and has the run to itself meanwhile.
+
+All of them raise `BusyError` where another process is at work on the run (`pipeline.lock`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from selective_dpo.artifacts import replacing
 from selective_dpo.config import Recipe
 from selective_dpo.core.records import Records
 from selective_dpo.curriculum.table import Curriculum
@@ -15,6 +20,7 @@ from selective_dpo.evaluation.preflight import check_evaluation
 from selective_dpo.launch.processes import relaunch, under_a_launcher
 from selective_dpo.pass_through import check_recipe_options
 from selective_dpo.pipeline.evaluation_stage import ensure_evaluation
+from selective_dpo.pipeline.lock import alone, beside_others
 from selective_dpo.pipeline.run_directory import RunDirectory
 from selective_dpo.pipeline.stages import (
     Run,
@@ -45,7 +51,7 @@ def open_run(recipe: Recipe, *, fresh: bool = False, say: Callable[[str], object
     """
     check_recipe_options(recipe)
     check_evaluation(recipe.evaluate, has_test=bool(recipe.data.test))
-    run = Run(recipe, RunDirectory.of(recipe), say)
+    run = Run(recipe, RunDirectory.of(recipe), say, fresh)
     if not fresh:
         run.folder.require_unchanged(recipe)
     wait_for_everyone()
@@ -53,8 +59,12 @@ def open_run(recipe: Recipe, *, fresh: bool = False, say: Callable[[str], object
 
 
 def score(run: Run, *, only: tuple[str, ...] = ()) -> None:
-    """Measure the difficulty of every pair; what is already measured is kept."""
-    ensure_scores(run, only=only)
+    """Measure the difficulty of every pair; what is already measured is kept.
+
+    With `only`, the scorers of that name, beside other commands that measure others.
+    """
+    with _locked(run, only):
+        ensure_scores(run, only=only)
 
 
 def curriculum(run: Run) -> Curriculum:
@@ -62,26 +72,30 @@ def curriculum(run: Run) -> Curriculum:
 
     With `select.allow_partial` from the records that are there; else missing scorers are run first.
     """
-    if run.recipe.select.allow_partial:
-        return build_curricula(run)
-    return ensure_curriculum(run)
+    with alone(run.folder.root):
+        return build_curricula(run) if run.recipe.select.allow_partial else ensure_curriculum(run)
 
 
 def train(run: Run) -> Path:
     """The policy trained along the curriculum; returns its folder."""
-    ensure_policy(run)
-    push(run)
+    with alone(run.folder.root):
+        ensure_policy(run)
+        push(run)
     return run.folder.policy
 
 
 def evaluate(run: Run) -> Path:
     """Held-out pairs and sampled answers of every arm; returns the evaluation's folder."""
-    ensure_evaluation(run)
+    with alone(run.folder.root):
+        ensure_evaluation(run)
     return run.folder.evaluation
 
 
 def report(run: Run) -> Path:
-    """Write `report.html` from whatever stages are complete; a curriculum is the least."""
+    """Write `report.html` from whatever stages are complete; a curriculum is the least.
+
+    It only reads the stages, so it may be written while another command works on later ones.
+    """
     path = run.folder.report
     if this_process().is_main_process:
         path = write_report(run.folder.root)
@@ -91,10 +105,15 @@ def report(run: Run) -> Path:
 
 def run_all(run: Run) -> Path:
     """All stages; returns the report's path."""
-    ensure_evaluation(run)
-    path = report(run)
-    push(run)  # last: the hub may fail, and everything else is there then
+    with alone(run.folder.root):
+        ensure_evaluation(run)
+        path = report(run)
+        push(run)  # last: the hub may fail, and everything else is there then
     return path
+
+
+def _locked(run: Run, only: tuple[str, ...]) -> AbstractContextManager[None]:
+    return beside_others(run.folder.root) if only else alone(run.folder.root)
 
 
 def push(run: Run) -> None:
@@ -116,7 +135,8 @@ def run_verb(
     """
     run = open_run(recipe, fresh=fresh)
     if recipe.launch.processes > 1 and not under_a_launcher():
-        ensure_pairs(run)
+        with _locked(run, only):
+            ensure_pairs(run)
         return relaunch(command_line, processes=recipe.launch.processes)
     actions: dict[str, Callable[[], object]] = {
         "score": lambda: score(run, only=only),
@@ -154,19 +174,20 @@ def score_difficulty(
         SelectiveDPOError: anything that the caller has to mend.
     """
     folder = Path(output_dir)
-    recipe = make_recipe(
-        {
-            "name": folder.name,
-            "output_dir": str(folder.parent),
-            "model": {"path": str(model), "dtype": dtype},
-            "data": {**(data or {}), "train": [{"path": str(_on_disk(pairs, folder))}]},
-            "score": dict(score or {}),
-            "launch": {"workers": workers},
-        }
-    )
-    run = open_run(recipe, say=lambda line: None)
-    ensure_scores(run)
-    return collect_records([run.folder.scores(scorer) for scorer in run.scorer_runs])
+    with alone(folder):
+        recipe = make_recipe(
+            {
+                "name": folder.name,
+                "output_dir": str(folder.parent),
+                "model": {"path": str(model), "dtype": dtype},
+                "data": {**(data or {}), "train": [{"path": str(_on_disk(pairs, folder))}]},
+                "score": dict(score or {}),
+                "launch": {"workers": workers},
+            }
+        )
+        run = open_run(recipe, say=lambda line: None)
+        ensure_scores(run)
+        return collect_records([run.folder.scores(scorer) for scorer in run.scorer_runs])
 
 
 def _on_disk(pairs: str | Path | Dataset, folder: Path) -> str | Path:
@@ -175,6 +196,6 @@ def _on_disk(pairs: str | Path | Dataset, folder: Path) -> str | Path:
     if not hasattr(pairs, "to_parquet"):
         raise ConfigError(f"pairs must be a path or a datasets.Dataset, not {type(pairs).__name__}")
     path = folder / "input.parquet"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pairs.to_parquet(str(path))
+    with replacing(path) as partial:
+        pairs.to_parquet(str(partial))
     return path

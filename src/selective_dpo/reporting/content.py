@@ -92,7 +92,7 @@ def load_report_content(run_folder: Path) -> ReportContent:
         ArtifactError: a file is missing, damaged or of another schema version.
         IdentityError: the curriculum holds pairs that `pairs/` does not.
     """
-    curriculum = Curriculum.load(run_folder)
+    curriculum = Curriculum.load(run_folder).measured
     pairs_path = run_folder / "pairs" / "pairs.parquet"
     if not pairs_path.is_file():
         raise ArtifactError(f"{pairs_path} does not exist: the report shows the pairs' texts and lengths")

@@ -68,6 +68,15 @@ def headline(content: ReportContent) -> list[str]:
         f"{pairs:,} pairs were scored by models that were not trained on them; "
         f"{selected:,} were kept ({label_for(content.select)})."
     ]
+    quarantined = int(content.curriculum.facts.get("quarantined") or 0)
+    if quarantined:
+        sentences.append(
+            f"{quarantined:,} more {'has' if quarantined == 1 else 'have'} no difficulty, since a "
+            "log-probability or loss is not finite; none of them was selected."
+        )
+    without = content.curriculum.facts.get("missing_scorers") or []
+    if without:
+        sentences.append(f"Records are missing of {', '.join(map(str, without))}.")
     partial = int(content.curriculum.facts.get("partial") or 0)
     if partial:
         sentences.append(f"{partial:,} pairs lack some of their records and were ranked by those they have.")

@@ -16,6 +16,7 @@ from markupsafe import Markup
 from selective_dpo.artifacts import write_atomic
 from selective_dpo.core.results import REFERENCE, SELECTED, estimate_from_json
 from selective_dpo.data.pairs import KEPT
+from selective_dpo.locks import holding, lock_beside
 from selective_dpo.reporting import narrative, tables
 from selective_dpo.reporting.arm_figures import arms_svg, training_svg
 from selective_dpo.reporting.content import DropCount, ReportContent, load_report_content
@@ -38,9 +39,11 @@ def write_report(run_folder: Path) -> Path:
     Raises:
         ArtifactError: pairs or curriculum are missing, or a file is damaged.
         IdentityError: the curriculum holds pairs that `pairs/` does not.
+        BusyError: another process is writing it.
     """
     path = run_folder / REPORT
-    write_atomic(path, render_report(load_report_content(run_folder)))
+    with holding(lock_beside(path), what=str(path)):
+        write_atomic(path, render_report(load_report_content(run_folder)))
     return path
 
 

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from transformers import TrainerCallback
 
 from selective_dpo.core.schedule import evaluation_steps
 from selective_dpo.engine.logprobs import PairLogps
 from selective_dpo.errors import ConfigError
+
+_STATE = "measurements.parquet"
 
 
 class Measurement(NamedTuple):
@@ -47,3 +54,30 @@ class HeldOutEvaluations(TrainerCallback):
         if state.global_step in self._steps:
             number = self._steps.index(state.global_step) + 1
             self.measurements.append(Measurement(number, state.global_step, self._measure()))
+
+    def write_state(self, folder: Path) -> None:
+        """Write the measurements so far into a checkpoint: a row for each pair and measurement."""
+        tables = [
+            pa.table(
+                {
+                    "evaluation": np.full(len(logps.pair_ids), evaluation),
+                    "step": np.full(len(logps.pair_ids), step),
+                    "pair_id": pa.array(logps.pair_ids, pa.string()),
+                    "chosen": logps.chosen_P,
+                    "rejected": logps.rejected_P,
+                }
+            )
+            for evaluation, step, logps in self.measurements
+        ]
+        pq.write_table(pa.concat_tables(tables) if tables else pa.table({}), folder / _STATE)
+
+    def read_state(self, folder: Path) -> None:
+        """Go on from the measurements in a checkpoint."""
+        table = pq.read_table(folder / _STATE)
+        self.measurements = []
+        for evaluation in sorted(set(table["evaluation"].to_pylist())) if table.num_rows else []:
+            rows = table.filter(pc.equal(table["evaluation"], evaluation))
+            logps = PairLogps(
+                rows["pair_id"].to_pylist(), rows["chosen"].to_numpy(), rows["rejected"].to_numpy()
+            )
+            self.measurements.append(Measurement(evaluation, rows["step"][0].as_py(), logps))

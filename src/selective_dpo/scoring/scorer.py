@@ -14,19 +14,22 @@ from selective_dpo.config import Recipe
 from selective_dpo.core.dpo import dpo_losses
 from selective_dpo.core.identity import positions_of
 from selective_dpo.core.records import Records
+from selective_dpo.curriculum.quarantine import require_few, sift, write_quarantine
 from selective_dpo.curriculum.records_io import write_records
 from selective_dpo.data.store import load_tokens
 from selective_dpo.engine.logprobs import PairLogps, pair_logps
 from selective_dpo.engine.models import load_policy, load_tokenizer
-from selective_dpo.engine.processes import publish_from_main
-from selective_dpo.engine.reference import load_reference, with_reference
-from selective_dpo.errors import RecordsError, name_some
+from selective_dpo.engine.processes import publish_from_main, this_process
+from selective_dpo.engine.reference import load_reference, with_reference, without_quarantined
 from selective_dpo.scoring.held_out import HeldOutEvaluations, Measurement
 from selective_dpo.scoring.plan import ScorerRun, split_pairs
 from selective_dpo.training.arguments import autocast_dtype, dpo_arguments, lora_config
-from selective_dpo.training.pair_trainer import PairTrainer, with_cached_reference
+from selective_dpo.training.checkpoints import CheckpointPlan, discard_checkpoints
+from selective_dpo.training.pair_trainer import PairTrainer
 from selective_dpo.training.progress import TrainingProgress, without_printed_logs
 from selective_dpo.training.publish import save_policy, trainer_facts, training_log
+from selective_dpo.training.resumable import ResumableTrainer, train_resumably
+from selective_dpo.training.rows import with_cached_reference
 from selective_dpo.training.trackers import training_folder
 
 RECORDS = "records.parquet"
@@ -47,28 +50,48 @@ class ScorerJob(NamedTuple):
     key: str
     tracking: Path | None = None
     """Where the local files of trackers go; None: they are deleted."""
+    checkpoints: CheckpointPlan | None = None
+    """None: a killed training begins anew."""
+
+
+class _Scorer(ResumableTrainer, PairTrainer):
+    """The trainer of a scorer."""
 
 
 def run_scorer(job: ScorerJob) -> None:
     """Train one scorer, measure its held-out half at every evaluation, publish the records.
 
+    A training that was interrupted goes on from its newest checkpoint, with the measurements made so far.
+
     Raises:
+        Interrupted: SIGTERM came during the training.
         ConfigError: too few optimizer steps for the evaluations.
-        RecordsError: a held-out loss is not finite; some pairs are named.
+        NotFiniteError: a pair's loss, or an update's gradient, is not finite; the pairs are named.
+        RecordsError: the held-out losses of more than 1% of the pairs are not finite; some are named. Fewer
+            pairs are set aside (see `curriculum.quarantine`).
     """
     started = time.monotonic()
     config = job.recipe.score
     tokens = load_tokens(job.pairs)
     reference = load_reference(job.reference)
     split = split_pairs(list(tokens["prompt_id"]), job.run)
-    train, held_out = (with_reference(tokens.select(rows), reference) for rows in split)
+    train, held_out = (
+        with_reference(without_quarantined(tokens.select(rows), job.reference), reference) for rows in split
+    )
     with training_folder(config.trainer, job.tracking) as training:
         trainer, evaluations = _make_trainer(job, train, held_out, training)
-        trainer.train()
-    records = _to_records(job.run, held_out, reference, evaluations.measurements, beta=trainer.args.beta)
-    _require_finite(records)
+        earlier = train_resumably(trainer, job.checkpoints, [evaluations])
+    measured = _to_records(job.run, held_out, reference, evaluations.measurements, beta=trainer.args.beta)
+    records, quarantined = sift(measured)
+    require_few(
+        quarantined,
+        len(held_out),
+        what="the held-out loss",
+        remedy="lower score.trainer.learning_rate, or use bfloat16 or float32 instead of float16",
+    )
     with publish_from_main(job.folder, kind="records", key=job.key) as partial:
         write_records(records, partial / RECORDS)
+        write_quarantine(partial, quarantined, pairs=len(held_out))
         write_json(partial / "trainer_log.json", training_log(trainer))
         facts = trainer_facts(trainer)
         write_json(
@@ -77,12 +100,15 @@ def run_scorer(job: ScorerJob) -> None:
                 **facts,
                 "train_pairs": len(train),
                 "held_out_pairs": len(held_out),
+                "quarantined_pairs": len(quarantined),
                 "evaluations": len(evaluations.measurements),
-                "seconds": time.monotonic() - started,
+                "seconds": earlier + time.monotonic() - started,
             },
         )
         if config.keep_scorers:
             save_policy(trainer, partial / "scorer")
+    if job.checkpoints is not None and this_process().is_main_process:
+        discard_checkpoints(job.checkpoints.folder)
 
 
 def _make_trainer(
@@ -110,7 +136,7 @@ def _make_trainer(
         )
 
     evaluations = HeldOutEvaluations(config.evaluations, measure)
-    trainer = PairTrainer(
+    trainer = _Scorer(
         load_policy(job.recipe.model),
         args=with_cached_reference(args, train),
         train_dataset=train,
@@ -160,12 +186,3 @@ def _to_records(
         margin=losses.margin_P,
         loss=losses.loss_P,
     )
-
-
-def _require_finite(records: Records) -> None:
-    bad = np.unique(records.pair_id[~np.isfinite(records.loss)])
-    if len(bad):
-        raise RecordsError(
-            f"the held-out loss of {len(bad):,} pairs is not finite: {name_some(bad)}; "
-            "lower score.trainer.learning_rate, or use float32"
-        )

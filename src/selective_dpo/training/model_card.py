@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from selective_dpo.config import Recipe
+from selective_dpo.config import Recipe, SourceConfig
 from selective_dpo.training.order import ConsumedOrder
 
 
@@ -34,14 +35,15 @@ def model_card(
     }
     provenance = json.dumps(dict(facts.get("provenance", {})), indent=2, sort_keys=True)
     settings = yaml.safe_dump(recipe.train.model_dump(mode="json"), sort_keys=False).rstrip()
-    sources = "\n".join(f"- `{source.path}` {source.split}".rstrip() for source in recipe.data.train)
+    model = code_span(recipe.model.path)
+    sources = "\n".join(_source(source) for source in recipe.data.train)
     return f"""---
 {yaml.safe_dump(header, sort_keys=False).rstrip()}
 ---
 
 # {recipe.name}
 
-`{recipe.model.path}` trained with DPO on {order.pairs:,} of {facts.get("pairs", order.pairs):,} scored
+{model} trained with DPO on {order.pairs:,} of {facts.get("pairs", order.pairs):,} scored
 preference pairs: {label}. Difficulty is the mean held-out DPO loss of scorers trained on the other half of
 the pairs (seeds {facts.get("seeds")}, evaluations {facts.get("evaluations")}), after
 [Selective DPO](https://arxiv.org/abs/2502.09650).
@@ -52,16 +54,39 @@ Preference pairs:
 
 ## Training
 
-```yaml
-{settings}
-```
+{code_block(settings, "yaml")}
 
 Rows consumed: {order.consumed:,}; SHA-256 of their order `{order.consumed_digest}`, which
 {"equals" if order.matches else "DIFFERS FROM"} the curriculum's. Key of all inputs: `{key}`.
 
 ## Provenance
 
-```json
-{provenance}
-```
+{code_block(provenance, "json")}
 """
+
+
+def code_span(text: str) -> str:
+    """`text` in Markdown as it is: no markup, HTML or link in it counts, and it cannot end its own span.
+
+    Line breaks and control characters, which could, become U+FFFD.
+    """
+    shown = "".join(character if character.isprintable() else "\ufffd" for character in text)
+    ticks = "`" * (_longest_run(shown) + 1)
+    # A space keeps ticks of the text apart from those around it; Markdown takes it away again.
+    space = " " if shown.startswith("`") or shown.endswith("`") or not shown.strip() else ""
+    return f"{ticks}{space}{shown}{space}{ticks}"
+
+
+def code_block(text: str, language: str) -> str:
+    """`text` as a fenced block that no line of it can end."""
+    fence = "`" * max(3, _longest_run(text) + 1)
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def _longest_run(text: str) -> int:
+    return max(map(len, re.findall("`+", text)), default=0)
+
+
+def _source(source: SourceConfig) -> str:
+    split = f" {code_span(source.split)}" if source.split else ""
+    return f"- {code_span(source.path)}{split}"

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from selective_dpo.core.identity import ids_digest
+
+_STATE, _REPEATED = "order.parquet", b"repeated"
 
 
 class ConsumedOrder(NamedTuple):
@@ -70,6 +76,20 @@ class OrderLog:
         self._consumed += own
         self._epoch_rows += len(own)
         return own
+
+    def write_state(self, folder: Path) -> None:
+        """Write what was consumed so far into a checkpoint: positions in the curriculum's order, int64."""
+        table = pa.table({"position": pa.array(self._consumed, pa.int64())})
+        facts = {_REPEATED: str(self._repeated).encode()}
+        pq.write_table(table.replace_schema_metadata(facts), folder / _STATE)
+
+    def read_state(self, folder: Path) -> None:
+        """Go on from what was written into a checkpoint."""
+        table = pq.read_table(folder / _STATE)
+        self._consumed = table["position"].to_pylist()
+        self._repeated = int(table.schema.metadata[_REPEATED])
+        # After the last row of an epoch comes the first one of the next.
+        self._epoch_rows = len(self._consumed) % len(self._order)
 
     def result(self) -> ConsumedOrder:
         """Compare what was consumed with the curriculum's order, repeated per epoch."""

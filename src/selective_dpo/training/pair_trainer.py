@@ -3,90 +3,39 @@
 from __future__ import annotations
 
 import contextlib
-import copy
+import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import pyarrow.compute as pc
 import torch
 from datasets import Dataset
-from numpy.typing import NDArray
 from trl import DPOConfig, DPOTrainer
 
 from selective_dpo.core.dpo import LN_2
-from selective_dpo.engine.paths import choose_path
+from selective_dpo.curriculum.apply import PAIR_ID
+from selective_dpo.engine.paths import attention_of, choose_path
 from selective_dpo.engine.reference import CHOSEN_COLUMN, REJECTED_COLUMN
 from selective_dpo.engine.ways import PathName
-from selective_dpo.errors import ConfigError, DataError, name_some
+from selective_dpo.errors import ConfigError, DataError
 from selective_dpo.training.equal_weights import BLANK, WEIGHT, weigh_equally
-from selective_dpo.training.shared_step import TOKEN_COLUMNS, SharedModel, shares_rows
+from selective_dpo.training.finite import FiniteGradients, require_finite_loss
+from selective_dpo.training.logged_means import LoggedMeans
+from selective_dpo.training.micro_batches import ROW, WithinMemory
+from selective_dpo.training.rows import RowCollator, has_reference, is_tokenized, named_missing
+from selective_dpo.training.shared_step import SharedModel, shares_rows
 from selective_dpo.training.update_batches import MEANS_OVER_PAIRS, can_deal_by_length, deal_by_length
 
-_PAIR_MEANS = tuple(
-    f"{kind}/{part}"
-    for kind, parts in (
-        ("rewards", ("chosen", "rejected", "accuracies", "margins")),
-        ("logps", ("chosen", "rejected")),
-    )
-    for part in parts
-)
-"""What TRL logs as means over the pairs of a batch."""
-_ROWS_AT_ONCE = 10_000
-
-
-def is_tokenized(dataset: Any) -> bool:
-    """Whether the rows carry TRL's token columns."""
-    return isinstance(dataset, Dataset) and set(TOKEN_COLUMNS) <= set(dataset.column_names)
-
-
-def has_reference(dataset: Any) -> bool:
-    """Whether the rows carry reference log-probs."""
-    return isinstance(dataset, Dataset) and {CHOSEN_COLUMN, REJECTED_COLUMN} <= set(dataset.column_names)
-
-
-def pair_lengths(dataset: Dataset) -> NDArray[np.int64]:
-    """Tokens of prompt plus the longer completion of each tokenized row: [P], without copying the tokens."""
-    rows = dataset.select_columns(list(TOKEN_COLUMNS)).with_format("arrow")
-    lengths = []
-    for batch in rows.iter(_ROWS_AT_ONCE):
-        prompt, chosen, rejected = (pc.list_value_length(batch[name]) for name in TOKEN_COLUMNS)
-        lengths.append(pc.add(prompt, pc.max_element_wise(chosen, rejected)).to_numpy())
-    return np.concatenate(lengths).astype(np.int64)
-
-
-def with_cached_reference(args: DPOConfig, train: Dataset) -> DPOConfig:
-    """`args` telling TRL to read the reference from the rows, where those of `train` carry it.
-
-    With the flag on TRL loads no reference model; `PairTrainer` then answers its request to compute
-    the log-probs with the rows' own columns. For evaluation rows without them TRL computes them once,
-    with the model as it is before training.
-
-    Raises:
-        ConfigError: `args` need a reference that fixed sums of log-probs cannot give.
-    """
-    if not has_reference(train):
-        return args
-    problems = [
-        (args.sync_ref_model, "sync_ref_model changes the reference during training"),
-        (args.ld_alpha is not None, "ld_alpha weighs the reference's tokens one by one"),
-    ]
-    for is_wrong, reason in problems:
-        if is_wrong:
-            raise ConfigError(
-                f"{reason}, but the rows carry its log-probs as sums ({CHOSEN_COLUMN}, {REJECTED_COLUMN}): "
-                "leave the option out, or remove the columns"
-            )
-    args = copy.copy(args)
-    args.precompute_ref_log_probs = True
-    return args
+if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
 
 
 class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
     """`DPOTrainer` that takes token and reference columns as they are, and sends no telemetry.
 
     Rows without these columns are left to TRL, except that it may drop none of them in silence. Each
-    pair of an update weighs the same, also in the last update of an epoch (see `equal_weights`).
+    pair of an update weighs the same, also in the last update of an epoch (see `equal_weights`). Where
+    memory runs out an update is made in smaller passes (see `micro_batches`). A loss or gradient that is
+    not finite ends the training before the update, with a `NotFiniteError` that names the pairs.
 
     Args:
         path: `auto` computes the loss in one row a pair where the model's attention and the settings
@@ -94,12 +43,53 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
             `update_batches`); both leave each update's pairs, weights and gradient what they are.
             `padded` leaves all that to TRL; `shared` refuses what rules shared rows out.
         Others: as for `DPOTrainer`.
+
+    Raises:
+        ConfigError: the model's attention cannot be trained on this device.
     """
 
     def __init__(self, *args: Any, path: PathName = "auto", **others: Any) -> None:
         self._path: PathName = path
         self._shares_rows: bool | None = None
         super().__init__(*args, **others)
+        if self.accelerator.device.type == "cpu" and attention_of(self.model) == "flex_attention":
+            raise ConfigError("flex_attention cannot be trained on a CPU: use sdpa (model.attention)")
+        self._logged = LoggedMeans(self)
+        self._memory = WithinMemory(
+            may_part=self._can_part, logged=self._logged, zero_gradients=lambda: self.model.zero_grad()
+        )
+        self._rows_of_update: list[torch.Tensor] = []
+        self.add_callback(FiniteGradients(self, self._ids_of_update))
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """TRL's data loader; where the rows have pair ids, its batches also say which rows they hold."""
+        collator: Any = self.data_collator
+        if self._ids_P:
+            self.data_collator: Any = RowCollator(collator, self._ids_P)
+        try:
+            loader: DataLoader[Any] = super().get_train_dataloader()
+        finally:
+            self.data_collator = collator
+        return loader
+
+    @functools.cached_property
+    def _ids_P(self) -> list[str]:
+        """The pair ids of the training rows; none if they have no ids."""
+        rows = self.train_dataset
+        has_ids = isinstance(rows, Dataset) and PAIR_ID in rows.column_names
+        return list(rows[PAIR_ID]) if has_ids else []
+
+    def _ids_of(self, rows: torch.Tensor) -> list[str]:
+        return [self._ids_P[row] for row in rows.tolist()]
+
+    def _ids_of_update(self) -> list[str]:
+        return [name for rows in self._rows_of_update for name in self._ids_of(rows)]
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns: list[str] = self._signature_columns
+        if PAIR_ID not in columns:
+            self._signature_columns: Any = [*columns, PAIR_ID]
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: DPOConfig, dataset_name: str
@@ -111,8 +101,8 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
         if isinstance(dataset, Dataset) and len(prepared) != len(dataset):
             raise DataError(
                 f"{dataset_name} data: the prompt alone fills max_length {args.max_length} in "
-                f"{len(dataset) - len(prepared):,} pairs{_named(dataset, prepared)}; raise max_length, or "
-                "leave them out"
+                f"{len(dataset) - len(prepared):,} pairs{named_missing(dataset, prepared)}; raise "
+                "max_length, or leave them out"
             )
         return prepared
 
@@ -127,6 +117,8 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
         """The batches of the next update."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._note_update(batches)
+        self._rows_of_update = [batch[ROW] for batch in batches if ROW in batch]
+        self._memory.start_update()
         if batches and self._can_weigh_equally():
             pairs, size = len(self.train_dataset), self._train_batch_size
             processes, accumulated = self.accelerator.num_processes, self.args.gradient_accumulation_steps
@@ -147,10 +139,21 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
     def _note_update(self, batches: list[dict[str, Any]]) -> None:
         """Called with the batches of each update as the data loader deals them."""
 
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
+        """Forward and backward of one batch, in as many passes as memory allows."""
+        step = super().training_step
+        return self._memory.step(inputs, lambda part: step(model, part, num_items_in_batch))
+
     def _can_deal_by_length(self) -> bool:
+        return self._path != "padded" and self._means_over_pairs()
+
+    def _can_part(self) -> bool:
+        alone = self.accelerator.num_processes == 1 and self.args.n_gpu <= 1 and not self.is_deepspeed_enabled
+        return alone and self._means_over_pairs()
+
+    def _means_over_pairs(self) -> bool:
         return (
-            self._path != "padded"
-            and set(self.loss_types) <= MEANS_OVER_PAIRS
+            set(self.loss_types) <= MEANS_OVER_PAIRS
             and not self.aux_loss_enabled
             and self.accelerator.parallelism_config is None
         )
@@ -173,25 +176,29 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         weight, blank = inputs.pop(WEIGHT, 1.0), inputs.pop(BLANK, 0)
-        # Whoever asks for the model's outputs means those of plain rows.
-        if not return_outputs and self._takes_shared_rows(model):
-            model = self._sharing(model)
-            with self._reference_shared(inputs):
-                result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        else:
-            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        rows = inputs.pop(ROW, None)
+        if return_outputs:  # Whoever asks for the model's outputs means those of plain rows.
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = self._mean_loss(model, inputs)
+        if model.training:
+            batch = inputs if rows is None else {**inputs, ROW: rows}
+            require_finite_loss(self, loss, batch, self._ids_of, lambda pairs: self._mean_loss(model, pairs))
         if weight == 1.0 and not blank:
-            return result
-        self._weigh_logged_means(weight)
-        # Training asks for the loss alone. A blank pair's loss, ln 2, is no part of the update's.
+            return loss
+        self._logged.weigh(weight)
+        # A blank pair's loss, ln 2, is no part of the update's.
         share = blank / (inputs["completion_mask"].shape[0] // 2)
-        return weight * (result - share * LN_2 * self.loss_weights[0])
+        return weight * (loss - share * LN_2 * self.loss_weights[0])
 
-    def _weigh_logged_means(self, weight: float) -> None:
-        # TRL logs the mean over batches of each batch's mean; a blank pair counts in it with 0. Weighed,
-        # it becomes the mean over the update's own pairs, as the loss is.
-        for name in _PAIR_MEANS:
-            self._metrics["train"][name][-1] *= weight
+    def _mean_loss(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
+        """TRL's loss of the pairs in `batch`, the blank ones included."""
+        inputs = {name: part for name, part in batch.items() if name not in (WEIGHT, BLANK, ROW)}
+        if not self._takes_shared_rows(model):
+            plain: torch.Tensor = super().compute_loss(model, inputs)
+            return plain
+        with self._reference_shared(inputs):
+            shared: torch.Tensor = super().compute_loss(self._sharing(model), inputs)
+            return shared
 
     def _takes_shared_rows(self, model: Any) -> bool:
         if self._shares_rows is None:
@@ -220,11 +227,3 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
 
     def _send_telemetry(self) -> None:
         """Nothing leaves the machine that the user did not ask for."""
-
-
-def _named(before: Dataset, after: Dataset) -> str:
-    """The pairs that `after` lacks, where they have ids."""
-    if "pair_id" not in before.column_names:
-        return ""
-    left = set(after["pair_id"])
-    return f" ({name_some(pair for pair in before['pair_id'] if pair not in left)})"

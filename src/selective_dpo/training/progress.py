@@ -17,7 +17,7 @@ class TrainingProgress(TrainerCallback):
         self._progress: Progress | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._progress = Progress(state.max_steps, self._what, unit="updates")
+        self._progress = Progress(state.max_steps, self._what, unit="updates", done=state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._progress is not None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import math
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from selective_dpo.artifacts import read_json, write_json
 from selective_dpo.errors import ConfigError
+from selective_dpo.training.sealing import in_short, is_of_the_disk
+
+_PEFT_SETS = ("target_modules", "exclude_modules")
 
 
 def save_policy(trainer: Any, folder: Path) -> None:
@@ -16,9 +21,26 @@ def save_policy(trainer: Any, folder: Path) -> None:
 
     transformers puts its training arguments beside them as a pickle, which nobody needs for using the
     model and nobody should have to trust: it is removed.
+
+    Raises:
+        OSError: the disk is full, or refuses in another way.
     """
-    trainer.save_model(str(folder))
+    try:
+        trainer.save_model(str(folder))
+    except Exception as error:
+        if is_of_the_disk(error) and not isinstance(error, OSError):
+            raise OSError(errno.ENOSPC, in_short(error), str(folder)) from error
+        raise
     (folder / "training_args.bin").unlink(missing_ok=True)
+    _sort_sets(folder / "adapter_config.json")
+
+
+def _sort_sets(config: Path) -> None:
+    """PEFT writes its sets in the order they happen to have; the same adapter is to have the same file."""
+    if config.is_file():
+        content = read_json(config)
+        sets = {name: sorted(content[name]) for name in _PEFT_SETS if isinstance(content.get(name), list)}
+        write_json(config, {**content, **sets})
 
 
 def require_finite_weights(trainer: Any, *, settings: str) -> None:
@@ -43,12 +65,18 @@ def require_finite_weights(trainer: Any, *, settings: str) -> None:
 
 
 def training_log(trainer: Any) -> dict[str, Any]:
-    """For `trainer_log.json`: the trainer's log, with null for what is not finite.
+    """For `trainer_log.json`: the trainer's log, with null for what is not finite, and without what depends
+    on the clock (the time taken is in `cost.json`): the same training has the same log.
 
     A gradient norm, for one, is infinite where float16 training skips a step.
     """
     history = [
-        {name: value if _is_json(value) else None for name, value in entry.items()}
+        # Sorted, since a checkpoint does not keep the order of names.
+        {
+            name: entry[name] if _is_json(entry[name]) else None
+            for name in sorted(entry)
+            if not _is_clock(name)
+        }
         for entry in trainer.state.log_history
     ]
     return {"log_history": history}
@@ -63,6 +91,10 @@ def trainer_facts(trainer: Any) -> dict[str, Any]:
         "device": trainer.accelerator.device.type,
         "trained_tokens": int(trainer._total_train_tokens),
     }
+
+
+def _is_clock(name: str) -> bool:
+    return name.endswith(("_runtime", "_per_second"))
 
 
 def _is_json(value: object) -> bool:

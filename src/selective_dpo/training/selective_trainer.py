@@ -3,33 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 from trl import DPOConfig
 
 from selective_dpo.curriculum.apply import DIFFICULTY, PAIR_ID
 from selective_dpo.errors import ConfigError, name_some
+from selective_dpo.training.micro_batches import ROW
 from selective_dpo.training.order import ConsumedOrder, OrderLog
-from selective_dpo.training.pair_trainer import (
-    PairTrainer,
-    has_reference,
-    is_tokenized,
-    pair_lengths,
-    with_cached_reference,
-)
+from selective_dpo.training.pair_trainer import PairTrainer
+from selective_dpo.training.rows import has_reference, is_tokenized, pair_lengths, with_cached_reference
 
 if TYPE_CHECKING:
-    from torch.utils.data import DataLoader
-
     from selective_dpo.curriculum.table import Curriculum
-
-POSITION = "curriculum_position"
-"""Name of the training batches' extra column: where each row stands in the curriculum's order."""
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +70,6 @@ class SelectiveDPOTrainer(PairTrainer):
             )
         ids: list[str] = ordered[PAIR_ID][:]
         self._order_log = OrderLog(ids)
-        self._position_of = {pair: position for position, pair in enumerate(ids)}
         self._difficulty_P = np.asarray(ordered[DIFFICULTY][:], dtype=np.float64)
         super().__init__(
             model,
@@ -100,49 +88,14 @@ class SelectiveDPOTrainer(PairTrainer):
         """What the last call of `train` has trained on so far, against the curriculum."""
         return self._order_log.result()
 
-    def get_train_dataloader(self) -> DataLoader[Any]:
-        """TRL's data loader; its batches also say where their rows stand in the curriculum."""
-        collator: Any = self.data_collator
-        self.data_collator: Any = _PositionCollator(collator, self._position_of)
-        try:
-            loader: DataLoader[Any] = super().get_train_dataloader()
-        finally:
-            self.data_collator = collator
-        return loader
-
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        columns: list[str] = self._signature_columns
-        if PAIR_ID not in columns:
-            self._signature_columns: Any = [*columns, PAIR_ID]
-
     def _note_update(self, batches: list[dict[str, Any]]) -> None:
-        # Before the update's pairs are dealt by length: their order within it is the curriculum's.
+        # Before the update's pairs are dealt by length: their order within it is the curriculum's. The
+        # training rows are in the curriculum's order.
         for batch in batches:
-            own = self._order_log.add(self.accelerator.gather(batch.pop(POSITION)).tolist())
+            own = self._order_log.add(self.accelerator.gather(batch[ROW]).tolist())
             # TRL logs the mean of this list, so one entry a pair gives the mean over pairs, whatever the
             # sizes of the batches.
             self._metrics["train"][DIFFICULTY].extend(self._difficulty_P[own].tolist())
-
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        # TRL would pass it on to the model, where the batch did not come through `get_batch_samples`.
-        inputs.pop(POSITION, None)
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-
-
-class _PositionCollator:
-    """A collator's batch plus where its rows stand in the curriculum."""
-
-    def __init__(self, inner: Any, position_of: Mapping[str, int]) -> None:
-        self._inner = inner
-        self._position_of = position_of
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        batch: dict[str, Any] = self._inner(examples)
-        batch[POSITION] = torch.tensor([self._position_of[example[PAIR_ID]] for example in examples])
-        return batch
 
 
 class _OrderLogStarts(TrainerCallback):

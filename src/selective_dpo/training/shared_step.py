@@ -30,7 +30,6 @@ TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 SHARED_INPUTS = frozenset({"input_ids", "attention_mask", "completion_mask"})
 """TRL's batch of text, all that shared rows are made from."""
-REFERENCE_INPUTS = frozenset({"ref_chosen_logps", "ref_rejected_logps"})
 
 _WORTH_A_PASS = 256
 """Tokens of padding that are worth another pass through the model on a CPU, which gains nothing from

@@ -6,16 +6,20 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from datasets import Dataset
+
 from selective_dpo.artifacts import write_atomic, write_json
 from selective_dpo.config import Recipe
 from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.data.store import load_tokens
 from selective_dpo.engine.models import load_policy, load_tokenizer
 from selective_dpo.engine.processes import publish_from_main, this_process
-from selective_dpo.engine.reference import load_reference, with_reference
-from selective_dpo.errors import IdentityError
+from selective_dpo.engine.reference import load_reference, with_reference, without_quarantined
+from selective_dpo.errors import IdentityError, name_some
 from selective_dpo.training.arguments import dpo_arguments, lora_config
+from selective_dpo.training.checkpoints import CheckpointPlan, discard_checkpoints
 from selective_dpo.training.model_card import model_card
+from selective_dpo.training.order import OrderLog
 from selective_dpo.training.progress import TrainingProgress, without_printed_logs
 from selective_dpo.training.publish import (
     require_finite_weights,
@@ -23,6 +27,7 @@ from selective_dpo.training.publish import (
     trainer_facts,
     training_log,
 )
+from selective_dpo.training.resumable import ResumableTrainer, train_resumably
 from selective_dpo.training.selective_trainer import SelectiveDPOTrainer
 from selective_dpo.training.trackers import training_folder
 
@@ -48,21 +53,35 @@ class TrainingJob(NamedTuple):
     key: str
     tracking: Path | None = None
     """Where the local files of trackers go; None: they are deleted."""
+    checkpoints: CheckpointPlan | None = None
+    """None: a killed training begins anew."""
+
+
+class _PolicyTrainer(ResumableTrainer, SelectiveDPOTrainer):
+    """The trainer of a policy."""
+
+    @property
+    def order_log(self) -> OrderLog:
+        """What was consumed, for the checkpoints."""
+        return self._order_log
 
 
 def train_policy(job: TrainingJob) -> None:
     """Train on the curriculum's pairs in its order; publish weights, card, log and the order consumed.
 
+    A training that was interrupted goes on from its newest checkpoint.
+
     Raises:
+        Interrupted: SIGTERM came during the training.
         ConfigError: the training diverged.
-        IdentityError: the order consumed is not the curriculum's, once an epoch. Nothing is published on
-            either error.
+        IdentityError: the curriculum was made from other pairs, or the order consumed is not the
+            curriculum's, once an epoch. Nothing is published on either error.
     """
     started = time.monotonic()
     curriculum = Curriculum.load(job.curriculum)
     with training_folder(job.recipe.train.trainer, job.tracking) as folder:
         trainer = _make_trainer(job, curriculum, folder)
-        trainer.train()
+        earlier = train_resumably(trainer, job.checkpoints, [trainer.order_log])
     order = trainer.consumed_order
     if not order.matches or order.epochs != trainer.args.num_train_epochs:
         raise IdentityError(
@@ -78,12 +97,16 @@ def train_policy(job: TrainingJob) -> None:
             write_json(partial / "trainer_log.json", training_log(trainer))
             card = model_card(job.recipe, label=job.label, facts=curriculum.facts, order=order, key=job.key)
             write_atomic(partial / "README.md", card)
-            seconds = time.monotonic() - started
+            seconds = earlier + time.monotonic() - started
             write_json(partial / "cost.json", {**trainer_facts(trainer), "seconds": seconds})
+    if job.checkpoints is not None and this_process().is_main_process:
+        discard_checkpoints(job.checkpoints.folder)
 
 
 def _make_trainer(job: TrainingJob, curriculum: Curriculum, folder: Path) -> Any:
     recipe = job.recipe
+    rows = _referenced(job.pairs, job.reference)
+    _require_same_pairs(curriculum, list(rows["pair_id"]))
     args = dpo_arguments(
         {"run_name": f"{recipe.name}-{job.name}", **recipe.train.trainer},
         model=recipe.model,
@@ -92,10 +115,10 @@ def _make_trainer(job: TrainingJob, curriculum: Curriculum, folder: Path) -> Any
         seed=DEFAULT_SEED,
         sequential=True,
     )
-    trainer = SelectiveDPOTrainer(
+    trainer = _PolicyTrainer(
         load_policy(recipe.model),
         args=args,
-        train_dataset=with_reference(load_tokens(job.pairs), load_reference(job.reference)),
+        train_dataset=rows,
         eval_dataset=_held_out(job) if args.eval_strategy != "no" else None,
         processing_class=load_tokenizer(recipe.model),
         peft_config=lora_config(recipe.train.lora),
@@ -105,7 +128,23 @@ def _make_trainer(job: TrainingJob, curriculum: Curriculum, folder: Path) -> Any
     return without_printed_logs(trainer)
 
 
+def _require_same_pairs(curriculum: Curriculum, ids: list[str]) -> None:
+    """The trainer leaves out rows that a curriculum does not know. Here it must know all of them."""
+    listed, measured = (set(each.table["pair_id"].to_pylist()) for each in (curriculum, curriculum.measured))
+    unknown, gone = sorted(set(ids) - listed), sorted(measured - set(ids))
+    if unknown or gone:
+        raise IdentityError(
+            f"the curriculum was made from other pairs: it lacks {len(unknown):,} of {len(ids):,} prepared "
+            f"pairs ({name_some(unknown) or 'none'}), and {len(gone):,} of its {len(measured):,} are not "
+            f"among them ({name_some(gone) or 'none'}); build it again with `selective-dpo curriculum`"
+        )
+
+
 def _held_out(job: TrainingJob) -> Any:
     if job.test_pairs is None or job.test_reference is None:
         return None
-    return with_reference(load_tokens(job.test_pairs), load_reference(job.test_reference))
+    return _referenced(job.test_pairs, job.test_reference)
+
+
+def _referenced(pairs: Path, reference: Path) -> Dataset:
+    return with_reference(without_quarantined(load_tokens(pairs), reference), load_reference(reference))

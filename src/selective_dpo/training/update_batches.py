@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from selective_dpo.training.equal_weights import BLANK, WEIGHT
-from selective_dpo.training.shared_step import REFERENCE_INPUTS, SHARED_INPUTS
+from selective_dpo.training.micro_batches import OF_A_PAIR
+from selective_dpo.training.shared_step import SHARED_INPUTS
 
 MEANS_OVER_PAIRS = frozenset(
     {
@@ -44,7 +45,7 @@ _ROWS = {"input_ids": 0, "attention_mask": 0, "completion_mask": 0}
 
 def can_deal_by_length(batches: Sequence[dict[str, Any]]) -> bool:
     """Whether these batches hold nothing but pairs of text, each with the same weight in the update."""
-    if len(batches) < 2 or any(set(batch) - SHARED_INPUTS - REFERENCE_INPUTS - _MARKS for batch in batches):
+    if len(batches) < 2 or any(set(batch) - SHARED_INPUTS - {*OF_A_PAIR} - _MARKS for batch in batches):
         return False
     if len({frozenset(batch) for batch in batches}) > 1:
         return False
@@ -60,8 +61,8 @@ def deal_by_length(batches: Sequence[dict[str, Any]], *, multiple_of: int = 1) -
     sizes = [len(batch["input_ids"]) // 2 for batch in batches]
     width = max(batch["input_ids"].shape[1] for batch in batches)
     rows = {name: _stacked(batches, name, width) for name in _ROWS}
-    sums = {
-        name: torch.cat([batch[name] for batch in batches]) for name in REFERENCE_INPUTS & set(batches[0])
+    of_pairs = {
+        name: torch.cat([batch[name] for batch in batches]) for name in OF_A_PAIR if name in batches[0]
     }
     # A blank pair's rows are never computed: it has no length.
     scored_P2 = rows["completion_mask"].any(dim=2)
@@ -79,7 +80,7 @@ def deal_by_length(batches: Sequence[dict[str, Any]], *, multiple_of: int = 1) -
         batch: dict[str, Any] = {
             name: part[index, :, :used].transpose(0, 1).flatten(0, 1) for name, part in rows.items()
         }
-        batch.update({name: part[index] for name, part in sums.items()})
+        batch.update({name: part[index] for name, part in of_pairs.items()})
         if WEIGHT in batches[0]:
             # Each pair's part of the update's mean, times the pairs that the batch's mean is over.
             batch[WEIGHT] = batches[0][WEIGHT] / sizes[0] * size

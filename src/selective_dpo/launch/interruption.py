@@ -1,0 +1,102 @@
+"""SIGTERM, a scheduler's warning that the time is up: work stops at once, or at its next good moment.
+
+Nothing is changed on import; each function leaves the handler that it found when it is done. Signals reach
+a process's main thread only, so in other threads all this has no effect.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
+
+from selective_dpo.errors import Interrupted
+
+REMEDY = "run the same command to go on"
+
+
+class _Noted:
+    """Whether SIGTERM has come."""
+
+    def __init__(self) -> None:
+        self.received = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+
+
+_NOTED = _Noted()
+"""Of this command or worker process. Kept, since a library may swallow the error that is raised at once."""
+
+
+def note_between_jobs() -> None:
+    """For a worker process: while it waits for a job, SIGTERM is noted; the next job is not begun."""
+    signal.signal(signal.SIGTERM, _NOTED)
+
+
+@contextlib.contextmanager
+def stopping_at_once(*, forgetting: bool = False) -> Iterator[None]:
+    """Inside, SIGTERM raises `Interrupted` wherever the main thread is.
+
+    If it came before, it is raised on entering; with `forgetting`, for the beginning of a command, it is not.
+    """
+    if forgetting:
+        _NOTED.received = False
+    with _handled_by(_note_and_raise):
+        if _NOTED.received:
+            raise _interrupted()
+        yield
+
+
+@contextlib.contextmanager
+def stopping_when_asked() -> Iterator[Callable[[], bool]]:
+    """Inside, SIGTERM is only noted: what this yields says whether it came.
+
+    Raises:
+        Interrupted: on leaving, it came and was not acted upon.
+    """
+    noted = _Noted()
+    with _handled_by(noted):
+        yield lambda: noted.received or _NOTED.received
+    if noted.received or _NOTED.received:
+        raise _interrupted()
+
+
+@contextlib.contextmanager
+def passing_on(processes: Callable[[], Iterable[int]]) -> Iterator[Callable[[], bool]]:
+    """Inside, SIGTERM is sent on to the processes of these ids; what this yields says whether it came."""
+    noted = _Noted()
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        noted.received = True
+        for process in processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGTERM)
+
+    with _handled_by(handler):
+        yield lambda: noted.received
+
+
+@contextlib.contextmanager
+def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        # None: it was set outside of Python, and cannot be put back.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+
+
+def _note_and_raise(number: int, frame: FrameType | None) -> None:
+    _NOTED.received = True
+    raise _interrupted()
+
+
+def _interrupted() -> Interrupted:
+    return Interrupted(f"interrupted by SIGTERM: {REMEDY}")

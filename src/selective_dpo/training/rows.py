@@ -1,0 +1,89 @@
+"""Training rows: what they carry, how long they are, and which of them a batch holds."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from datasets import Dataset
+from numpy.typing import NDArray
+from trl import DPOConfig
+
+from selective_dpo.curriculum.apply import PAIR_ID
+from selective_dpo.engine.reference import CHOSEN_COLUMN, REJECTED_COLUMN
+from selective_dpo.errors import ConfigError, name_some
+from selective_dpo.training.micro_batches import ROW
+from selective_dpo.training.shared_step import TOKEN_COLUMNS
+
+_ROWS_AT_ONCE = 10_000
+
+
+def is_tokenized(dataset: Any) -> bool:
+    """Whether the rows carry TRL's token columns."""
+    return isinstance(dataset, Dataset) and set(TOKEN_COLUMNS) <= set(dataset.column_names)
+
+
+def has_reference(dataset: Any) -> bool:
+    """Whether the rows carry reference log-probs."""
+    return isinstance(dataset, Dataset) and {CHOSEN_COLUMN, REJECTED_COLUMN} <= set(dataset.column_names)
+
+
+def pair_lengths(dataset: Dataset) -> NDArray[np.int64]:
+    """Tokens of prompt plus the longer completion of each tokenized row: [P], without copying the tokens."""
+    rows = dataset.select_columns(list(TOKEN_COLUMNS)).with_format("arrow")
+    lengths = []
+    for batch in rows.iter(_ROWS_AT_ONCE):
+        prompt, chosen, rejected = (pc.list_value_length(batch[name]) for name in TOKEN_COLUMNS)
+        lengths.append(pc.add(prompt, pc.max_element_wise(chosen, rejected)).to_numpy())
+    return np.concatenate(lengths).astype(np.int64)
+
+
+def with_cached_reference(args: DPOConfig, train: Dataset) -> DPOConfig:
+    """`args` telling TRL to read the reference from the rows, where those of `train` carry it.
+
+    With the flag on TRL loads no reference model; `PairTrainer` then answers its request to compute
+    the log-probs with the rows' own columns. For evaluation rows without them TRL computes them once,
+    with the model as it is before training.
+
+    Raises:
+        ConfigError: `args` need a reference that fixed sums of log-probs cannot give.
+    """
+    if not has_reference(train):
+        return args
+    problems = [
+        (args.sync_ref_model, "sync_ref_model changes the reference during training"),
+        (args.ld_alpha is not None, "ld_alpha weighs the reference's tokens one by one"),
+    ]
+    for is_wrong, reason in problems:
+        if is_wrong:
+            raise ConfigError(
+                f"{reason}, but the rows carry its log-probs as sums ({CHOSEN_COLUMN}, {REJECTED_COLUMN}): "
+                "leave the option out, or remove the columns"
+            )
+    args = copy.copy(args)
+    args.precompute_ref_log_probs = True
+    return args
+
+
+class RowCollator:
+    """A collator's batch plus which rows of the training data it holds."""
+
+    def __init__(self, inner: Any, ids_P: list[str]) -> None:
+        self._inner = inner
+        self._row_of = {name: row for row, name in enumerate(ids_P)}
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, Any] = self._inner(examples)
+        batch[ROW] = torch.tensor([self._row_of[example[PAIR_ID]] for example in examples])
+        return batch
+
+
+def named_missing(before: Dataset, after: Dataset) -> str:
+    """The pairs that `after` lacks, where they have ids."""
+    if "pair_id" not in before.column_names:
+        return ""
+    left = set(after["pair_id"])
+    return f" ({name_some(pair for pair in before['pair_id'] if pair not in left)})"

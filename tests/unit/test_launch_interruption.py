@@ -1,0 +1,111 @@
+"""SIGTERM raises at once, is only noted, or is passed on; the handler that was there is put back."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from selective_dpo.errors import Interrupted
+from selective_dpo.launch import interruption
+from selective_dpo.launch.interruption import passing_on, stopping_at_once, stopping_when_asked
+
+
+def strike() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.fixture(autouse=True)
+def _handler_is_put_back() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    assert signal.getsignal(signal.SIGTERM) is before
+    interruption._NOTED.received = False
+
+
+def test_at_once() -> None:
+    with (
+        pytest.raises(Interrupted, match="interrupted by SIGTERM: run the same command to go on"),
+        stopping_at_once(),
+    ):
+        strike()
+        pytest.fail("it was not raised")
+
+
+def test_when_asked() -> None:
+    with pytest.raises(Interrupted), stopping_when_asked() as is_asked:
+        assert not is_asked()
+        strike()
+        assert is_asked()
+
+
+def test_when_asked_and_acted_upon_by_another_error() -> None:
+    with pytest.raises(ZeroDivisionError), stopping_when_asked():
+        strike()
+        raise ZeroDivisionError
+
+
+def test_without_a_signal_nothing_is_raised() -> None:
+    with stopping_at_once(), stopping_when_asked() as is_asked:
+        assert not is_asked()
+
+
+def test_asked_inside_at_once_is_only_noted() -> None:
+    steps = 0
+    with pytest.raises(Interrupted), stopping_at_once(), stopping_when_asked() as is_asked:
+        strike()
+        while not is_asked():
+            pytest.fail("it was not noted")
+        steps += 1
+    assert steps == 1
+
+
+def test_what_a_library_swallows_is_not_forgotten() -> None:
+    with stopping_at_once():
+        with contextlib.suppress(Exception):
+            strike()
+        with pytest.raises(Interrupted), stopping_when_asked() as is_asked:
+            assert is_asked()
+    with pytest.raises(Interrupted), stopping_at_once():
+        pytest.fail("the next job was begun")
+    with stopping_at_once(forgetting=True):
+        pass
+
+
+def test_a_signal_is_passed_on() -> None:
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pause()
+    with passing_on(lambda: [child]) as came:
+        assert not came()
+        strike()
+        assert came()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+
+
+def test_a_process_that_is_gone_is_no_error() -> None:
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    with passing_on(lambda: [child]) as came:
+        strike()
+        assert came()
+
+
+def test_in_another_thread_it_has_no_effect_and_does_no_harm() -> None:
+    found: list[bool] = []
+
+    def work() -> None:
+        with stopping_at_once(), stopping_when_asked() as is_asked:
+            found.append(is_asked())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [False]
