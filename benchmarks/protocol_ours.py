@@ -1,0 +1,131 @@
+"""This package's side of `protocol.py`: what `selective-dpo score` and `selective-dpo train` run.
+
+A run's pairs are prepared beforehand, since both sides get tokens. Everything else is made anew each time:
+the reference, the scorers, their records, the certificate, the curriculum, the policy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from datasets import Dataset
+
+import selective_dpo.pipeline.stages
+import selective_dpo.scoring.scorer
+import selective_dpo.training.train
+from protocol_pairs import Start
+from selective_dpo.artifacts import read_json
+from selective_dpo.core.records import LossTable, Records
+from selective_dpo.curriculum.table import Curriculum
+from selective_dpo.data.store import load_tokens
+from selective_dpo.pipeline import verbs
+from selective_dpo.pipeline.stages import Run, ensure_pairs
+from selective_dpo.recipe_io import make_recipe
+from selective_dpo.scoring.score import collect_losses, collect_records
+from selective_dpo.training.shared_step import TOKEN_COLUMNS
+from workload import MAX_LENGTH
+
+PROTOCOLS = ("paper", "certified", "fast")
+LOADERS = (selective_dpo.pipeline.stages, selective_dpo.scoring.scorer, selective_dpo.training.train)
+"""Modules that load the starting policy."""
+
+
+class Ours:
+    """A run folder for each protocol, and for each way of training on the easy half."""
+
+    def __init__(self, start: Start, scratch: Path, settings: dict[str, Any], lora: dict[str, Any]) -> None:
+        self.trainings: dict[str, dict[str, Any] | None] = {"lora": lora}
+        """LoRA settings of each way of training a policy; None: all weights."""
+        if not start.in_memory:
+            self.trainings["full"] = None
+        self._start = start
+        everything = {
+            "output_dir": str(scratch / "runs"),
+            "model": {"path": str(start.model), "dtype": "bfloat16" if start.in_memory else "float32"},
+            "data": {"train": [{"path": str(start.pairs)}], "max_length": MAX_LENGTH},
+            # Nor does the other side save any.
+            "launch": {"checkpoint_minutes": 0},
+        }
+        scoring = {"trainer": settings, "lora": lora}
+        recipes: dict[str, dict[str, Any]] = {
+            name: {"score": {"protocol": name, **scoring}} for name in PROTOCOLS
+        }
+        for name, train_lora in self.trainings.items():
+            train = {"trainer": settings, "lora": train_lora}
+            recipes[_training(name)] = {"score": {"protocol": "fast", **scoring}, "train": train}
+        self._recipes = {
+            name: make_recipe({"name": name, **everything, **given}) for name, given in recipes.items()
+        }
+        self._prepared = {name: self._prepare(name) for name in recipes}
+
+    @property
+    def pairs(self) -> Dataset:
+        """The tokenized pairs, as all runs have them."""
+        return load_tokens(self.run("paper").folder.pairs)
+
+    def score(self, name: str) -> None:
+        """The reference and all scorers of a protocol."""
+        with self._anew(name) as run:
+            verbs.score(run)
+
+    def train(self, name: str) -> None:
+        """The reference, the scorers of `fast`, the curriculum, and the policy on the easy half."""
+        with self._anew(_training(name)) as run:
+            verbs.train(run)
+
+    def run(self, name: str) -> Run:
+        """The run as its folder has it."""
+        return verbs.open_run(self._recipes[name], say=lambda line: None)
+
+    def records(self, name: str) -> Records:
+        """What the scorers of a protocol measured."""
+        run = self.run(name)
+        return collect_records([run.folder.scores(scorer) for scorer in run.scorer_runs])
+
+    def losses(self, name: str) -> LossTable:
+        """The same, by pair, seed and evaluation."""
+        run = self.run(name)
+        return collect_losses([run.folder.scores(scorer) for scorer in run.scorer_runs])
+
+    def certificate(self) -> dict[str, Any]:
+        """How many seeds `certified` took, and what was predicted."""
+        found = read_json(self.run("certified").folder.certificate)
+        return {name: found[name] for name in ("seeds", "target", "reached", "prediction")}
+
+    def selected_tokens(self, name: str) -> float:
+        """Share of all tokens that the pairs hold on which the policy was trained."""
+        run = self.run(_training(name))
+        table = Curriculum.load(run.folder.curriculum).table
+        selected = set(table.filter(table["selected"])["pair_id"].to_pylist())
+        tokens = {
+            row["pair_id"]: sum(len(row[part]) for part in TOKEN_COLUMNS)
+            for row in load_tokens(run.folder.pairs)
+        }
+        return sum(tokens[pair] for pair in selected) / sum(tokens.values())
+
+    def _prepare(self, name: str) -> frozenset[Path]:
+        run = self.run(name)
+        ensure_pairs(run)
+        return frozenset(run.folder.root.iterdir())
+
+    @contextlib.contextmanager
+    def _anew(self, name: str) -> Iterator[Run]:
+        run = self.run(name)
+        for path in set(run.folder.root.iterdir()) - self._prepared[name]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        with contextlib.ExitStack() as patches:
+            if self._start.in_memory:
+                for module in LOADERS:
+                    patches.enter_context(
+                        mock.patch.object(module, "load_policy", lambda config: self._start.load())
+                    )
+            yield run
+
+
+def _training(name: str) -> str:
+    return f"selective-{name}"
