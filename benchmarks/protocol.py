@@ -96,7 +96,7 @@ class Comparison:
         return [self._protocol(name, times, differences[name]) for name in PROTOCOLS]
 
     def selective(self) -> list[dict[str, Any]]:
-        """The whole of Selective DPO beside an epoch on all pairs; of the scoring, losses are compared first."""
+        """The whole of Selective DPO beside an epoch on all pairs; before that, the scoring's losses."""
         differences = self._differences(["fast"], FAST.seeds)
         times = self._in_turn(self._trainings())
         return [self._selective(name, times, differences["fast"]) for name in self._options.trainings]
@@ -231,13 +231,11 @@ def _require_comparable(options: argparse.Namespace, settings: dict[str, Any]) -
     halves = PAIRS_PER_PROMPT * 2
     for pairs in (options.pairs, options.epoch_pairs):
         if pairs % halves or (pairs // 2) % options.batch:
-            raise SystemExit(
-                f"{pairs} pairs: not a multiple of {halves}, or its half not one of the batch size"
-            )
+            raise SystemExit(f"{pairs} pairs: must be a multiple of {halves}, their half of the batch size")
         steps = updates(pairs // 2, settings)
         if steps % ORIGINAL.evaluations:
             raise SystemExit(
-                f"{pairs} pairs: {steps} updates of a scorer, no multiple of {ORIGINAL.evaluations}"
+                f"{pairs} pairs: a scorer makes {steps} updates, no multiple of {ORIGINAL.evaluations}"
             )
 
 

@@ -71,7 +71,7 @@ def test_selective_dpo_is_given_as_a_share_of_an_epoch(results: Results) -> None
     ("arguments", "message"),
     [
         # A half of 10 pairs in batches of 4 leaves a batch of 2, whose pairs TRL weighs twice.
-        (["--pairs", "20", "--batch", "4"], "its half one of the batch size"),
+        (["--pairs", "20", "--batch", "4"], "their half of the batch size"),
         # A half of 10 pairs, 10 an update: one update cannot be evaluated five times.
         (["--pairs", "20", "--batch", "2", "--accumulation", "5"], "a scorer makes 1 updates"),
     ],
