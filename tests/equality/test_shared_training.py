@@ -197,7 +197,7 @@ def test_a_batch_in_several_passes_equals_one(
     tmp_path: Path, forwards: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As a CPU takes batches of very different lengths; here another pass is worth one token of padding.
-    monkeypatch.setattr(shared_step, "_WORTH_A_PASS", 0)
+    monkeypatch.setattr(shared_step, "WORTH_A_PASS", 0)
     plain = trainer_of(PlainTrainer, tmp_path / "plain", pairs(8), per_device_train_batch_size=8)
     ours = trainer_of(PairTrainer, tmp_path / "ours", pairs(8), per_device_train_batch_size=8)
     assert_same_update(update_of(ours), update_of(plain))

@@ -306,7 +306,7 @@ def test_trained_tokens_in_the_order_of_the_curriculum(
 ) -> None:
     # So little that the short rows here take several passes, too.
     for module in (shared_step, dealing):
-        monkeypatch.setattr(module, "_WORTH_A_PASS", 3)
+        monkeypatch.setattr(module, "WORTH_A_PASS", 3)
     train = {"lora": {**LORA, "lora_dropout": 0.1}, "trainer": {**TRAINER, **given}}
     recipe = tiny_recipe(tmp_path, train=train, score={"evaluations": 1}, select={"count": 17})
     run = verbs.open_run(recipe, say=lambda line: None)

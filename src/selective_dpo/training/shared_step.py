@@ -31,7 +31,7 @@ TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 SHARED_INPUTS = frozenset({"input_ids", "attention_mask", "completion_mask"})
 """TRL's batch of text, all that shared rows are made from."""
 
-_WORTH_A_PASS = 256
+WORTH_A_PASS = 256
 """Tokens of padding that are worth another pass through the model on a CPU, which gains nothing from
 batches."""
 _TOKEN_FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -86,7 +86,7 @@ class SharedModel:
         lengths_B = shared_lengths(*(np.array([len(ids) for ids in rows[name]]) for name in TOKEN_COLUMNS))
         if self._accelerator.device.type != "cpu" or self._accelerator.num_processes > 1:
             return [list(range(len(lengths_B)))]
-        return group_by_length(lengths_B, _WORTH_A_PASS)
+        return group_by_length(lengths_B, WORTH_A_PASS)
 
 
 def pair_rows(input_ids: Tensor, attention_mask: Tensor, is_completion: Tensor) -> Rows | None:

@@ -27,7 +27,7 @@ from selective_dpo.pipeline.planning.batches import NO_WORK, Work, epoch_batches
 from selective_dpo.pipeline.planning.forwarding import Forwarding
 from selective_dpo.pipeline.planning.settings import trainer_value
 from selective_dpo.training.length_groups import group_by_length
-from selective_dpo.training.shared_step import _WORTH_A_PASS
+from selective_dpo.training.shared_step import WORTH_A_PASS
 from selective_dpo.training.update_batches import MEANS_OVER_PAIRS
 
 _SIMULATED_PAIRS = 4096
@@ -79,7 +79,7 @@ def dealing_of(recipe: Recipe, block: Literal["score", "train"], forwarding: For
         shared=shared,
         by_length=losses <= MEANS_OVER_PAIRS,
         blanks=losses == {"sigmoid"},
-        worth_a_pass=_WORTH_A_PASS if shared and alone_on_cpu else None,
+        worth_a_pass=WORTH_A_PASS if shared and alone_on_cpu else None,
         multiple_of=forwarding.multiple_of if shared else _padding_multiple(given),
     )
 
