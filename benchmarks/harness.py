@@ -38,7 +38,7 @@ def interleave(
     """
     measured = []
     for number in range(rounds + 1):
-        found = Round(_seconds(ours, device), _seconds(theirs, device))
+        found = Round(seconds_of(ours, device), seconds_of(theirs, device))
         if number:
             measured.append(found)
     return measured
@@ -77,7 +77,8 @@ def show(results: list[dict[str, Any]], path: Path | None) -> None:
         write_json(path, json.loads(json.dumps({"results": results})))
 
 
-def _seconds(work: Callable[[], object], device: str) -> float:
+def seconds_of(work: Callable[[], object], device: str) -> float:
+    """Wall-clock seconds of `work`, with everything that it started on the GPU."""
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()

@@ -228,6 +228,8 @@ def _require_comparable(options: argparse.Namespace, settings: dict[str, Any]) -
     TRL weighs the pairs of a batch that is not full more than others, and evaluates at multiples of one
     number of updates.
     """
+    if options.device == "cuda" and "full" in options.trainings:
+        raise SystemExit("--device cuda trains adapters only: its model is in memory, once")
     halves = PAIRS_PER_PROMPT * 2
     for pairs in (options.pairs, options.epoch_pairs):
         if pairs % halves or (pairs // 2) % options.batch:

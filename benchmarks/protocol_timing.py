@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from datasets import Dataset
 
-from harness import _seconds as seconds_of
+from harness import seconds_of
 from on_gpu import OnGPU, Work, matrix_rate, measure_on_gpu
 
 FORWARD, TRAINING = 2, 4

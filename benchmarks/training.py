@@ -35,6 +35,8 @@ from selective_dpo.training.rows import with_cached_reference
 from workload import byte_tokenizer, seven_billion, small_model, tokenized_pairs
 
 LORA: dict[str, Any] = {"r": 16, "lora_alpha": 16, "target_modules": "all-linear"}
+EPOCHS = 3
+"""TRL's default. Ours computes the reference once for all of them."""
 LAYERS = 2
 """Of the CPU's model: a round of all four trainings then takes about a minute on a busy core."""
 TOLERANCE = 0.01
@@ -76,6 +78,7 @@ def main() -> None:
             rounds = interleave(ours, theirs, rounds=options.rounds, device=options.device)
             details = {
                 "pairs": options.pairs,
+                "epochs": EPOCHS,
                 "pairs_per_batch": options.batch,
                 "batches_per_update": options.accumulation,
                 "lora": LORA,
@@ -134,8 +137,9 @@ class Sides:
         computed = self.pair_tokens - (prompts if shares else 0)
         weights = sum(weight.numel() for weight in self._base.parameters())
         # Frozen weights: a multiplication and an addition forwards, as many back to the inputs, and one more
-        # forward pass where there is a reference to compute.
-        return Work(self.pair_tokens, (6 if reference else 4) * weights * computed)
+        # forward pass where there is a reference to compute: ours once, TRL's in every epoch.
+        passes = 2 * EPOCHS + ((1 if shares else EPOCHS) if reference else 0)
+        return Work(EPOCHS * self.pair_tokens, 2.0 * passes * weights * computed)
 
     def _with_reference(self) -> Dataset:
         logps = pair_logps(
@@ -158,6 +162,7 @@ class Sides:
             str(self._scratch),
             per_device_train_batch_size=self._options.batch,
             gradient_accumulation_steps=self._options.accumulation,
+            num_train_epochs=EPOCHS,
             learning_rate=1e-4,
             max_length=1024,
             bf16=on_gpu,
