@@ -548,7 +548,8 @@ def test_a_failure_in_a_worker_process_is_one_line(things: Path, tmp_path: Path)
     assert "Traceback" not in done.stderr
     assert "Warning" not in done.stderr
     require_nothing_half_written(tmp_path)
-    assert not (tmp_path / "runs" / "tiny" / "scores").exists()
+    # The folder itself may stay: neither of two workers that fail at once sees that it is the last in it.
+    assert not list((tmp_path / "runs" / "tiny").glob("scores/*"))
 
 
 BROKEN = """
