@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 from peft import LoraConfig
 from torch import Tensor
 from transformers import AutoTokenizer, PrinterCallback
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig
 
 from protocol_pairs import Start
 from selective_dpo.core.folds import FOLDS
 from selective_dpo.scoring.plan import ScorerRun, split_pairs
-from workload import MAX_LENGTH
+from workload import MAX_LENGTH, TokenizedDPOTrainer
 
 EVALUATION_BATCH = 8
 """TRL's default, and the original's on UltraFeedback."""
@@ -41,14 +41,7 @@ class HeldOut(NamedTuple):
     """What TRL reports of the same evaluation."""
 
 
-class TokenizedTrainer(DPOTrainer):  # type: ignore[misc]
-    """TRL's trainer on rows that are tokens already, as both sides get them; nothing else is changed."""
-
-    def _prepare_dataset(self, dataset: Any, *others: Any) -> Any:
-        return dataset
-
-
-class HeldOutTrainer(TokenizedTrainer):
+class HeldOutTrainer(TokenizedDPOTrainer):
     """It also keeps the loss of each pair whenever TRL evaluates."""
 
     def __init__(self, *args: Any, **others: Any) -> None:
@@ -116,7 +109,7 @@ def score_as_the_original(
 
 def train_on_all(start: Start, pairs: Dataset, settings: dict[str, Any], lora: dict[str, Any] | None) -> None:
     """One epoch of DPO on all pairs. Without `lora` TRL loads a second model as the reference."""
-    trainer = TokenizedTrainer(
+    trainer = TokenizedDPOTrainer(
         start.load(),
         args=_arguments(settings, TRAINING_SEED, start),
         train_dataset=pairs,

@@ -19,7 +19,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import PrinterCallback
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig
 
 from harness import interleave, show, summary
 from on_gpu import Work, measure_on_gpu
@@ -27,17 +27,10 @@ from selective_dpo.core.dpo import dpo_losses
 from selective_dpo.engine.logprobs import PairLogps, pair_logps
 from selective_dpo.engine.memory import TokenBudget
 from selective_dpo.launch.quiet import quieten_libraries
-from workload import byte_tokenizer, seven_billion, small_model, tokenized_pairs
+from workload import TokenizedDPOTrainer, byte_tokenizer, seven_billion, small_model, tokenized_pairs
 
 BETA = 0.1
 LORA: dict[str, Any] = {"r": 16, "lora_alpha": 16, "target_modules": "all-linear"}
-
-
-class TokenizedDPOTrainer(DPOTrainer):  # type: ignore[misc]
-    """TRL's trainer on rows that are tokens already; nothing else is changed."""
-
-    def _prepare_dataset(self, dataset: Any, *others: Any) -> Any:
-        return dataset
 
 
 def main() -> None:

@@ -32,7 +32,7 @@ from selective_dpo.engine.reference import CHOSEN_COLUMN, REJECTED_COLUMN
 from selective_dpo.launch.quiet import quieten_libraries
 from selective_dpo.training.pair_trainer import PairTrainer
 from selective_dpo.training.rows import with_cached_reference
-from workload import byte_tokenizer, seven_billion, small_model, tokenized_pairs
+from workload import TokenizedDPOTrainer, byte_tokenizer, seven_billion, small_model, tokenized_pairs
 
 LORA: dict[str, Any] = {"r": 16, "lora_alpha": 16, "target_modules": "all-linear"}
 EPOCHS = 3
@@ -43,13 +43,6 @@ TOLERANCE = 0.01
 """Largest relative difference in what the two sides learn, in float32. Adam divides a gradient by its own
 size, so rounding in gradients near zero counts in full; gradients themselves agree to 1e-4
 (tests/equality/test_shared_training.py)."""
-
-
-class TokenizedDPOTrainer(DPOTrainer):  # type: ignore[misc]
-    """TRL's trainer on rows that are tokens already; nothing else is changed."""
-
-    def _prepare_dataset(self, dataset: Any, *others: Any) -> Any:
-        return dataset
 
 
 class Learned(NamedTuple):

@@ -21,8 +21,8 @@ from selective_dpo.training.equal_weights import BLANK, WEIGHT, weigh_equally
 from selective_dpo.training.finite import FiniteGradients, require_finite_loss
 from selective_dpo.training.logged_means import LoggedMeans
 from selective_dpo.training.micro_batches import ROW, WithinMemory
-from selective_dpo.training.rows import RowCollator, has_reference, is_tokenized, named_missing
-from selective_dpo.training.shared_step import SharedModel, shares_rows
+from selective_dpo.training.rows import RowCollator, has_reference, named_missing
+from selective_dpo.training.shared_step import SharedModel, is_tokenized, shares_rows
 from selective_dpo.training.update_batches import MEANS_OVER_PAIRS, can_deal_by_length, deal_by_length
 
 if TYPE_CHECKING:

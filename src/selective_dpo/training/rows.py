@@ -1,44 +1,23 @@
-"""Training rows: what they carry, how long they are, and which of them a batch holds."""
+"""Training rows: what they carry, and which of them a batch holds."""
 
 from __future__ import annotations
 
 import copy
 from typing import Any
 
-import numpy as np
-import pyarrow.compute as pc
 import torch
 from datasets import Dataset
-from numpy.typing import NDArray
 from trl import DPOConfig
 
 from selective_dpo.curriculum.apply import PAIR_ID
 from selective_dpo.engine.reference import CHOSEN_COLUMN, REJECTED_COLUMN
 from selective_dpo.errors import ConfigError, name_some
 from selective_dpo.training.micro_batches import ROW
-from selective_dpo.training.shared_step import TOKEN_COLUMNS
-
-_ROWS_AT_ONCE = 10_000
-
-
-def is_tokenized(dataset: Any) -> bool:
-    """Whether the rows carry TRL's token columns."""
-    return isinstance(dataset, Dataset) and set(TOKEN_COLUMNS) <= set(dataset.column_names)
 
 
 def has_reference(dataset: Any) -> bool:
     """Whether the rows carry reference log-probs."""
     return isinstance(dataset, Dataset) and {CHOSEN_COLUMN, REJECTED_COLUMN} <= set(dataset.column_names)
-
-
-def pair_lengths(dataset: Dataset) -> NDArray[np.int64]:
-    """Tokens of prompt plus the longer completion of each tokenized row: [P], without copying the tokens."""
-    rows = dataset.select_columns(list(TOKEN_COLUMNS)).with_format("arrow")
-    lengths = []
-    for batch in rows.iter(_ROWS_AT_ONCE):
-        prompt, chosen, rejected = (pc.list_value_length(batch[name]) for name in TOKEN_COLUMNS)
-        lengths.append(pc.add(prompt, pc.max_element_wise(chosen, rejected)).to_numpy())
-    return np.concatenate(lengths).astype(np.int64)
 
 
 def with_cached_reference(args: DPOConfig, train: Dataset) -> DPOConfig:

@@ -11,11 +11,13 @@ from transformers import TrainerCallback
 from trl import DPOConfig
 
 from selective_dpo.curriculum.apply import DIFFICULTY, PAIR_ID
+from selective_dpo.engine.padded_rows import pair_lengths
 from selective_dpo.errors import ConfigError, name_some
 from selective_dpo.training.micro_batches import ROW
 from selective_dpo.training.order import ConsumedOrder, OrderLog
 from selective_dpo.training.pair_trainer import PairTrainer
-from selective_dpo.training.rows import has_reference, is_tokenized, pair_lengths, with_cached_reference
+from selective_dpo.training.rows import has_reference, with_cached_reference
+from selective_dpo.training.shared_step import is_tokenized
 
 if TYPE_CHECKING:
     from selective_dpo.curriculum.table import Curriculum

@@ -39,6 +39,11 @@ _TOKEN_FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_
 Rows = dict[str, list[NDArray[np.int64]]]
 
 
+def is_tokenized(dataset: Any) -> bool:
+    """Whether the rows carry TRL's token columns."""
+    return isinstance(dataset, Dataset) and set(TOKEN_COLUMNS) <= set(dataset.column_names)
+
+
 class SharedModel:
     """A model as TRL's `_compute_loss` calls it; the model itself sees shared rows.
 
@@ -137,9 +142,8 @@ def shares_rows(trainer: Any, model: Any, path: PathName) -> bool:
 def _obstacle(trainer: Any, model: nn.Module) -> str | None:
     """What in a trainer's settings rules shared rows out, if anything."""
     rows, args = trainer.train_dataset, trainer.args
-    tokenized = isinstance(rows, Dataset) and set(TOKEN_COLUMNS) <= set(rows.column_names)
     obstacles = [
-        (not tokenized, "the rows are not text tokenized beforehand"),
+        (not is_tokenized(rows), "the rows are not text tokenized beforehand"),
         (trainer.aux_loss_enabled, "the router's balancing loss needs a plain padding mask"),
         (
             _has_dropout(model),
