@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors import SafetensorError
 
 from selective_dpo.artifacts import folder_digests, read_json, verify_folder
@@ -37,7 +36,6 @@ FULL = "No space left on device"
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a recipe and its run, up to the report, as it is where nothing goes wrong."""
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("whole")
     tiny_model_folder(folder / "model")
     tiny_pairs_file(folder / "pairs.jsonl")

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import torch
 from huggingface_hub import close_session
 
 from selective_dpo.artifacts import folder_digests, read_json, verify_folder
@@ -125,7 +124,6 @@ def hub() -> Iterator[Hub]:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a recipe and its run, up to the policy."""
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("trained")
     recipe = tiny_recipe(folder, score={"evaluations": 1})
     assert main(["train", str(recipe_file(recipe, folder / "recipe.yaml"))]) == 0

@@ -27,6 +27,7 @@ import pytest
 from selective_dpo.artifacts import is_complete, publish_folder, read_manifest, remove_partials, verify_folder
 from selective_dpo.errors import BusyError
 from selective_dpo.locks import Holder, holding, lock_beside, run_lock
+from tests.fixtures.fork_server import Forked, ForkServer
 from tests.fixtures.models import recipe_file, tiny_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,8 +36,10 @@ PATIENCE = 120.0
 AT_ONCE = 1.0
 """Seconds for the kernel to free the lock of a killed process."""
 
+Process = subprocess.Popen[str] | Forked
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
+
+def wait_for(condition: Callable[[], bool], process: Process | None = None) -> None:
     until = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < until
@@ -45,16 +48,19 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str] | Non
 
 
 class Started:
-    """Python processes that are killed at the end, whatever happened."""
+    """Processes that are killed at the end, whatever happened."""
 
-    def __init__(self) -> None:
-        self._all: list[subprocess.Popen[str]] = []
+    def __init__(self, server: ForkServer) -> None:
+        self._server = server
+        self._all: list[Process] = []
 
     def python(self, code: str, *arguments: object) -> subprocess.Popen[str]:
         return self.start(["-c", textwrap.dedent(code), *map(str, arguments)])
 
-    def command(self, *arguments: object) -> subprocess.Popen[str]:
-        return self.start(["-m", "selective_dpo", *map(str, arguments)])
+    def command(self, *arguments: str | Path) -> Forked:
+        process = self._server.start(*arguments)
+        self._all.append(process)
+        return process
 
     def start(self, arguments: list[str]) -> subprocess.Popen[str]:
         process = subprocess.Popen(
@@ -75,8 +81,8 @@ class Started:
 
 
 @pytest.fixture
-def started() -> Iterator[Started]:
-    processes = Started()
+def started(server: ForkServer) -> Iterator[Started]:
+    processes = Started(server)
     yield processes
     processes.end()
 
@@ -397,14 +403,14 @@ def run(prepared: Path, tmp_path: Path) -> TinyRun:
     return TinyRun(prepared, tmp_path)
 
 
-def stopped(process: subprocess.Popen[str], lock: Path) -> None:
+def stopped(process: Process, lock: Path) -> None:
     """Stop the process as soon as it holds the lock file."""
     wait_for(lambda: lock.is_file() and lock.read_text().endswith("\n"), process)
     process.send_signal(signal.SIGSTOP)
     assert lock.is_file()
 
 
-def require_one_line(process: subprocess.Popen[str], *words: str, after: str = "") -> None:
+def require_one_line(process: Process, *words: str, after: str = "") -> None:
     """Exit code 2 and one line on stderr; `after` what it had to say on its way there, if anything."""
     _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 2, errors
@@ -415,7 +421,7 @@ def require_one_line(process: subprocess.Popen[str], *words: str, after: str = "
         assert word in error
 
 
-def require_done(process: subprocess.Popen[str]) -> None:
+def require_done(process: Process) -> None:
     process.send_signal(signal.SIGCONT)
     _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, errors
@@ -476,10 +482,10 @@ def test_a_worker_that_outlived_its_command_keeps_its_scorer_and_the_others_are_
 
 
 @pytest.mark.slow
-@pytest.mark.fault(row=12, trials=4)
+@pytest.mark.fault(row=12, trials=12)
 def test_a_command_killed_at_any_moment_leaves_no_lock_behind(started: Started, run: TinyRun) -> None:
     generator = random.Random(12)
-    for _ in range(4):
+    for _ in range(12):
         first = started.command("score", run.recipe)
         wait_for(run_lock(run.root).is_file, first)
         time.sleep(generator.random())

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from selective_dpo.artifacts import folder_digests, verify_folder
 from selective_dpo.cli.main import main
@@ -37,7 +36,6 @@ MAKERS = (
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with model, pairs, recipe and a run up to the policy."""
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("whole")
     assert main(["train", str(recipe_in(folder))]) == 0
     return folder

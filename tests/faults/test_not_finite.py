@@ -54,16 +54,6 @@ POISON = "~"
 """Stands in no other pair."""
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model_folder(tmp_path_factory.mktemp("model"))
-
-
 def poisoned(model: Any, value: float = math.nan) -> Any:
     model.get_input_embeddings().weight.data[ord(POISON)] = value
     return model

@@ -25,7 +25,7 @@ from selective_dpo.cli.main import main
 from selective_dpo.errors import ModelError
 from selective_dpo.training import train as train_module
 from selective_dpo.training.micro_batches import ROW, cut, pairs_in, take_pairs
-from tests.fixtures.models import LORA, recipe_file, tiny_model_folder, tiny_recipe
+from tests.fixtures.models import LORA, recipe_file, tiny_recipe
 from tests.fixtures.processes import trained_weights
 from tests.fixtures.tokenizers import byte_tokenizer
 from tests.fixtures.training import curriculum_of, dpo_config, load_model
@@ -34,16 +34,6 @@ ROOT = Path(__file__).resolve().parents[2]
 PAIRS, BATCH, ACCUMULATED = 14, 4, 2
 TOLERANCE = 1e-5
 Phase = Literal["forward", "backward"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model_folder(tmp_path_factory.mktemp("model"))
 
 
 def ragged_rows(count: int, seed: int = 5) -> list[dict[str, Any]]:

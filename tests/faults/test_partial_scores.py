@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from selective_dpo.artifacts import verify_folder
 from selective_dpo.cli.main import main
@@ -32,7 +31,6 @@ SCORERS = [f"seed{seed}-fold{fold}" for seed in (41, 42, 43) for fold in (0, 1)]
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("undisturbed")
     assert main(["curriculum", str(recipe_of(folder))]) == 0
     return folder / "runs" / "tiny"

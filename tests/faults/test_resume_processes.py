@@ -2,58 +2,34 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from selective_dpo.cli.main import main
-from tests.fixtures.fork_server import REPOSITORY
+from tests.fixtures.fork_server import Forked, ForkServer
 from tests.fixtures.resuming import SETTINGS, resuming_recipe
 
 EXIT_CODE = 75
 SCORER = "seed41-fold0"
 
 
-def start(recipe: Path, *options: str) -> subprocess.Popen[str]:
-    """The command in a session of its own, so that all its processes can be killed at once."""
-    command = [sys.executable, "-m", "selective_dpo", "score", str(recipe), "--only", SCORER, *options]
-    return subprocess.Popen(
-        command,
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+def finished(ranks: list[Forked]) -> str:
+    """What both processes wrote, when they have ended well."""
+    written = ["".join(each.communicate()) for each in ranks]
+    assert [each.returncode for each in ranks] == [0, 0], written
+    return "\n".join(written)
 
 
-def finish(started: subprocess.Popen[str], code: int) -> str:
-    output, _ = started.communicate(timeout=120)
-    assert started.returncode == code, output
-    return output
-
-
-def wait_for_step(started: subprocess.Popen[str], checkpoints: Path, step: int) -> None:
+def wait_for_step(started: list[Forked], checkpoints: Path, step: int) -> None:
     until = time.monotonic() + 90
     while not [path for path in checkpoints.glob("step-*") if int(path.name[5:]) >= step]:
-        if started.poll() is not None or time.monotonic() > until:
-            pytest.fail(f"step {step} was never reached: {started.communicate(timeout=60)[0]}")
-        time.sleep(0.02)
-
-
-def kill_all(started: subprocess.Popen[str]) -> None:
-    parent = psutil.Process(started.pid)
-    for process in [*parent.children(recursive=True), parent]:
-        process.kill()
-    started.communicate(timeout=60)
+        if any(each.poll() is not None for each in started) or time.monotonic() > until:
+            pytest.fail(f"step {step} was never reached: {[each.communicate(60) for each in started]}")
+        time.sleep(0.01)
 
 
 @pytest.mark.slow
@@ -61,7 +37,7 @@ def kill_all(started: subprocess.Popen[str]) -> None:
 @pytest.mark.fault(row=2, trials=1)
 @pytest.mark.fault(row=1, trials=1)
 def test_two_processes_are_interrupted_killed_resumed_and_not_mixed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, server: ForkServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Rows 1, 2 and 8, on two CPU processes. A scorer with random order over four epochs: SIGTERM to the
     command in the second epoch gives a checkpoint and exit code 75; the repeated command is killed later;
@@ -73,14 +49,17 @@ def test_two_processes_are_interrupted_killed_resumed_and_not_mixed(
     recipe = resuming_recipe(tmp_path, launch=launch, score={"trainer": {**SETTINGS, **trainer}})
     run = tmp_path / "runs" / "tiny"
     records, checkpoints = run / "scores" / SCORER / "records.parquet", run / "checkpoints" / SCORER
-    finish(start(recipe), 0)
+    command = ("score", recipe, "--only", SCORER)
+    finished(server.start_ranks(2, *command))
     undisturbed = records.read_bytes()
     shutil.rmtree(run)
 
-    started = start(recipe)
-    wait_for_step(started, checkpoints, 8)
-    os.kill(started.pid, signal.SIGTERM)
-    output = finish(started, EXIT_CODE)
+    # One process of the user's, which has PyTorch's launcher start two: the signal has to reach all of them.
+    started = server.start(*command)
+    wait_for_step([started], checkpoints, 8)
+    started.send_signal(signal.SIGTERM)
+    output = "".join(started.communicate())
+    assert started.returncode == EXIT_CODE, output
     assert "selective-dpo: seed41-fold0: interrupted by SIGTERM at step" in output
     assert output.strip().splitlines()[-1].endswith("interrupted by SIGTERM: run the same command to go on")
     sealed = sorted(path.name for path in checkpoints.glob("step-*"))
@@ -94,11 +73,13 @@ def test_two_processes_are_interrupted_killed_resumed_and_not_mixed(
     assert "now there are 1 process(es), 1 pairs an update" in refusal
     assert sorted(path.name for path in checkpoints.glob("step-*")) == sealed
 
-    started = start(recipe)
-    wait_for_step(started, checkpoints, reached + 3)
-    kill_all(started)
+    ranks = server.start_ranks(2, *command)
+    wait_for_step(ranks, checkpoints, reached + 3)
+    for each in ranks:
+        each.kill()
+        each.wait()
     assert not records.exists()
-    assert "going on from" in finish(start(recipe), 0)
+    assert "going on from" in finished(server.start_ranks(2, *command))
     assert records.read_bytes() == undisturbed
     assert not (run / "checkpoints").exists()
 

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,12 +22,6 @@ from tests.fixtures.resuming import STEPS, resuming_recipe
 SEED = 20261122
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h
 LINE = re.compile(r"selective-dpo: (?:(\S.*): )?interrupted by SIGTERM at step (\d+) of (\d+): run the same")
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
-    with ForkServer(tmp_path_factory.mktemp("server")) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

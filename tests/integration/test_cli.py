@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from selective_dpo import __version__, artifacts
 from selective_dpo.artifacts import MANIFEST
@@ -26,11 +25,6 @@ from tests.fixtures.models import recipe_file, tiny_model_folder, tiny_pairs_fil
 
 HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "pyarrow")
 ERROR = "selective-dpo: error: "
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
@@ -380,7 +374,6 @@ def test_an_incomplete_set_of_records_is_refused_or_accepted_by_name(
 @pytest.fixture(scope="module")
 def finished(things: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder whose `runs/tiny` has been trained; copied for each test that changes it."""
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("finished")
     assert main(["train", *recipe_in(things, folder)]) == 0
     return folder

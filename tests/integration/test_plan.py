@@ -31,11 +31,6 @@ RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 NAMES = sorted(file.stem for file in RECIPES.glob("*.yaml"))
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def recipe_with_all_stages(folder: Path, **blocks: Any) -> Recipe:
     tiny_pairs_file(folder / "test.jsonl", pairs=10, seed=5)
     return tiny_recipe(

@@ -31,7 +31,6 @@ SCORE: dict[str, Any] = {
 # TRL uses names that transformers has deprecated.
 @pytest.fixture(autouse=True)
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    torch.set_num_threads(1)
     monkeypatch.chdir(tmp_path)
     tiny_model_folder(tmp_path / "my-sft-model")
     return tmp_path

@@ -90,7 +90,6 @@ def small_model(folder: Path, texts: Iterator[str]) -> Path:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run's folder, after `selective-dpo run`."""
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("real")
     texts = (row[side][-1]["content"] for row in rows_of(TRAIN)[:300] for side in ("chosen", "rejected"))
     small_model(folder / "model", texts)

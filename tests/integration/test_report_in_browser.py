@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,7 @@ from selective_dpo.reporting.report import write_report
 from tests.fixtures.run_folder import HOSTILE, make_run_folder
 
 pytestmark = pytest.mark.browser
-playwright_api = pytest.importorskip("playwright.sync_api")
 
-CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome")
-ARGUMENTS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-sync",
-    "--no-first-run",
-]
 # For each figure: its box, how many marks have an extent, and whether its letters stay inside.
 MEASURE = """
 () => [...document.querySelectorAll('figure > .scroll > svg')].map(svg => {
@@ -43,17 +33,6 @@ MEASURE = """
 """
 FEWEST_MARKS = {"arms": 9, "difficulty": 40, "agreement": 225, "length": 300, "training": 12}
 """9 estimates; 48 bins, of which a few may be empty; 15 x 15 cells; most of 400 dots; 12 curves."""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    executable = next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
-    if executable is None:
-        pytest.skip(f"no browser: none of {', '.join(CHROMIUM_NAMES)} is on the path")
-    with playwright_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=executable, args=ARGUMENTS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

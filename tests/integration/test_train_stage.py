@@ -55,7 +55,6 @@ def write_recipe(folder: Path, **train: Any) -> Path:
 @pytest.fixture
 def workplace(scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the scored run, in the working folder of the test."""
-    torch.set_num_threads(1)
     shutil.copytree(scored, tmp_path / "work")
     monkeypatch.chdir(tmp_path / "work")
     return tmp_path / "work"

@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
 from selective_dpo.cli.main import main
 from selective_dpo.config import Recipe
@@ -41,11 +40,6 @@ RESERVED = ["CON", "nul", "Com1", "lpt9.txt", "aux.", "prn.a.b", "a."]
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     return tiny_recipe(tmp_path_factory.mktemp("names"))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

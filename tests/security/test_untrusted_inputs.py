@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from selective_dpo.artifacts import read_json
 from selective_dpo.cli.main import main
@@ -21,11 +20,6 @@ from tests.fixtures.models import recipe_file, tiny_model_folder, tiny_pairs_fil
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src" / "selective_dpo"
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
