@@ -224,6 +224,7 @@ def seeds_of(target: str) -> list[bytes]:
         "records-parquet": lambda: [records_bytes(records_rows())],
         "curriculum-table": lambda: [curriculum_bytes()],
         "curriculum-facts": lambda: [_facts_bytes()],
+        "prompts": lambda: [json_lines([{"prompt": row["prompt"]} for row in TEXT_ROWS + CHAT_ROWS])],
         "template": lambda: [CHATML.encode(), b"{{ messages[0]['content'] }}{% set x = 1 %}"],
     }
     return list(makers[target]())

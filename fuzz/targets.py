@@ -19,6 +19,7 @@ from tests.fixtures.tokenizers import byte_tokenizer
 
 from selective_dpo.artifacts import file_digest
 from selective_dpo.config import DataConfig, SourceConfig
+from selective_dpo.core.identity import prompt_id
 from selective_dpo.core.records import loss_table
 from selective_dpo.curriculum.exporting import export_curriculum
 from selective_dpo.curriculum.importing import import_records
@@ -26,11 +27,14 @@ from selective_dpo.curriculum.records_io import read_records
 from selective_dpo.curriculum.records_table import read_loss_table
 from selective_dpo.curriculum.table import FACTS, TABLE, Curriculum
 from selective_dpo.data.prepare import prepare_pairs
+from selective_dpo.data.prompts import read_prompts
+from selective_dpo.data.readers import count_file
 from selective_dpo.data.store import load_pairs, load_tokens
 from selective_dpo.data.templates import apply_template
 from selective_dpo.data.tokenize import tokenize_pairs
 from selective_dpo.digests import digest
 from selective_dpo.errors import SelectiveDPOError
+from selective_dpo.evaluation.prompt_tokens import encode_prompt
 from selective_dpo.recipe_io import dump_config, load_recipe, make_recipe
 
 Target = Callable[[bytes], None]
@@ -154,6 +158,17 @@ def curriculum_facts(data: bytes) -> None:
             check_curriculum(Curriculum.load(path), path.parent)
 
 
+def prompts(data: bytes) -> None:
+    """JSON Lines of prompts to be answered."""
+    with _file("prompts.jsonl", data) as path, refusals():
+        read = read_prompts(path)
+        assert len(read) == count_file(path)
+        for prompt in read:
+            prompt_id(prompt)
+            with refusals():
+                encode_prompt(_tokenizer(), prompt, empty_system_message=True)
+
+
 def template(data: bytes) -> None:
     """A chat template."""
     from fuzz.corpus import CHAT_PAIRS
@@ -177,6 +192,7 @@ TARGETS: dict[str, Target] = {
     "records-parquet": records_parquet,
     "curriculum-table": curriculum_table,
     "curriculum-facts": curriculum_facts,
+    "prompts": prompts,
     "template": template,
 }
 

@@ -9,12 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 # Before torch and the hub's client are imported: both read these once.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+# Generated cases are the same ones each time, unless others are asked for.
+settings.register_profile(
+    "tests",
+    derandomize=not os.environ.get("RANDOM_CASES"),
+    database=None,
+    print_blob=True,
+    deadline=10_000,  # milliseconds: of a hang, and not of a busy machine's pauses
+)
+settings.load_profile("tests")
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 BROWSER_OPTIONS = (

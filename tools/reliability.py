@@ -1,25 +1,27 @@
 """Run the tests of the fault matrix and write docs/reliability.md from their outcome.
 
-python tools/reliability.py            run them, write the page; exit with 1 if a test failed
-python tools/reliability.py --check    run nothing; exit with 1 if the page names other tests than there are
+python tools/reliability.py            run them, two at a time, and write the page; exit code 1 if one failed
+python tools/reliability.py --check    run nothing; exit code 1 if the page names other tests than there are,
+                                       or an outcome other than "passed"
 
-A test says with `@pytest.mark.fault(row=1, trials=30)` which row it belongs to and how often it tries it.
+A test says with `@pytest.mark.fault(row=1)` which row it belongs to. Each of its parameters is a trial; with
+`trials=30`, each is 30 of them.
 """
 
 from __future__ import annotations
 
+import ast
 import platform
 import re
 import sys
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "reliability.md"
-TESTS = ("tests/faults", "tests/security", "tests/integration", "tests/unit")
 
 FAULTS = {
     1: ("killed (SIGKILL) while scoring, training, publishing", "resumes, same remaining order, same result"),
@@ -66,16 +68,15 @@ class Matrix:
         self.trials: dict[str, list[Trial]] = defaultdict(list)
         self.outcomes: dict[str, str] = {}
 
-    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[Any]) -> None:
-        """Keep the tests that carry a row."""
-        kept = [item for item in items if list(item.iter_markers("fault"))]
-        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-        items[:] = kept
-        for item in kept:
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """Note the tests; those that other processes run are not collected here again."""
+        for item in session.items:
             says = " ".join((item.function.__doc__ or "").split())
             for mark in item.iter_markers("fault"):
                 name = item.nodeid.split("[")[0]
-                self.trials[item.nodeid].append(Trial(mark.kwargs["row"], mark.kwargs["trials"], name, says))
+                self.trials[item.nodeid].append(
+                    Trial(mark.kwargs["row"], mark.kwargs.get("trials", 1), name, says)
+                )
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """The worst of a test's phases counts."""
@@ -104,22 +105,43 @@ class Matrix:
         return "\n".join(parts) + "\n"
 
 
+def marked_tests() -> set[str]:
+    """Names of the tests that carry a row, as the source has them."""
+    found = set()
+    for path in sorted(ROOT.glob("tests/**/test_*.py")):
+        for function in ast.walk(ast.parse(path.read_text("utf-8"))):
+            marks = [ast.unparse(mark) for mark in getattr(function, "decorator_list", ())]
+            if isinstance(function, ast.FunctionDef) and any(".mark.fault(" in mark for mark in marks):
+                found.add(f"{path.relative_to(ROOT).as_posix()}::{function.name}")
+    return found
+
+
+def faults_of(page: str) -> list[str]:
+    """What does not hold in the page's text."""
+    named = set(re.findall(r"`(tests/\S+::\w+)`", page))
+    found = [f"{test}: not as the page has it" for test in sorted(marked_tests() ^ named)]
+    rows = re.findall(r"(?m)^\| (\d+) \|.*\| (\d+) \| ([^|]+) \|$", page)
+    if [int(row) for row, _, _ in rows] != list(FAULTS):
+        found.append(f"rows {', '.join(row for row, _, _ in rows)}: not one for each fault")
+    return found + [f"row {row}: {outcome}" for row, _, outcome in rows if outcome != "passed"]
+
+
 def main(arguments: list[str]) -> int:
     """Write or check the page; the exit code."""
-    matrix = Matrix()
     check = arguments == ["--check"]
     if arguments and not check:
         sys.stderr.write(__doc__ or "")
         return 2
-    options: list[Any] = ["-q", "-p", "no:cacheprovider", *(str(ROOT / test) for test in TESTS)]
-    code = int(pytest.main([*options, "--collect-only"] if check else options, plugins=[matrix]))
+    if check:
+        wrong = faults_of(PAGE.read_text("utf-8"))
+        sys.stderr.write("".join(f"{PAGE.name}: {line}\n" for line in wrong))
+        return int(bool(wrong))
+    matrix = Matrix()
+    options = ["-q", "-p", "no:cacheprovider", "-m", "fault", str(ROOT / "tests")]
+    code = int(pytest.main([*options, "--collect-only"], plugins=[matrix]))
+    code = code or int(pytest.main([*options, "--numprocesses", "2"], plugins=[matrix]))
     if code:
         return 1
-    if check:
-        named = set(re.findall(r"`(tests/\S+::\w+)`", PAGE.read_text("utf-8")))
-        missing = {trial.test for trials in matrix.trials.values() for trial in trials} ^ named
-        sys.stderr.write("".join(f"{test}: not as {PAGE.name} has it\n" for test in sorted(missing)))
-        return int(bool(missing))
     PAGE.write_text(matrix.page(), "utf-8")
     return 0
 

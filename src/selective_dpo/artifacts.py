@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from selective_dpo.digests import digest
-from selective_dpo.errors import ArtifactError, name_some
+from selective_dpo.errors import ArtifactError, DiskError, name_some
 from selective_dpo.locks import holding, lock_beside
 
 SCHEMA_VERSION = 1
@@ -89,7 +89,7 @@ def publish_folder(folder: Path, *, kind: str, key: str) -> Iterator[Path]:
             _write_flushed(partial / MANIFEST, _to_json(manifest._asdict()))
             _replace_folder(partial, folder)
         except BaseException as error:
-            _name_place(error, folder)
+            _name_place(error, folder, partial)
             shutil.rmtree(partial, ignore_errors=True)
             raise
 
@@ -165,7 +165,17 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name to write a file under; on leaving without an error it becomes `path` in one step."""
+    """A name to write a file under; on leaving without an error it becomes `path` in one step.
+
+    Where `path` is a link, it stays, and what it points to is replaced.
+
+    Raises:
+        DiskError: there is something else than a file; a device, say, is not to be replaced by one.
+    """
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path
+    if path.exists() and not path.is_file():
+        what = "a folder" if path.is_dir() else "a device or a pipe"
+        raise DiskError(f"{path} is {what}, which no file can take the place of: choose another path")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.parent / f".partial-{path.name}-{uuid.uuid4().hex[:8]}"
     try:
@@ -174,10 +184,11 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.replace(path)
         _flush_folder(path.parent)
     except OSError as error:
-        _name_place(error, path)
+        _name_place(error, path, partial)
         raise
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # nothing can be there that could not be written
+            partial.unlink()
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -209,9 +220,11 @@ def _write_flushed(path: Path, content: str | bytes) -> None:
         os.fsync(stream.fileno())
 
 
-def _name_place(error: BaseException, path: Path) -> None:
-    # A write that the system refuses does not say where.
-    if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+def _name_place(error: BaseException, path: Path, partial: Path) -> None:
+    # A write that the system refuses does not say where, and the name aside means nothing to the user.
+    if not isinstance(error, OSError) or error.errno is None:
+        return
+    if error.filename is None or str(error.filename).startswith(str(partial)):
         error.filename = str(path)
 
 

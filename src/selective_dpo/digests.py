@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
 
 def canonical_json(value: object) -> str:
     """One spelling for equal values: sorted keys, no spaces, ASCII only.
@@ -12,7 +14,7 @@ def canonical_json(value: object) -> str:
     ASCII escapes make it defined for any Python string, lone surrogates included, which UTF-8 is not.
     Raises `ValueError` for NaN or infinity, which JSON has no word for.
     """
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return _CANONICAL.encode(value)
 
 
 def digest(value: object) -> str:

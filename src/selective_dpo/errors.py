@@ -7,6 +7,7 @@ import errno
 import os
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class SelectiveDPOError(Exception):
@@ -28,12 +29,23 @@ class TemplateError(DataError):
     """The chat template and the tokenizer do not give a usable prompt/completion boundary."""
 
 
+class RunawayTemplateError(TemplateError):
+    """A chat template takes more time or memory, or writes more, than any template needs."""
+
+    pair: int | None = None
+    """Which of the pairs that were rendered together it was."""
+
+
 class ModelError(SelectiveDPOError):
     """The model or tokenizer cannot be loaded, or cannot do what the recipe asks of it."""
 
 
 class ArtifactError(SelectiveDPOError):
     """A published file is missing, incomplete, of another schema, or not what its digest says."""
+
+
+class CheckpointError(ArtifactError):
+    """A checkpoint's digests are right, and what it holds is not what its training has written."""
 
 
 class IdentityError(SelectiveDPOError):
@@ -71,6 +83,13 @@ class Interrupted(SelectiveDPOError):  # noqa: N818 (nothing is wrong)
     """The system's EX_TEMPFAIL: try again. A scheduler can queue the same command again on it."""
 
 
+class StartAgainError(SelectiveDPOError):
+    """One of several processes found that all have to start again, and can go on then."""
+
+    exit_code = 75
+    """As for `Interrupted`."""
+
+
 _DISK_FAULTS = frozenset(  # not of this package
     (
         errno.EACCES,
@@ -79,8 +98,13 @@ _DISK_FAULTS = frozenset(  # not of this package
         errno.ENOSPC,
         errno.EDQUOT,
         errno.EFBIG,
+        errno.EIO,
+        errno.ESTALE,
         errno.ENOTDIR,
+        errno.EISDIR,
         errno.EEXIST,
+        errno.ENAMETOOLONG,
+        errno.ELOOP,
     )
 )
 _OS_ERROR = re.compile(r"\(os error (\d+)\)|Os \{ code: (\d+)")
@@ -93,12 +117,24 @@ def disk_fault(error: BaseException | None) -> str | None:
         number = error.errno if isinstance(error, OSError) else None
         if number is None and (told := _OS_ERROR.search(str(error))):
             number = int(told[1] or told[2])
-        if number in _DISK_FAULTS:
-            place = getattr(error, "filename", None)
+        place = getattr(error, "filename", None)
+        if number in _DISK_FAULTS or (number == errno.ENOENT and _is_nowhere(place)):
             where = f"{place}: " if place else ""
             return f"{where}{os.strerror(number)}; check the path, its permissions and the room on the disk"
         error = error.__cause__
     return None
+
+
+def _is_nowhere(place: object) -> bool:
+    """Whether the folder of a path is not there, or the current one is gone.
+
+    Where it is there and only the file is not, somebody looked for a file that nobody wrote: ours to mend.
+    """
+    try:
+        here = Path.cwd()
+        return isinstance(place, str | bytes) and not (here / os.fsdecode(place)).parent.is_dir()
+    except OSError:
+        return True
 
 
 def name_some(items: Iterable[object], limit: int = 5) -> str:

@@ -95,7 +95,7 @@ def holding(lock: Path, *, what: str, shared: bool = False) -> Iterator[None]:
     Raises:
         BusyError: another process, or another thread of this one, holds it.
     """
-    path = lock.parent.resolve() / lock.name
+    path = Path(os.path.realpath(lock.parent)) / lock.name  # `resolve` fails at links in a circle
     held = _enter(path, what, shared)
     try:
         yield

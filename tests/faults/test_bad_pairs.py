@@ -25,7 +25,7 @@ from fuzz.corpus import (
     seeds_of,
 )
 from fuzz.run import fuzz, mutated
-from fuzz.targets import LIMITS, TARGETS, pairs
+from fuzz.targets import LIMITS, TARGETS, pairs, prompts
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -70,6 +70,10 @@ rows = (
 )
 
 
+good_rows = st.sampled_from([[], TEXT_ROWS, CHAT_ROWS])
+"""What stands before the odd rows, and is kept whatever they are."""
+
+
 # --- rows ----------------------------------------------------------------------------------------------
 
 
@@ -95,18 +99,22 @@ def test_any_row_is_a_pair_or_has_a_reason(raw: Any) -> None:
 @pytest.mark.fault(row=14, trials=CASES["pair rows"])
 @generated("pair rows")
 @given(
+    good_rows,
     st.lists(rows, max_size=8),
     st.sampled_from([".jsonl", ".json", ".jsonl.gz"]),
     st.sampled_from(
         [{}, {"overlong": "truncate"}, {"max_pairs": 3}, {"max_length": 8, "max_prompt_length": 4}]
     ),
 )
-@example(TEXT_ROWS + TEXT_ROWS, ".jsonl", {})
-@example([{}], ".jsonl", {})
-def test_json_of_any_rows(drawn: list[Any], suffix: str, options: dict[str, Any]) -> None:
-    content = json_lines(drawn) if ".jsonl" in suffix else json.dumps(drawn).encode("ascii")
+@example(TEXT_ROWS, TEXT_ROWS, ".jsonl", {})
+@example([], [{}], ".jsonl", {})
+def test_json_of_any_rows(good: list[Any], odd: list[Any], suffix: str, options: dict[str, Any]) -> None:
+    content = json_lines(good + odd) if ".jsonl" in suffix else json.dumps(good + odd).encode("ascii")
+    content = gzip.compress(content) if suffix.endswith(".gz") else content
     with bounded():
-        pairs(f"pairs{suffix}", gzip.compress(content) if suffix.endswith(".gz") else content, **options)
+        counts = pairs(f"pairs{suffix}", content, **options)
+    if good and not options:
+        assert counts is not None and counts["kept"] >= len(good) == 4
 
 
 @pytest.mark.fault(row=14, trials=CASES["pair cells"])
@@ -115,9 +123,11 @@ def test_json_of_any_rows(drawn: list[Any], suffix: str, options: dict[str, Any]
 def test_csv_of_any_cells(drawn: list[list[str]], end: str) -> None:
     stream = io.StringIO(newline="")
     writer = csv.writer(stream, lineterminator=end)
-    writer.writerows([["prompt", "chosen", "rejected"], *drawn])
+    good = [[row[name] for name in ("prompt", "chosen", "rejected")] for row in TEXT_ROWS]
+    writer.writerows([["prompt", "chosen", "rejected"], *good, *drawn])
     with bounded():
-        pairs("pairs.csv", stream.getvalue().encode("utf-8", "surrogatepass"))
+        counts = pairs("pairs.csv", stream.getvalue().encode("utf-8", "surrogatepass"))
+    assert counts is not None and counts["kept"] >= 4
 
 
 columns = st.sampled_from(
@@ -180,6 +190,17 @@ def test_bytes_of_any_kind(suffix: str, content: bytes | None, generator: Any, t
         pairs(f"pairs{suffix}", content)
 
 
+@pytest.mark.fault(row=14, trials=CASES["prompt rows"])
+@generated("prompt rows")
+@given(st.lists(st.fixed_dictionaries({"prompt": values}) | rows, max_size=4))
+@example([{"prompt": [{"role": "user"}]}])  # was a traceback
+@example([{"prompt": []}])
+@example([{"prompt": "\ud800"}])
+def test_prompts_of_any_kind(drawn: list[Any]) -> None:
+    with bounded():
+        prompts(json_lines(drawn))
+
+
 def valid(suffix: str) -> bytes:
     kind = suffix.removeprefix(".").removesuffix(".gz")
     content = seeds_of(f"pairs-{kind}")[0]
@@ -196,11 +217,12 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.fault(row=14, trials=CASES["pairs command line"])
 def test_the_command_line_says_one_line(workplace: Path) -> None:
     @generated("pairs command line")
-    @given(st.lists(rows, max_size=6), st.randoms(use_true_random=False))
-    @example([], None)
-    @example([{"x": "\x1b[31m\ud800"}], None)
-    def check(drawn: list[Any], generator: Any) -> None:
-        content = json_lines(drawn)
+    @given(good_rows, st.lists(rows, max_size=6), st.none() | st.randoms(use_true_random=False))
+    @example([], [], None)
+    @example([], [{"x": "\x1b[31m\ud800"}], None)
+    @example(TEXT_ROWS, [], None)
+    def check(good: list[Any], odd: list[Any], generator: Any) -> None:
+        content = json_lines(good + odd)
         (workplace / "pairs.jsonl").write_bytes(
             mutated(content, generator) if generator and content else content
         )
@@ -270,7 +292,7 @@ def test_each_kind_of_odd_row_has_its_status(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.fault(row=14, trials=1)
+@pytest.mark.fault(row=14)
 def test_one_bad_row_among_a_million_is_named(tmp_path: Path) -> None:
     bad = 777_777
     path = tmp_path / "million.jsonl"
@@ -280,13 +302,13 @@ def test_one_bad_row_among_a_million_is_named(tmp_path: Path) -> None:
         stream.write('{"prompt": "bad", "chosen": "a", "rejected": 1}\n')
         stream.writelines(good % number for number in range(bad + 1, MILLION))
     begun = time.process_time()  # not the wall's: other tests may share the core
-    with bounded(300.0):
+    with bounded(240.0):
         assert count_file(path) == MILLION
         sorter = RowSorter(())
         for number, raw in enumerate(read_file(path)):
             sorter.tally.count(sorter.judge(number, path.name, raw))
         summary = sorter.summary(byte_tokenizer())
-    assert time.process_time() - begun < 40.0
+    assert time.process_time() - begun < 40.0  # 14 s where nothing else runs
     assert summary.counts == {"kept": MILLION - 1, "malformed": 1}
     assert summary.first_rows == {"malformed": "row 777,777 of million.jsonl"}
 
@@ -357,16 +379,6 @@ def test_a_file_that_changes_between_counting_and_reading(
         monkeypatch.setattr("selective_dpo.data.sources.count_file", lambda _, rows=counted: rows)
         with pytest.raises(DataError, match=rf"does not give the {counted} rows that were counted"):
             prepared(tmp_path, TEXT_ROWS, max_pairs=2)
-
-
-def test_a_line_without_end_is_not_read_into_memory(tmp_path: Path) -> None:
-    path = tmp_path / "bomb.jsonl.gz"
-    with gzip.open(path, "wb", compresslevel=1) as stream:
-        for _ in range(80):
-            stream.write(b" " * (1 << 20))
-    assert path.stat().st_size < 1 << 20
-    with bounded(), pytest.raises(DataError, match="a line of more than 64 MiB"):
-        list(read_file(path))
 
 
 def test_csv_limits_are_put_back(tmp_path: Path) -> None:

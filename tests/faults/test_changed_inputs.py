@@ -35,7 +35,7 @@ def contents(run: Path) -> dict[str, str]:
     return {name: digest for name, digest in folder_digests(run).items() if not name.endswith(".lock")}
 
 
-@pytest.mark.fault(row=9, trials=len(CHANGES))
+@pytest.mark.fault(row=9)
 @pytest.mark.parametrize("what", CHANGES)
 def test_changed_settings_are_refused_field_by_field(
     killed: Killed,  # noqa: F811
@@ -78,7 +78,7 @@ def other_data(folder: Path) -> None:
     path.write_text("\n".join([lines[0].replace("+0", "+00"), *lines[1:]]) + "\n", "utf-8")
 
 
-@pytest.mark.fault(row=9, trials=4)
+@pytest.mark.fault(row=9)
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -118,7 +118,7 @@ def test_changed_contents_are_refused_with_both_digests(
     assert not differences(killed.run, killed.results)
 
 
-@pytest.mark.fault(row=9, trials=1)
+@pytest.mark.fault(row=9)
 def test_a_changed_setting_that_is_accepted_passes_its_checkpoints_over(killed: Killed) -> None:  # noqa: F811
     """Row 9. With --fresh another learning rate is accepted: the training begins anew, and none of the old
     checkpoints is read."""
@@ -129,7 +129,7 @@ def test_a_changed_setting_that_is_accepted_passes_its_checkpoints_over(killed: 
     assert not (killed.run / "checkpoints").exists()
 
 
-@pytest.mark.fault(row=15, trials=1)
+@pytest.mark.fault(row=15)
 def test_a_run_that_was_copied_elsewhere_goes_on_there(killed: Killed, tmp_path: Path) -> None:  # noqa: F811
     """Row 15. The killed run, its model and its data under other paths and with other times: it goes on from
     its checkpoint, to the same weights."""

@@ -34,6 +34,7 @@ def moment_of(kill: int, undisturbed: Outcome) -> Moment:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # three minutes on a quiet machine
 @pytest.mark.fault(row=1, trials=KILLS)
 def test_the_demos_pipeline_is_killed_thirty_times_and_ends_as_an_undisturbed_one(
     server: ForkServer, tmp_path: Path

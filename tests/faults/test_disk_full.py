@@ -115,7 +115,7 @@ def without(run: Path, first: str) -> None:
         shutil.rmtree(place) if place.is_dir() else place.unlink()
 
 
-@pytest.mark.fault(row=5, trials=1)
+@pytest.mark.fault(row=5)
 @pytest.mark.parametrize("pages", [0, 2, 5])
 @pytest.mark.parametrize("stage", ["pairs", "reference", "scores", "curriculum.parquet", "policy"])
 def test_what_is_there_stays_and_what_is_not_is_made_when_there_is_room(
@@ -143,7 +143,7 @@ def test_what_is_there_stays_and_what_is_not_is_made_when_there_is_room(
     assert contents(run) == contents(whole / "runs" / "tiny")
 
 
-@pytest.mark.fault(row=5, trials=1)
+@pytest.mark.fault(row=5)
 @pytest.mark.parametrize("pages", [0, 3])
 @pytest.mark.parametrize(
     ("verb", "changed"),
@@ -171,7 +171,7 @@ def test_an_old_result_stays_whole_while_its_successor_does_not_fit(
     assert main(command) == 0
 
 
-@pytest.mark.fault(row=5, trials=1)
+@pytest.mark.fault(row=5)
 @pytest.mark.parametrize("existing", [False, True])
 @pytest.mark.parametrize("form", ["csv", "parquet", "jsonl", "datasets"])
 def test_an_export_is_whole_or_absent(
@@ -196,7 +196,7 @@ def digests(target: Path) -> object:
     return target.read_bytes() if target.exists() else None
 
 
-@pytest.mark.fault(row=5, trials=1)
+@pytest.mark.fault(row=5)
 @pytest.mark.parametrize("stage", ["pairs", "scores", "policy"])
 def test_a_limit_on_the_size_of_files_is_told_as_one_line(whole: Path, tmp_path: Path, stage: str) -> None:
     shutil.copytree(whole / "runs", tmp_path / "runs")
@@ -217,7 +217,7 @@ def test_a_limit_on_the_size_of_files_is_told_as_one_line(whole: Path, tmp_path:
     assert not list(run.rglob(".partial-*")) and not (run / "policy").exists()
 
 
-@pytest.mark.fault(row=5, trials=1)
+@pytest.mark.fault(row=5)
 def test_a_worker_process_that_finds_the_disk_full_is_one_line_too(
     whole: Path, disk: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

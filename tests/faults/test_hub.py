@@ -205,7 +205,7 @@ def without_token(done: Pushed, place: Path) -> bool:
     return not written and TOKEN not in done.out + done.err
 
 
-@pytest.mark.fault(row=16, trials=1)
+@pytest.mark.fault(row=16)
 @pytest.mark.parametrize("step", STEPS)
 def test_a_push_that_breaks_off_keeps_the_policy_and_can_be_repeated(
     place: Path, hub: Hub, push: Push, step: str
@@ -238,7 +238,7 @@ def test_a_push_that_breaks_off_keeps_the_policy_and_can_be_repeated(
     assert hub.seen == []
 
 
-@pytest.mark.fault(row=16, trials=1)
+@pytest.mark.fault(row=16)
 @pytest.mark.parametrize(("step", "status"), [("create", 401), ("preupload", 404), ("commit", 500)])
 def test_a_hub_that_refuses_is_one_line(place: Path, hub: Hub, push: Push, step: str, status: int) -> None:
     hub.refuses = {step: status}
@@ -250,7 +250,7 @@ def test_a_hub_that_refuses_is_one_line(place: Path, hub: Hub, push: Push, step:
     assert without_token(failed, place)
 
 
-@pytest.mark.fault(row=16, trials=1)
+@pytest.mark.fault(row=16)
 def test_no_hub_at_all_is_one_line(trained: Path, place: Path, hub: Hub) -> None:
     address = hub.address
     hub.server_close()  # its port refuses now

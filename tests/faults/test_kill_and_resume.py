@@ -61,7 +61,7 @@ def moment_of(trial: int, undisturbed: Outcome) -> Moment:
 
 
 @pytest.mark.slow
-@pytest.mark.fault(row=1, trials=BY_EVENT + BY_TIME)
+@pytest.mark.fault(row=1)
 @pytest.mark.parametrize("trial", range(BY_EVENT + BY_TIME))
 def test_a_killed_pipeline_ends_as_an_undisturbed_one(
     trial: int, server: ForkServer, undisturbed: Undisturbed
@@ -87,7 +87,7 @@ def test_a_killed_pipeline_ends_as_an_undisturbed_one(
 
 
 @pytest.mark.slow
-@pytest.mark.fault(row=1, trials=1)
+@pytest.mark.fault(row=1)
 def test_a_pipeline_that_is_killed_again_and_again_ends_as_an_undisturbed_one(
     server: ForkServer, undisturbed: Undisturbed
 ) -> None:
@@ -105,7 +105,7 @@ def test_a_pipeline_that_is_killed_again_and_again_ends_as_an_undisturbed_one(
     assert not differences(undisturbed.run, undisturbed.results)
 
 
-@pytest.mark.fault(row=6, trials=3)
+@pytest.mark.fault(row=6)
 @pytest.mark.parametrize("training", range(3))
 def test_after_the_last_step_only_the_publishing_is_repeated(
     training: int, server: ForkServer, undisturbed: Undisturbed

@@ -112,7 +112,7 @@ def let_go(process: subprocess.Popen[str]) -> None:
 # --- one lock ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.fault(row=12, trials=1)
+@pytest.mark.fault(row=12)
 def test_the_second_is_told_who_holds_it_since_when_and_with_which_command(
     started: Started, tmp_path: Path
 ) -> None:
@@ -161,7 +161,7 @@ FORKING = """
 """
 
 
-@pytest.mark.fault(row=12, trials=1)
+@pytest.mark.fault(row=12)
 def test_a_child_that_outlives_its_killed_parent_does_not_keep_the_lock(
     started: Started, tmp_path: Path
 ) -> None:
@@ -179,7 +179,7 @@ def test_a_child_that_outlives_its_killed_parent_does_not_keep_the_lock(
         os.kill(child, signal.SIGKILL)
 
 
-@pytest.mark.fault(row=12, trials=8)
+@pytest.mark.fault(row=12)
 @pytest.mark.parametrize(
     ("first", "second", "is_let_in"),
     [
@@ -340,7 +340,7 @@ PUBLISH = """
 """
 
 
-@pytest.mark.fault(row=12, trials=2)
+@pytest.mark.fault(row=12)
 @pytest.mark.parametrize("end", ["finishes", "is killed"])
 def test_a_second_writer_is_refused_and_the_first_ones_files_stay(
     started: Started, tmp_path: Path, end: str
@@ -428,7 +428,7 @@ def require_done(process: Process) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.fault(row=12, trials=3)
+@pytest.mark.fault(row=12)
 @pytest.mark.parametrize("second", [["score"], ["run"], ["score", "--only", "seed41-fold1"]], ids=" ".join)
 def test_the_second_launch_leaves_with_one_line(started: Started, run: TinyRun, second: list[str]) -> None:
     first = started.command("score", run.recipe)
@@ -468,7 +468,7 @@ def test_jobs_of_an_array_work_side_by_side_and_only_one_on_each_scorer(
 
 
 @pytest.mark.slow
-@pytest.mark.fault(row=12, trials=1)
+@pytest.mark.fault(row=12)
 def test_a_worker_that_outlived_its_command_keeps_its_scorer_and_the_others_are_measured(
     started: Started, run: TinyRun
 ) -> None:
@@ -527,7 +527,7 @@ def launched(started: Started, *arguments: object) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.fault(row=12, trials=1)
+@pytest.mark.fault(row=12)
 def test_two_processes_are_refused_together(
     started: Started, run: TinyRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -553,7 +553,7 @@ exec "$@"
 
 
 @pytest.mark.slow
-@pytest.mark.fault(row=12, trials=1)
+@pytest.mark.fault(row=12)
 def test_only_the_main_process_writes(
     started: Started, run: TinyRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

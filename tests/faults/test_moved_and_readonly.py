@@ -83,7 +83,7 @@ def results(run: Path) -> dict[str, str]:
 # --- clocks ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.fault(row=15, trials=1)
+@pytest.mark.fault(row=15)
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_times_of_files_decide_nothing(copy: Path, made: list[str], seed: int) -> None:
     before = results(copy / "runs" / "tiny")
@@ -95,7 +95,7 @@ def test_times_of_files_decide_nothing(copy: Path, made: list[str], seed: int) -
     assert made == [] and results(copy / "runs" / "tiny") == before
 
 
-@pytest.mark.fault(row=15, trials=1)
+@pytest.mark.fault(row=15)
 @pytest.mark.parametrize(
     ("changed", "makes"),
     [
@@ -129,7 +129,7 @@ def _is_number(name: str) -> bool:
     return is_table or name == "policy/order.json"
 
 
-@pytest.mark.fault(row=15, trials=1)
+@pytest.mark.fault(row=15)
 def test_a_clock_that_runs_backwards_changes_no_number(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,7 +155,7 @@ def test_a_clock_that_runs_backwards_changes_no_number(
 # --- places ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.fault(row=15, trials=1)
+@pytest.mark.fault(row=15)
 @pytest.mark.parametrize("how", ["copied", "moved"])
 def test_a_run_at_another_place_is_the_same_run(
     copy: Path, made: list[str], tmp_path: Path, how: str
@@ -176,14 +176,14 @@ def test_a_run_at_another_place_is_the_same_run(
     assert made == []
 
 
-@pytest.mark.fault(row=15, trials=1)
+@pytest.mark.fault(row=15)
 def test_only_the_run_folder_elsewhere_needs_no_word(whole: Path, made: list[str], tmp_path: Path) -> None:
     shutil.copytree(whole / "runs", tmp_path / "archive")
     assert main(["train", str(whole / "recipe.yaml"), "--output_dir", str(tmp_path / "archive")]) == 0
     assert made == []
 
 
-@pytest.mark.fault(row=15, trials=1)
+@pytest.mark.fault(row=15)
 def test_other_data_at_the_old_place_are_other_data(copy: Path, made: list[str]) -> None:
     assert main(["train", str(copy / "recipe.yaml"), "--fresh"]) == 0
     file, times = copy / "pairs.jsonl", (copy / "pairs.jsonl").stat()
@@ -215,7 +215,7 @@ def read_only(whole: Path, tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
-@pytest.mark.fault(row=15, trials=1)
+@pytest.mark.fault(row=15)
 @pytest.mark.parametrize(
     "command",
     [

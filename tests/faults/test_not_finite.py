@@ -92,7 +92,7 @@ def with_bad_reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     return run.folder.root, bad, "\n".join(told)
 
 
-@pytest.mark.fault(row=10, trials=1)
+@pytest.mark.fault(row=10)
 def test_a_pair_without_finite_reference_is_in_no_training_no_record_and_no_mean(
     with_bad_reference: tuple[Path, str, str],
 ) -> None:
@@ -113,7 +113,7 @@ def test_a_pair_without_finite_reference_is_in_no_training_no_record_and_no_mean
     assert "curriculum: 12 of 23 pairs" in told and "1 more not finite, not selected" in told
 
 
-@pytest.mark.fault(row=10, trials=1)
+@pytest.mark.fault(row=10)
 def test_the_curriculum_lists_it_without_a_difficulty_and_everything_reads_that(
     with_bad_reference: tuple[Path, str, str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -152,7 +152,7 @@ def recipe_of(run: Path) -> Path:
     return run / "recipe.yaml"
 
 
-@pytest.mark.fault(row=10, trials=1)
+@pytest.mark.fault(row=10)
 def test_a_starting_model_that_is_not_finite_for_many_pairs_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -182,7 +182,7 @@ def bad_at(bad: dict[str, int], value: float) -> Any:
     return spoiled
 
 
-@pytest.mark.fault(row=10, trials=1)
+@pytest.mark.fault(row=10)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_held_out_pair_is_quarantined_whatever_other_records_say(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float, caplog: pytest.LogCaptureFixture
@@ -234,7 +234,7 @@ def test_a_held_out_pair_is_quarantined_whatever_other_records_say(
     assert Curriculum.load(run).table["difficulty"][row].as_py() is None
 
 
-@pytest.mark.fault(row=10, trials=1)
+@pytest.mark.fault(row=10)
 def test_a_scorer_with_many_pairs_that_are_not_finite_fails_and_the_others_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -288,7 +288,7 @@ def records_of(losses: list[list[float]]) -> Records:
     )
 
 
-@pytest.mark.fault(row=10, trials=1)
+@pytest.mark.fault(row=10)
 def test_all_records_of_a_pair_are_set_aside_with_one_of_them() -> None:
     records, quarantined = sift(records_of([[0.5, 0.6], [math.nan, 0.7], [0.8, 0.9], [1.0, math.inf]]))
     assert records.pair_id.tolist() == ["p0", "p2", "p0", "p2"]
@@ -349,7 +349,7 @@ def trainer_for(
     )
 
 
-@pytest.mark.fault(row=10, trials=1)
+@pytest.mark.fault(row=10)
 @pytest.mark.parametrize(
     ("path", "lora"), [("auto", False), ("auto", True), ("padded", False), ("padded", True)]
 )
@@ -387,7 +387,7 @@ def test_training_stops_before_it_learns_from_a_pair_that_is_not_finite(
         assert torch.equal(weight.nan_to_num(7.0), expected.nan_to_num(7.0)), name
 
 
-@pytest.mark.fault(row=10, trials=1)
+@pytest.mark.fault(row=10)
 @pytest.mark.parametrize("reference", [math.nan, math.inf])
 def test_an_infinite_loss_is_no_better(model_folder: Path, tmp_path: Path, reference: float) -> None:
     _, bad = rows_with_poison()
@@ -419,7 +419,7 @@ def test_the_other_losses_are_what_they_were(model_folder: Path, tmp_path: Path)
 # --- training: gradients -----------------------------------------------------------------------------------
 
 
-@pytest.mark.fault(row=10, trials=1)
+@pytest.mark.fault(row=10)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
 def test_a_gradient_that_is_not_finite_stops_before_the_update(
@@ -469,7 +469,7 @@ def test_loss_scaling_may_skip_updates_and_a_large_gradient_is_not_infinite() ->
 
 
 @pytest.mark.slow
-@pytest.mark.fault(row=10, trials=1)
+@pytest.mark.fault(row=10)
 def test_of_two_processes_both_stop_and_name_the_pair_of_one(model_folder: Path, tmp_path: Path) -> None:
     rows, bad = rows_with_poison()
     shutil.copytree(model_folder, tmp_path / "model")
@@ -494,7 +494,7 @@ def test_of_two_processes_both_stop_and_name_the_pair_of_one(model_folder: Path,
 
 
 @pytest.mark.slow
-@pytest.mark.fault(row=10, trials=1)
+@pytest.mark.fault(row=10)
 def test_the_command_names_the_pair_publishes_nothing_and_does_without_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -524,7 +524,7 @@ def test_the_command_names_the_pair_publishes_nothing_and_does_without_it(
     verify_folder(run / "policy")
 
 
-@pytest.mark.fault(row=10, trials=1)
+@pytest.mark.fault(row=10)
 def test_a_pair_to_exclude_that_is_not_there_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,7 +13,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -27,13 +27,13 @@ from selective_dpo.training import train as train_module
 from selective_dpo.training.micro_batches import ROW, cut, pairs_in, take_pairs
 from tests.fixtures.models import LORA, recipe_file, tiny_recipe
 from tests.fixtures.processes import trained_weights
+from tests.fixtures.scarce import Phase, Scarce
 from tests.fixtures.tokenizers import byte_tokenizer
 from tests.fixtures.training import curriculum_of, dpo_config, load_model
 
 ROOT = Path(__file__).resolve().parents[2]
 PAIRS, BATCH, ACCUMULATED = 14, 4, 2
 TOLERANCE = 1e-5
-Phase = Literal["forward", "backward"]
 
 
 def ragged_rows(count: int, seed: int = 5) -> list[dict[str, Any]]:
@@ -48,37 +48,6 @@ def ragged_rows(count: int, seed: int = 5) -> list[dict[str, Any]]:
         {"prompt": f"{n}{text(20)}?", "chosen": f"+{n}{text(40)}", "rejected": f"-{n}{text(40)}"}
         for n in range(count)
     ]
-
-
-class Scarce:
-    """Lets allocations fail in a model's training passes over more than `most` rows times tokens.
-
-    In `backward` at the embeddings, where the gradients of all layers have been added already.
-    """
-
-    def __init__(self, model: Any, most: int, phase: Phase) -> None:
-        self.failures = 0
-        self.largest = 0
-        self._most, self._phase = most, phase
-        model.get_input_embeddings().register_forward_hook(self._embedded)
-
-    def _embedded(self, module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor | None:
-        if not (torch.is_grad_enabled() and module.training):
-            return None
-        size = output.shape[0] * output.shape[1]
-        if self._phase == "forward":
-            self._take(size)
-            return None
-        output = output if output.requires_grad else output.detach().requires_grad_()
-        output = output * 1.0
-        output.register_hook(lambda gradient: self._take(size))
-        return output
-
-    def _take(self, size: int) -> None:
-        if size > self._most:
-            self.failures += 1
-            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size} bytes.")
-        self.largest = max(self.largest, size)
 
 
 def trainer_for(
@@ -126,7 +95,7 @@ def equal_trainings(one: SelectiveDPOTrainer, other: SelectiveDPOTrainer) -> Non
             assert entry["num_tokens"] <= wanted["num_tokens"]
 
 
-@pytest.mark.fault(row=11, trials=1)
+@pytest.mark.fault(row=11)
 @pytest.mark.parametrize("phase", ["forward", "backward"])
 @pytest.mark.parametrize("path", ["auto", "padded"])
 @pytest.mark.parametrize("lora", [False, True])
@@ -154,7 +123,7 @@ def test_smaller_passes_make_the_same_updates(
     assert "its pairs and their weights stay the same" in said[0].message
 
 
-@pytest.mark.fault(row=11, trials=1)
+@pytest.mark.fault(row=11)
 @pytest.mark.parametrize("phase", ["forward", "backward"])
 def test_running_out_in_the_middle_of_an_update_neither_loses_nor_doubles_a_gradient(
     model_folder: Path, tmp_path: Path, phase: Phase
@@ -176,7 +145,7 @@ def test_running_out_in_the_middle_of_an_update_neither_loses_nor_doubles_a_grad
     equal_trainings(trainer, undisturbed)
 
 
-@pytest.mark.fault(row=11, trials=1)
+@pytest.mark.fault(row=11)
 def test_adamw_and_clipping_agree_too(model_folder: Path, tmp_path: Path) -> None:
     settings = {"optim": "adamw_torch", "max_grad_norm": 0.5, "learning_rate": 1e-3, "adam_epsilon": 1e-3}
     undisturbed = trainer_for(load_model(model_folder), tmp_path, **settings)
@@ -188,7 +157,7 @@ def test_adamw_and_clipping_agree_too(model_folder: Path, tmp_path: Path) -> Non
     equal_trainings(trainer, undisturbed)
 
 
-@pytest.mark.fault(row=11, trials=1)
+@pytest.mark.fault(row=11)
 def test_a_single_pair_that_does_not_fit_is_an_error_with_remedies(
     model_folder: Path, tmp_path: Path
 ) -> None:
@@ -202,7 +171,7 @@ def test_a_single_pair_that_does_not_fit_is_an_error_with_remedies(
     assert scarce.failures <= 4 and trainer.state.global_step == 0
 
 
-@pytest.mark.fault(row=11, trials=1)
+@pytest.mark.fault(row=11)
 def test_losses_that_compare_pairs_with_their_batch_are_not_parted(
     model_folder: Path, tmp_path: Path
 ) -> None:
@@ -214,7 +183,7 @@ def test_losses_that_compare_pairs_with_their_batch_are_not_parted(
         trainer.train()
 
 
-@pytest.mark.fault(row=11, trials=1)
+@pytest.mark.fault(row=11)
 def test_other_errors_are_not_taken_for_it(model_folder: Path, tmp_path: Path) -> None:
     trainer = trainer_for(load_model(model_folder), tmp_path)
 
@@ -271,7 +240,7 @@ def test_blank_pairs_stay_blank() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.fault(row=11, trials=1)
+@pytest.mark.fault(row=11)
 def test_the_train_stage_goes_on_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -301,6 +270,7 @@ from datasets import Dataset
 from trl import DPOConfig
 from selective_dpo.training.pair_trainer import PairTrainer
 from tests.fixtures.families import tiny_family
+from tests.fixtures.scarce import Phase, Scarce
 from tests.fixtures.tokenizers import byte_tokenizer
 
 torch.set_num_threads(1)
@@ -340,7 +310,7 @@ print(json.dumps({
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads and limits memory as Linux does")
-@pytest.mark.fault(row=11, trials=1)
+@pytest.mark.fault(row=11)
 def test_a_process_that_is_really_refused_memory_makes_the_same_update(tmp_path: Path) -> None:
     def trained(share: float) -> tuple[dict[str, Any], str]:
         done = subprocess.run(

@@ -63,7 +63,7 @@ def made_in(run: Path) -> list[str]:
     return names
 
 
-@pytest.mark.fault(row=7, trials=1)
+@pytest.mark.fault(row=7)
 def test_five_are_kept_the_curriculum_is_refused_and_made_from_them_when_asked(
     undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -126,7 +126,7 @@ def noted(run_scorer: Callable[[Any], None], into: list[str]) -> Callable[[Any],
     return run
 
 
-@pytest.mark.fault(row=7, trials=1)
+@pytest.mark.fault(row=7)
 def test_an_unforeseen_error_keeps_the_others_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fail_in(monkeypatch, lambda: ZeroDivisionError("by nobody"))
     run = open_run(tiny_recipe(tmp_path, score=scores()), say=lambda line: None)
@@ -135,7 +135,7 @@ def test_an_unforeseen_error_keeps_the_others_too(tmp_path: Path, monkeypatch: p
     assert made_in(run.folder.root) == [name for name in SCORERS if name != FAILING]
 
 
-@pytest.mark.fault(row=7, trials=1)
+@pytest.mark.fault(row=7)
 def test_half_the_pairs_without_any_record_are_not_passed_over_in_silence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -33,9 +33,9 @@ def wait_for_step(started: list[Forked], checkpoints: Path, step: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.fault(row=8, trials=1)
-@pytest.mark.fault(row=2, trials=1)
-@pytest.mark.fault(row=1, trials=1)
+@pytest.mark.fault(row=8)
+@pytest.mark.fault(row=2)
+@pytest.mark.fault(row=1)
 def test_two_processes_are_interrupted_killed_resumed_and_not_mixed(
     tmp_path: Path, server: ForkServer, capsys: pytest.CaptureFixture[str]
 ) -> None:

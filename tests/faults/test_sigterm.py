@@ -51,7 +51,7 @@ def test_the_exit_code_is_the_documented_one() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.fault(row=2, trials=8)
+@pytest.mark.fault(row=2)
 @pytest.mark.parametrize("trial", range(8))
 def test_a_training_makes_a_checkpoint_and_leaves(
     server: ForkServer, place: Path, undisturbed: tuple[dict[str, bytes], dict[str, int]], trial: int
@@ -74,7 +74,7 @@ def test_a_training_makes_a_checkpoint_and_leaves(
 
 
 @pytest.mark.slow
-@pytest.mark.fault(row=2, trials=12)
+@pytest.mark.fault(row=2)
 @pytest.mark.parametrize("trial", range(12))
 def test_sigterm_at_any_moment_is_one_line_and_no_loss(
     server: ForkServer, place: Path, undisturbed: tuple[dict[str, bytes], dict[str, int]], trial: int
@@ -93,7 +93,7 @@ def test_sigterm_at_any_moment_is_one_line_and_no_loss(
 
 
 @pytest.mark.slow
-@pytest.mark.fault(row=2, trials=1)
+@pytest.mark.fault(row=2)
 def test_sigterm_is_passed_on_to_worker_processes(
     server: ForkServer, place: Path, undisturbed: tuple[dict[str, bytes], dict[str, int]]
 ) -> None:

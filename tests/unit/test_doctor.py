@@ -19,6 +19,7 @@ from selective_dpo.pipeline.checks.check import Check
 from selective_dpo.pipeline.checks.data import check_source
 from selective_dpo.pipeline.doctor import diagnose
 from selective_dpo.pipeline.planning.device import Device
+from selective_dpo.pipeline.planning.disk import Disk
 from tests.fixtures.models import TRAINER, recipe_file, tiny_model_folder, tiny_pairs_file, tiny_recipe
 
 CPU = Device("cpu", "CPU", 1, 1 << 30)
@@ -157,12 +158,13 @@ def test_the_first_rows_of_sources(things: Path, tmp_path: Path) -> None:
 def test_disk(things: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tiny_recipe(things)
     assert environment.check_disk(recipe, None).status == "warn"
-    assert environment.check_disk(recipe, 1.0).status == "ok"
-    lacking = environment.check_disk(recipe, 1e18)
+    assert environment.check_disk(recipe, Disk(1.0, 0.0)).status == "ok"
+    lacking = environment.check_disk(recipe, Disk(1.0, 900.0 * (1 << 40)))
+    assert "the run needs about 900 TiB (900 TiB of it for checkpoints, while it trains)" in lacking.found
     assert (lacking.status, lacking.remedy) == ("FAIL", "free some, or choose another output_dir")
     (tmp_path / "file").touch()
     blocked = recipe.model_copy(update={"output_dir": str(tmp_path / "file" / "runs")})
-    assert "cannot write below" in environment.check_disk(blocked, 1.0).found
+    assert "cannot write below" in environment.check_disk(blocked, Disk(1.0, 0.0)).found
 
 
 def test_launch_and_precision(things: Path) -> None:

@@ -52,6 +52,18 @@ def test_a_failure_stops_no_other_job_and_is_named(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
 
 
+@pytest.mark.parametrize(("bad", "done"), [("bug", ["a"]), ("bad", ["a", "b"])])
+def test_one_of_several_processes_that_failed_alone_begins_no_other_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: str, done: list[str]
+) -> None:
+    # The others may still wait for it in this job. Records that are missing or not finite all of them see.
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises((RuntimeError, RecordsError), match=bad):
+        run(["a", bad, "b"], tmp_path, workers=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == done
+
+
 def test_a_wrong_configuration_is_not_tried_again(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^the same for all$"):
         run(["wrong recipe", "a"], tmp_path, workers=1)

@@ -25,6 +25,7 @@ def test_an_epoch_in_order_matches() -> None:
         "pairs": 5,
         "consumed": 5,
         "repeated_to_fill": 0,
+        "unrecorded": 0,
         "expected_digest": ids_digest(ORDER),
         "consumed_digest": ids_digest(ORDER),
         "epochs": 1.0,

@@ -6,12 +6,16 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from selective_dpo.cli.paths import path_text
+
 TAKES_OVERRIDES = False
 
 
 def add_options(parser: argparse.ArgumentParser, verb: str) -> None:
     """Where and which world."""
-    parser.add_argument("--out", default="runs", metavar="FOLDER", help="where the run folder is made")
+    parser.add_argument(
+        "--out", type=path_text, default="runs", metavar="FOLDER", help="where the run folder is made"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the world (default 0)")
 
 

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from selective_dpo.cli.paths import path_text
 from selective_dpo.errors import ConfigError
 
 TAKES_OVERRIDES = False
@@ -15,11 +16,14 @@ WITH_TEXTS = ("jsonl", "datasets")
 
 def add_options(parser: argparse.ArgumentParser, verb: str) -> None:
     """CURRICULUM, the format and where to write."""
-    parser.add_argument("curriculum", metavar="CURRICULUM", help="a curriculum.parquet, or a run's folder")
+    parser.add_argument(
+        "curriculum", type=path_text, metavar="CURRICULUM", help="a curriculum.parquet, or a run's folder"
+    )
     parser.add_argument("--format", required=True, choices=("csv", "parquet", "jsonl", "datasets"))
-    parser.add_argument("--out", required=True, metavar="PATH")
+    parser.add_argument("--out", type=path_text, required=True, metavar="PATH")
     parser.add_argument(
         "--pairs",
+        type=path_text,
         default="",
         metavar="FOLDER",
         help="the run's pairs folder, for jsonl and datasets; default: pairs beside the curriculum",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from selective_dpo.cli.paths import path_text
 from selective_dpo.cli.select_options import add_select_options, read_select
 
 TAKES_OVERRIDES = True
@@ -12,8 +13,16 @@ TAKES_OVERRIDES = True
 
 def add_options(parser: argparse.ArgumentParser, verb: str) -> None:
     """DIR, where to write, and the selection."""
-    parser.add_argument("folder", metavar="DIR", help="folder of seed41_step00.csv[.gz] and the like")
-    parser.add_argument("--out", required=True, metavar="CURRICULUM", help="a .parquet file, or a folder")
+    parser.add_argument(
+        "folder", type=path_text, metavar="DIR", help="folder of seed41_step00.csv[.gz] and the like"
+    )
+    parser.add_argument(
+        "--out",
+        type=path_text,
+        required=True,
+        metavar="CURRICULUM",
+        help="a .parquet file, or a folder",
+    )
     parser.add_argument(
         "--allow-partial",
         action="store_true",

@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from selective_dpo.cli.paths import path_text
+
 TAKES_OVERRIDES = False
 _REGIONS = {
     "easiest": "of the smallest difficulty",
@@ -17,7 +19,9 @@ _REGIONS = {
 
 def add_options(parser: argparse.ArgumentParser, verb: str) -> None:
     """CURRICULUM, and which of its pairs."""
-    parser.add_argument("curriculum", metavar="CURRICULUM", help="a curriculum.parquet, or a run's folder")
+    parser.add_argument(
+        "curriculum", type=path_text, metavar="CURRICULUM", help="a curriculum.parquet, or a run's folder"
+    )
     for name, meaning in _REGIONS.items():
         parser.add_argument(f"--{name}", type=int, default=0, metavar="N", help=f"N pairs {meaning}")
     parser.add_argument(
@@ -29,7 +33,11 @@ def add_options(parser: argparse.ArgumentParser, verb: str) -> None:
         help="these pairs, by id or its beginning",
     )
     parser.add_argument(
-        "--pairs", default="", metavar="FOLDER", help="the run's pairs folder; default: beside the curriculum"
+        "--pairs",
+        type=path_text,
+        default="",
+        metavar="FOLDER",
+        help="the run's pairs folder; default: beside the curriculum",
     )
     parser.add_argument("--full", action="store_true", help="whole texts, not only their beginnings")
     parser.epilog = "Without any of these: three of the easiest, three of the median, three of the hardest."

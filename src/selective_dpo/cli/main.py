@@ -1,6 +1,7 @@
 """`selective-dpo VERB`: finds the verb, and turns a user's mistakes into one line and exit code 2.
 
-SIGTERM, a scheduler's warning, ends it with one line and exit code 75: the same command goes on later.
+SIGTERM, a scheduler's warning, ends it with one line and exit code 75, Ctrl-C with 130: the same command goes
+on later.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from typing import NoReturn
 
 from selective_dpo import __version__
 from selective_dpo.errors import BusyError, ConfigError, Interrupted, SelectiveDPOError, disk_fault
-from selective_dpo.launch.interruption import stopping_at_once
+from selective_dpo.launch.interruption import REMEDY, stopping_at_once
+from selective_dpo.launch.orphans import end_without_supervisor
+from selective_dpo.launch.streams import settle_streams
 
 # One module a verb, imported only when used: `--help` must not wait for torch.
 VERBS = {
@@ -38,31 +41,38 @@ _MODULES = {
 }
 # Recipe keys that would otherwise look like a verb's own options.
 _KEYS_WITHOUT_A_BLOCK = ("name", "output_dir")
+_BY_CTRL_C = 130
+"""As shells say it: 128 and the number of the signal."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command line `arguments`; returns the exit code: 0 done, 2 the user's to mend, 75 interrupted
-    by SIGTERM."""
+    by SIGTERM, 130 by Ctrl-C."""
+    speaks = os.environ.get("RANK", "0") == "0"  # of several processes, the main one
     try:
         with stopping_at_once(forgetting=True):
-            return _dispatch(list(arguments))
+            code = _dispatch(list(arguments))
+            print(end="", flush=True)  # what cannot be written shows here, and not when Python ends
+            return code
     except Interrupted as stop:
-        if os.environ.get("RANK", "0") == "0":  # of several processes, the main one speaks
+        if speaks:
             print(f"selective-dpo: {stop}", file=sys.stderr)
         return stop.exit_code
+    except KeyboardInterrupt:
+        if speaks:
+            print(f"selective-dpo: interrupted by Ctrl-C: {REMEDY}", file=sys.stderr)
+        return _BY_CTRL_C
     except SelectiveDPOError as error:
-        if isinstance(error, BusyError) and os.environ.get("RANK", "0") != "0":
+        if isinstance(error, BusyError) and not speaks:
             return 2  # all processes know
-        message = " ".join(str(error).split())
+        message, code = " ".join(str(error).split()), error.exit_code
     except Exception as error:
         fault = disk_fault(error)
         if fault is None:
             raise
-        message = fault
-    except SystemExit as shown:  # argparse, after --help or --version
-        return int(shown.code or 0)
+        message, code = fault, 2
     print(f"selective-dpo: error: {_printable(message)}", file=sys.stderr)
-    return 2
+    return code
 
 
 def _printable(message: str) -> str:
@@ -72,16 +82,9 @@ def _printable(message: str) -> str:
 
 def entry_point() -> None:
     """The installed command."""
-    try:
-        code = main(sys.argv[1:])
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        code = 130
-    except BrokenPipeError:
-        # The reader (`head`, say) has gone; nothing is left to tell it, not even by the interpreter's exit.
-        sys.stderr.close()
-        code = 0
-    sys.exit(code)
+    end_without_supervisor()
+    settle_streams()
+    sys.exit(main(sys.argv[1:]))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -92,6 +95,13 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _dispatch(arguments: list[str]) -> int:
+    try:
+        return _execute(arguments)
+    except SystemExit as shown:  # argparse, after --help or --version
+        return int(shown.code or 0)
+
+
+def _execute(arguments: list[str]) -> int:
     parser = _Parser(
         prog="selective-dpo",
         description="How difficult is each preference pair for your model? Train DPO on the easier ones.",

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from selective_dpo.cli.paths import path_text
 from selective_dpo.cli.recipe_options import add_recipe_options, read_recipe
 
 TAKES_OVERRIDES = True
@@ -14,7 +15,9 @@ TAKES_OVERRIDES = True
 def add_options(parser: argparse.ArgumentParser, verb: str) -> None:
     """RECIPE, and where the plan may go as JSON."""
     add_recipe_options(parser)
-    parser.add_argument("--json", default="", metavar="PATH", help="also write the plan as JSON")
+    parser.add_argument(
+        "--json", type=path_text, default="", metavar="PATH", help="also write the plan as JSON"
+    )
 
 
 def execute(verb: str, options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:

@@ -8,14 +8,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from selective_dpo.cli.paths import path_text
+
 TAKES_OVERRIDES = False
 
 
 def add_options(parser: argparse.ArgumentParser, verb: str) -> None:
     """RUN, and where the answer may go as JSON."""
-    parser.add_argument("run", metavar="RUN", help="a run's folder, finished or not")
+    parser.add_argument("run", type=path_text, metavar="RUN", help="a run's folder, finished or not")
     parser.add_argument(
-        "--json", default="", metavar="PATH", help="also write the answer as JSON; -: print it, and no table"
+        "--json",
+        type=path_text,
+        default="",
+        metavar="PATH",
+        help="also write the answer as JSON; -: print it, and no table",
     )
 
 

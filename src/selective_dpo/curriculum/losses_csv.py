@@ -15,6 +15,9 @@ from selective_dpo.core.records import LARGEST_LOSS
 from selective_dpo.curriculum.arrow_columns import require_plain
 from selective_dpo.errors import DataError, IdentityError
 
+MOST_BYTES = 1 << 30
+"""Of a file, unpacked: some 25 million rows."""
+_PIECE = 16 << 20
 _COLUMNS = {"id": pa.string(), "loss": pa.string()}
 
 
@@ -67,7 +70,7 @@ def _read_text(path: Path) -> pa.Table:
     csv = pyarrow.csv
     try:
         with pa.input_stream(str(path), compression="detect") as stream:
-            content = stream.read()
+            content = _read_whole(stream, path)
         _require_utf8(content, path)
         with pa.BufferReader(content) as stream:
             table = csv.read_csv(
@@ -83,6 +86,18 @@ def _read_text(path: Path) -> pa.Table:
         line, columns = wrong[0]
         raise DataError(f"{path} line {line}: {columns} column(s) instead of 2 (id, loss)")
     return table
+
+
+def _read_whole(stream: pa.NativeFile, path: Path) -> bytes:
+    # In pieces: a small .gz can unpack to more than any memory holds.
+    pieces: list[bytes] = []
+    size = 0
+    while piece := stream.read(_PIECE):
+        pieces.append(piece)
+        size += len(piece)
+        if size > MOST_BYTES:
+            raise DataError(f"{path} has more than {MOST_BYTES >> 20:,} MiB; is it a file of records?")
+    return b"".join(pieces)
 
 
 def _require_utf8(content: bytes, path: Path) -> None:

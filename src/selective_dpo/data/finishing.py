@@ -12,6 +12,7 @@ from selective_dpo.data.pairs import KEPT, DropReason
 from selective_dpo.data.store import RowOutcome, pairs_table, tokens_table
 from selective_dpo.data.tally import Tally
 from selective_dpo.data.tokenize import PairTokens, fit_length, tokenize_pairs
+from selective_dpo.errors import DataError, RunawayTemplateError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,10 +39,18 @@ class Finisher(NamedTuple):
 
         Raises:
             TemplateError, ConfigError, ModelError: see `tokenize_pairs`.
+            DataError: memory runs out on these rows.
         """
-        pairs = [outcome.pair for outcome in chunk if outcome.status == KEPT and outcome.pair is not None]
-        empty_system_message = self.config.empty_system_message
-        tokens = iter(tokenize_pairs(pairs, self.tokenizer, empty_system_message=empty_system_message))
+        try:
+            return self._finish(chunk)
+        except MemoryError as error:
+            raise DataError(
+                f"memory ran out on rows {chunk[0].row:,} to {chunk[-1].row:,} of {chunk[-1].source}; leave "
+                "the longest texts out, or use a machine with more"
+            ) from error
+
+    def _finish(self, chunk: Sequence[RowOutcome]) -> FinishedChunk:
+        tokens = iter(self._tokenize([outcome for outcome in chunk if outcome.status == KEPT]))
         outcomes = [
             self._with_tokens(outcome, next(tokens)) if outcome.status == KEPT else outcome
             for outcome in chunk
@@ -50,6 +59,18 @@ class Finisher(NamedTuple):
         for outcome in outcomes:
             tally.count(outcome)
         return FinishedChunk(pairs_table(outcomes), tokens_table(outcomes), tally)
+
+    def _tokenize(self, kept: Sequence[RowOutcome]) -> list[PairTokens | DropReason]:
+        pairs = [outcome.pair for outcome in kept if outcome.pair is not None]  # as it always is, if kept
+        try:
+            return tokenize_pairs(
+                pairs, self.tokenizer, empty_system_message=self.config.empty_system_message
+            )
+        except RunawayTemplateError as error:
+            if error.pair is None:
+                raise
+            outcome = kept[error.pair]
+            raise RunawayTemplateError(f"row {outcome.row:,} of {outcome.source}: {error}") from error
 
     def _with_tokens(self, outcome: RowOutcome, tokens: PairTokens | DropReason) -> RowOutcome:
         if isinstance(tokens, DropReason):

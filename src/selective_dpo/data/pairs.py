@@ -35,6 +35,9 @@ ROLES = frozenset({"system", "user", "assistant", "tool"})
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
+MOST_CHARACTERS = 8_000_000
+"""Of prompt and completions together. A tokenizer needs some gigabytes and half a minute for as many."""
+
 Messages = list[dict[str, Any]]
 
 
@@ -43,6 +46,8 @@ class DropReason(StrEnum):
 
     MALFORMED = "malformed"
     """A value is missing or of the wrong type, the line does not parse, or no tokenizer can encode it."""
+    TOO_LARGE = "too large"
+    """More than `MOST_CHARACTERS`; such a row is not even tokenized, and its texts are not kept."""
     UNSUPPORTED = "tools or images"
     """The row calls tools or shows images, which would be lost in plain messages."""
     IDENTICAL = "identical"
@@ -109,6 +114,8 @@ def read_pair(raw: Mapping[str, Any]) -> Pair | DropReason:
     parts = _read_parts(raw)
     if isinstance(parts, DropReason):
         return parts
+    if sum(map(text_size, parts)) > MOST_CHARACTERS:
+        return DropReason.TOO_LARGE
     own_id = raw.get("prompt_id")
     has_own_id = isinstance(own_id, str) and _is_id(own_id)
     return Pair(
@@ -122,14 +129,14 @@ def read_pair(raw: Mapping[str, Any]) -> Pair | DropReason:
 
 def fault_of(pair: Pair) -> DropReason | None:
     """What is wrong with a pair's content, if anything; lengths are another matter (see `tokenize`)."""
-    contents = [text for part in (pair.prompt, pair.chosen, pair.rejected) for text in _contents(part)]
-    if not all(map(_is_encodable, contents)):
+    chosen_texts, rejected_texts = _contents(pair.chosen), _contents(pair.rejected)
+    if not all(map(is_encodable, _contents(pair.prompt) + chosen_texts + rejected_texts)):
         return DropReason.MALFORMED
     if pair.chosen == pair.rejected:
         return DropReason.IDENTICAL
-    if not any(text.strip() for text in _contents(pair.prompt, skip_system=True)):
+    if all(map(_is_blank, _contents(pair.prompt, skip_system=True))):
         return DropReason.EMPTY_PROMPT
-    if not all(any(map(str.strip, _contents(part))) for part in (pair.chosen, pair.rejected)):
+    if all(map(_is_blank, chosen_texts)) or all(map(_is_blank, rejected_texts)):
         return DropReason.EMPTY_COMPLETION
     chosen_roles, rejected_roles = _roles_after(pair, pair.chosen), _roles_after(pair, pair.rejected)
     if chosen_roles != rejected_roles:
@@ -138,6 +145,11 @@ def fault_of(pair: Pair) -> DropReason | None:
     if not prompt_is_fine or set(chosen_roles) != {"assistant"}:
         return DropReason.ROLES_MISPLACED
     return None
+
+
+def text_size(text: Text) -> int:
+    """Characters of a text, or of what its messages say."""
+    return len(text) if isinstance(text, str) else sum(len(message["content"]) for message in text)
 
 
 def _read_parts(raw: Mapping[str, Any]) -> _Parts | DropReason:
@@ -158,10 +170,10 @@ def _read_conversations(
     raw: Mapping[str, Any], raw_chosen: list[Any], raw_rejected: list[Any]
 ) -> _Parts | DropReason:
     # Every chat shape is brought to one: two whole conversations, which are then split.
-    chosen = _messages(raw_chosen)
+    chosen = read_messages(raw_chosen)
     if isinstance(chosen, DropReason):
         return chosen
-    rejected = _messages(raw_rejected)
+    rejected = read_messages(raw_rejected)
     if isinstance(rejected, DropReason):
         return rejected
     if "prompt" not in raw:
@@ -174,14 +186,15 @@ def _read_conversations(
         return _split_conversations(opening + chosen, opening + rejected)
     if not isinstance(prompt, list):
         return DropReason.MALFORMED
-    shared = _messages(prompt)
+    shared = read_messages(prompt)
     if isinstance(shared, DropReason):
         return shared
     are_whole = all(part[: len(shared)] == shared for part in (chosen, rejected))
     return _split_conversations(*((chosen, rejected) if are_whole else (shared + chosen, shared + rejected)))
 
 
-def _messages(raw: list[Any]) -> Messages | DropReason:
+def read_messages(raw: list[Any]) -> Messages | DropReason:
+    """Role and content of each message, or why a row with such messages cannot be used."""
     messages: Messages = []
     for message in raw:
         if not isinstance(message, Mapping):
@@ -248,8 +261,14 @@ def _contents(text: Text, *, skip_system: bool = False) -> list[str]:
     return [message["content"] for message in text if not (skip_system and message["role"] == "system")]
 
 
-def _is_encodable(text: str) -> bool:
-    # A lone surrogate (half of a character, from a broken escape) has no UTF-8, so no tokens.
+def _is_blank(text: str) -> bool:
+    return not text or text.isspace()
+
+
+def is_encodable(text: str) -> bool:
+    """Whether text has tokens: a lone surrogate (half of a character, from a broken escape) has no UTF-8."""
+    if text.isascii():
+        return True  # known without a look at it
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -259,7 +278,7 @@ def _is_encodable(text: str) -> bool:
 
 def _is_id(text: str) -> bool:
     # What cannot be an id in a table (see `identity.LONGEST_ID`) is no reason to drop the pair.
-    return _is_encodable(text) and "\0" not in text and 0 < len(text.encode("utf-8")) <= identity.LONGEST_ID
+    return is_encodable(text) and "\0" not in text and 0 < len(text.encode("utf-8")) <= identity.LONGEST_ID
 
 
 def _score(raw: Mapping[str, Any], *columns: str) -> float | None:

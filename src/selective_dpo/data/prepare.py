@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,7 +17,7 @@ from selective_dpo.artifacts import content_key, publish_folder, write_json
 from selective_dpo.config import DataConfig, SourceConfig
 from selective_dpo.data.finishing import Finisher
 from selective_dpo.data.mixture import sample_rows
-from selective_dpo.data.pairs import WANTED_COLUMNS
+from selective_dpo.data.pairs import WANTED_COLUMNS, text_size
 from selective_dpo.data.readers import Malformed, Row
 from selective_dpo.data.sorting import RowSorter
 from selective_dpo.data.sources import Source, open_source, source_digest
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CHUNK_ROWS = 1024
+CHUNK_CHARACTERS = 16 << 20
+"""A chunk is tokenized at once, so it ends early where its texts are long."""
 FEWEST = 2
 """Pairs, and prompts, below which there is nothing to split in halves."""
 
@@ -200,5 +202,14 @@ def _refuse_unusable(summary: PairsSummary, config: DataConfig, tally: Tally) ->
 
 
 def _chunks(outcomes: Iterator[RowOutcome]) -> Iterator[list[RowOutcome]]:
-    while chunk := list(islice(outcomes, CHUNK_ROWS)):
+    chunk: list[RowOutcome] = []
+    characters = 0
+    for outcome in outcomes:
+        chunk.append(outcome)
+        if outcome.pair is not None:
+            characters += sum(map(text_size, outcome.pair[:3]))
+        if len(chunk) == CHUNK_ROWS or characters >= CHUNK_CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
         yield chunk

@@ -7,7 +7,6 @@ import csv
 import gzip
 import io
 import json
-import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -20,7 +19,11 @@ from selective_dpo.errors import DataError
 
 BATCH_ROWS = 1024
 LONGEST_LINE = 64 << 20
-"""Bytes of a JSON Lines row."""
+"""Bytes of a JSON Lines row; characters of a line or a cell of CSV."""
+MOST_WHOLE = 4 << 30
+"""Bytes, unpacked, of a file that has to be read whole: a JSON array, or Parquet that is gzipped again."""
+BATCH_BYTES = 64 << 20
+"""Of Parquet that are unpacked at once, as far as its metadata tell."""
 _MESSAGE_COLUMNS = ("prompt", "chosen", "rejected")
 
 
@@ -46,13 +49,8 @@ def read_file(path: Path) -> Iterator[Row]:
     Raises:
         DataError: the format is unknown, or the file as a whole is damaged.
     """
-    rows = _format_of(path).rows(path)
-    while True:
-        with damage_named(path):
-            row = next(rows, None)
-        if row is None:
-            return
-        yield row
+    with damage_named(path):
+        yield from _format_of(path).rows(path)
 
 
 def count_file(path: Path) -> int:
@@ -91,9 +89,11 @@ def _count_lines(path: Path) -> int:
 
 def _lines(stream: IO[bytes]) -> Iterator[bytes]:
     # A few kilobytes of a .gz file can unpack to one line that no memory holds.
+    number = 0
     while line := stream.readline(LONGEST_LINE):
+        number += 1
         if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
-            raise ValueError(f"a line of more than {LONGEST_LINE >> 20} MiB")
+            raise ValueError(f"line {number:,} has more than {_told(LONGEST_LINE)}")
         yield line
 
 
@@ -115,11 +115,23 @@ def _json(path: Path) -> Iterator[Row]:
         if not _starts_array(stream):
             yield from _json_lines(path)
             return
+        content = _read_whole(stream)
         try:
-            values = json.load(stream)
+            values = json.loads(content)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path} is not a JSON array of rows: {error}") from error
     yield from map(_object_row, values)
+
+
+def _read_whole(stream: IO[bytes]) -> bytes:
+    content = stream.read(MOST_WHOLE + 1)
+    if len(content) > MOST_WHOLE:
+        raise ValueError(f"more than {_told(MOST_WHOLE)}, which would have to be read at once")
+    return content
+
+
+def _told(size: int) -> str:
+    return f"{size >> 20:,} MiB" if size >= 1 << 20 else f"{size:,} bytes"
 
 
 def _starts_array(stream: IO[bytes]) -> bool:
@@ -134,15 +146,24 @@ def _starts_array(stream: IO[bytes]) -> bool:
 def _csv(path: Path) -> Iterator[Row]:
     # Bytes that are not UTF-8 become lone surrogates here, and the row is dropped with its reason later.
     # Cells are long texts: the csv module's default limit of 128 KiB does not suit them.
-    default_limit = csv.field_size_limit(sys.maxsize)
+    default_limit = csv.field_size_limit(LONGEST_LINE)
     try:
         with (
             _open(path) as stream,
             io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="") as text,
         ):
-            yield from map(_csv_row, csv.DictReader(text))
+            yield from map(_csv_row, csv.DictReader(_text_lines(text)))
     finally:
         csv.field_size_limit(default_limit)
+
+
+def _text_lines(stream: io.TextIOWrapper) -> Iterator[str]:
+    number = 0
+    while line := stream.readline(LONGEST_LINE):
+        number += 1
+        if len(line) == LONGEST_LINE and not line.endswith(("\n", "\r")):
+            raise ValueError(f"line {number:,} has more than {LONGEST_LINE:,} characters")
+        yield line
 
 
 def _csv_row(cells: dict[Any, Any]) -> Row:
@@ -166,8 +187,15 @@ def _messages_cell(cell: str | None) -> object:
 
 def _parquet(path: Path) -> Iterator[Row]:
     with _parquet_file(path) as file:
-        for batch in file.iter_batches(batch_size=BATCH_ROWS):
-            yield from rows_of_batch(batch)
+        for group in range(file.metadata.num_row_groups):
+            for batch in file.iter_batches(_batch_rows(file.metadata.row_group(group)), row_groups=[group]):
+                yield from rows_of_batch(batch)
+
+
+def _batch_rows(group: pq.RowGroupMetaData) -> int:
+    """So many rows of a group that they unpack to some `BATCH_BYTES`."""
+    row_bytes: int = group.total_byte_size // max(group.num_rows, 1)
+    return max(1, min(BATCH_ROWS, BATCH_BYTES // max(row_bytes, 1)))
 
 
 def _count_parquet(path: Path) -> int:
@@ -182,7 +210,7 @@ def _parquet_file(path: Path) -> Iterator[pq.ParquetFile]:
         with pq.ParquetFile(path) as file:
             yield file
         return
-    with _open(path) as stream, pq.ParquetFile(pa.BufferReader(stream.read())) as file:
+    with _open(path) as stream, pq.ParquetFile(pa.BufferReader(_read_whole(stream))) as file:
         yield file
 
 
@@ -199,7 +227,9 @@ def damage_named(path: Path | str) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, EOFError, zlib.error, pa.ArrowException, csv.Error, MemoryError) as error:
+    except MemoryError as error:
+        raise DataError(f"{path} cannot be read (memory ran out); split it, or its longest rows") from error
+    except (OSError, EOFError, zlib.error, pa.ArrowException, csv.Error) as error:
         raise DataError(f"{path} cannot be read ({error}); check that it is complete") from error
     except (ValueError, LookupError, TypeError, ArithmeticError) as error:  # libraries, on damaged files
         raise DataError(f"{path} cannot be read ({error}); check that it is complete") from error

@@ -26,7 +26,9 @@ class Tally:
 
     def count(self, outcome: RowOutcome) -> None:
         """Add one row whose status is final."""
-        self.by_source.setdefault(outcome.source, Counter())[str(outcome.status)] += 1
+        if outcome.source not in self.by_source:
+            self.by_source[outcome.source] = Counter()
+        self.by_source[outcome.source][str(outcome.status)] += 1
         if outcome.status not in (KEPT, DropReason.NOT_SAMPLED):
             self.first_rows.setdefault(str(outcome.status), f"row {outcome.row:,} of {outcome.source}")
         pair, tokens = outcome.pair, outcome.tokens

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jinja2
 
+from selective_dpo.data.pairs import Messages
+from selective_dpo.data.render_limits import (
+    MOST_TEMPLATE,
+    check_template_size,
+    check_written,
+    rendering_limits,
+)
 from selective_dpo.digests import digest
-from selective_dpo.errors import ConfigError, TemplateError
+from selective_dpo.errors import ConfigError, RunawayTemplateError, SelectiveDPOError, TemplateError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,6 +25,16 @@ if TYPE_CHECKING:
 NAMED_TEMPLATES = ("chatml", "gemma-system")
 _MARKER = "system-text-marker"
 _USER: dict[str, Any] = {"role": "user", "content": "text"}
+_NAME = "selective_dpo_template"
+"""An attribute of tokenizers that `apply_template` has changed: the template's name."""
+
+
+class Conversation(NamedTuple):
+    """What a template makes a text of."""
+
+    messages: Messages
+    add_generation_prompt: bool = False
+    """Whether the beginning of an answer is written after the messages."""
 
 
 def load_template(name: str) -> str:
@@ -33,7 +51,8 @@ def load_template(name: str) -> str:
             f"chat_template {name!r} is neither {' nor '.join(NAMED_TEMPLATES)} nor the path of a file"
         )
     try:
-        return path.read_text("utf-8")
+        with path.open(encoding="utf-8") as stream:
+            return stream.read(MOST_TEMPLATE + 1)  # `render` refuses what is longer
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"chat_template {name} is not UTF-8 text ({error.reason}); save it as UTF-8"
@@ -45,20 +64,21 @@ def apply_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
 
     Raises:
         ConfigError: no such template.
-        TemplateError: it is not valid Jinja.
+        TemplateError: it is not valid Jinja, or does not end on a word.
     """
     if not name:
         return
     tokenizer.chat_template = load_template(name)
+    setattr(tokenizer, _NAME, name)
     try:
-        tokenizer.apply_chat_template([_USER], tokenize=False)
+        _render_each(tokenizer, [Conversation([_USER])])
     except jinja2.TemplateSyntaxError as error:
         raise TemplateError(f"chat_template {name}, line {error.lineno}: {error.message}") from error
-    except (SyntaxError, RecursionError, MemoryError) as error:
+    except (SyntaxError, RecursionError) as error:
         # Jinja turns a template into Python code, which has limits of its own.
-        raise TemplateError(
-            f"chat_template {name} is too deep for Jinja: {error}; make it simpler"
-        ) from error
+        raise TemplateError(f"chat_template {name} is too deep for Jinja: {error}; simplify it") from error
+    except SelectiveDPOError:
+        raise
     except Exception:
         pass  # It may refuse this conversation; whether it suits the data shows on the data.
 
@@ -74,9 +94,10 @@ def mentions_system(tokenizer: PreTrainedTokenizerBase) -> bool:
     Asked of the rendered text, not of the template: some name the role only to refuse it.
     """
     try:
-        return _MARKER in render(tokenizer, [{"role": "system", "content": _MARKER}, _USER])
+        (text,) = render(tokenizer, [Conversation([{"role": "system", "content": _MARKER}, _USER])])
     except jinja2.TemplateError:
         return False
+    return _MARKER in text
 
 
 def require_template(tokenizer: PreTrainedTokenizerBase, *, empty_system_message: bool) -> None:
@@ -97,23 +118,52 @@ def require_template(tokenizer: PreTrainedTokenizerBase, *, empty_system_message
         )
 
 
-def render(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], *, add_generation_prompt: bool = False
-) -> str:
-    """The text that the tokenizer's template makes of a conversation.
+def render(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversation]) -> list[str]:
+    """The texts that the tokenizer's template makes of conversations, together within `render_limits`.
 
     Raises:
-        jinja2.TemplateError: whatever went wrong in the template, or its text cannot be encoded.
+        jinja2.TemplateError: whatever went wrong in the template, or a text cannot be encoded.
+        RunawayTemplateError: it takes too long, needs too much memory or writes too much.
     """
     try:
-        text = str(
-            tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        )
-        text.encode("utf-8")
-    except jinja2.TemplateError:
+        texts = _render_each(tokenizer, conversations)
+        for text in texts:
+            text.encode("utf-8")
+    except (jinja2.TemplateError, SelectiveDPOError):
         raise
     except Exception as error:  # a template is a program: it can divide by zero, or add a text to a number
         raise jinja2.TemplateRuntimeError(f"{type(error).__name__}: {error}") from error
-    return text
+    return texts
+
+
+def _render_each(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversation]) -> list[str]:
+    """What transformers' sandbox makes of conversations; an error of the template's is raised as it is."""
+    texts: list[str] = []
+    messages: Messages = []
+    try:
+        check_template_size(tokenizer.chat_template)
+        with rendering_limits():
+            for messages, add_generation_prompt in conversations:
+                text = tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                )
+                check_written(len(text), messages)
+                texts.append(str(text))
+    except RunawayTemplateError as error:
+        raise RunawayTemplateError(
+            f"{_name(tokenizer)} {error}{_place(messages)}; use another template"
+        ) from None
+    return texts
+
+
+def _name(tokenizer: PreTrainedTokenizerBase) -> str:
+    name = getattr(tokenizer, _NAME, "")
+    if name:
+        return f"chat_template {name}"
+    return f"the chat template of {tokenizer.name_or_path or 'the model'}"
+
+
+def _place(messages: Messages) -> str:
+    if not messages:
+        return ""
+    return f", on the conversation that ends in {str(messages[-1].get('content'))[-40:]!r}"

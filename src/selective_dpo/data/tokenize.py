@@ -16,9 +16,9 @@ import jinja2
 
 from selective_dpo.config import DataConfig
 from selective_dpo.data.pairs import DropReason, Messages, Pair
-from selective_dpo.data.templates import render, require_template
+from selective_dpo.data.templates import Conversation, render, require_template
 from selective_dpo.digests import digest
-from selective_dpo.errors import ModelError
+from selective_dpo.errors import ModelError, RunawayTemplateError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,6 +58,7 @@ def tokenize_pairs(
 
     Raises:
         TemplateError: conversations, and no chat template.
+        RunawayTemplateError: the template takes too long or writes too much; `pair` says which one.
         ConfigError: `empty_system_message`, and the template takes none.
         ModelError: text, and the tokenizer has no end-of-sequence token.
     """
@@ -66,7 +67,7 @@ def tokenize_pairs(
     plain = [index for index, pair in enumerate(pairs) if not pair.is_conversational]
     if chats:
         require_template(tokenizer, empty_system_message=empty_system_message)
-        rendered = {index: _render(pairs[index], tokenizer, empty_system_message) for index in chats}
+        rendered = _render_some(pairs, chats, tokenizer, empty_system_message)
         accepted = {index: texts for index, texts in rendered.items() if texts is not None}
         encoded = _encode(list(accepted.values()), tokenizer, add_special_tokens=False)
         results = _placed(results, list(accepted), encoded)
@@ -128,16 +129,30 @@ def _placed(
     return [by_position.get(position, result) for position, result in enumerate(results)]
 
 
+def _render_some(
+    pairs: Sequence[Pair],
+    positions: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    empty_system_message: bool,
+) -> dict[int, _Texts | None]:
+    rendered: dict[int, _Texts | None] = {}
+    for position in positions:
+        try:
+            rendered[position] = _render(pairs[position], tokenizer, empty_system_message)
+        except RunawayTemplateError as error:
+            error.pair = position
+            raise
+    return rendered
+
+
 def _render(pair: Pair, tokenizer: PreTrainedTokenizerBase, empty_system_message: bool) -> _Texts | None:
     # `sources` and `pairs` allow only parts of one kind; this tells the type checker.
     assert isinstance(pair.prompt, list) and isinstance(pair.chosen, list) and isinstance(pair.rejected, list)
     prompt = with_system(pair.prompt) if empty_system_message else pair.prompt
     try:
-        return _Texts(
-            render(tokenizer, prompt, add_generation_prompt=True),
-            render(tokenizer, prompt + pair.chosen),
-            render(tokenizer, prompt + pair.rejected),
-        )
+        conversations = [Conversation(prompt, add_generation_prompt=True)]
+        conversations += [Conversation(prompt + completion) for completion in (pair.chosen, pair.rejected)]
+        return _Texts(*render(tokenizer, conversations))
     except jinja2.TemplateError:
         return None
 

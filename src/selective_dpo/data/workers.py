@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import signal
 import subprocess
 import sys
 from collections import deque
@@ -21,6 +22,7 @@ from multiprocessing import Pipe
 
 from selective_dpo.data.finishing import FinishedChunk, Finisher
 from selective_dpo.data.store import RowOutcome
+from selective_dpo.errors import RunawayTemplateError
 
 MOST_WORKERS = 16
 """The process that reads and writes keeps about ten busy; many more would wait for it."""
@@ -28,6 +30,9 @@ CHUNKS_ALONE = 4
 """Finished here before workers are started, which takes a second or two: small data never need them."""
 _CHUNKS_AHEAD = 2
 """Chunks for each worker that are judged and not yet written; memory holds no more."""
+
+_OUT_OF_TIME = getattr(signal, "SIGPROF", 0)
+"""What ends a worker that a template keeps busy (see `render_limits`)."""
 
 Chunk = Sequence[RowOutcome]
 
@@ -95,6 +100,11 @@ class _Worker:
             answer = self._ours.recv()
         except (EOFError, OSError) as error:
             code = self._process.wait()
+            if code == -_OUT_OF_TIME:
+                raise RunawayTemplateError(
+                    f"rows {chunk[0].row:,} of {chunk[0].source} to {chunk[-1].row:,} of {chunk[-1].source}: "
+                    "the chat template takes too long on one of them; use another template"
+                ) from error
             raise RuntimeError(f"a process that tokenizes pairs ended early: exit code {code}") from error
         if isinstance(answer, Exception):
             raise answer

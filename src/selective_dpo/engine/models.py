@@ -2,47 +2,74 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from selective_dpo.artifacts import file_digest
 from selective_dpo.config import ModelConfig
 from selective_dpo.data.templates import apply_template
 from selective_dpo.digests import digest
-from selective_dpo.errors import ModelError
+from selective_dpo.engine.memory import is_out_of_memory
+from selective_dpo.errors import ModelError, SelectiveDPOError, name_some
 
 _LOCAL_PATH = re.compile(r"[/~.\\]|[^/]*/[^/]*/")
 """What no hub name looks like: a leading slash, tilde or dot, or two slashes."""
 logger = logging.getLogger(__name__)
 
-_LOADING_ERRORS = (OSError, ValueError, ImportError, KeyError, SafetensorError)
+_TELL_ENOUGH = (OSError, ValueError, ImportError, SafetensorError)
+"""Errors whose words are meant for the user; of the others, the kind is told, too."""
+
+
+@contextlib.contextmanager
+def loading(what: str, path: str) -> Iterator[None]:
+    """Inside, a library reads files of the model, adapter or tokenizer at `path`, and only that.
+
+    What is wrong with such files ends in errors of any kind: a list where a mapping should be, a width of -1.
+
+    Raises:
+        ModelError: for all of them, but for running out of memory.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, SelectiveDPOError) or is_out_of_memory(error):
+            raise
+        raise ModelError(_explain(what, path, error)) from error
 
 
 def load_policy(config: ModelConfig) -> Any:
     """The starting policy, in training precision, on the CPU or wherever a trainer will move it.
 
     Raises:
-        ModelError: it cannot be loaded; only safetensors weights are read.
+        ModelError: it cannot be loaded, or lacks weights; only safetensors are read.
     """
     _announce_remote_code(config)
-    try:
-        return AutoModelForCausalLM.from_pretrained(
+    with loading("model", config.path):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             config.path,
             revision=config.revision,
             dtype=getattr(torch, config.dtype),
             attn_implementation=config.attention,
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,
+            output_loading_info=True,
         )
-    except _LOADING_ERRORS as error:
-        raise ModelError(_explain("model", config.path, error)) from error
+    model, found = loaded
+    if found["missing_keys"]:
+        raise ModelError(
+            f"the weights of model {config.path!r} lack {name_some(sorted(found['missing_keys']), limit=2)}, "
+            "which would be random numbers: are they those that config.json describes?"
+        )
+    return model
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
@@ -55,14 +82,11 @@ def load_tokenizer(config: ModelConfig) -> Any:
     """
     path = config.tokenizer or config.path
     _announce_remote_code(config)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            path,
-            revision=config.revision if path == config.path else "main",
-            trust_remote_code=config.trust_remote_code,
-        )
-    except _LOADING_ERRORS as error:
-        raise ModelError(_explain("tokenizer", path, error)) from error
+    tokenizer = read_tokenizer(
+        path,
+        revision=config.revision if path == config.path else "main",
+        trust_remote_code=config.trust_remote_code,
+    )
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ModelError(f"tokenizer {path} has neither a padding nor an end-of-sequence token")
@@ -71,15 +95,48 @@ def load_tokenizer(config: ModelConfig) -> Any:
     return tokenizer
 
 
+def read_tokenizer(path: str, *, what: str = "tokenizer", **options: Any) -> Any:
+    """The tokenizer at `path` as it is; `options` as for `AutoTokenizer.from_pretrained`.
+
+    Raises:
+        ModelError: it cannot be loaded, or knows special tokens only.
+    """
+    with loading(what, path):
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        # Without a vocabulary's file transformers makes a tokenizer to which every text is empty.
+        special = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+        if not isinstance(tokenizer.model_max_length, int | float):
+            raise ValueError("model_max_length in tokenizer_config.json is not a number")
+        is_empty = len(tokenizer) <= len(special) and not tokenizer.encode("a b", add_special_tokens=False)
+    if is_empty:
+        raise ModelError(
+            f"the tokenizer of {path!r} knows no tokens but {len(special)} special one(s): its vocabulary "
+            "(tokenizer.json, or its model's own files) is missing"
+        )
+    return tokenizer
+
+
+def damaged_weights(folder: Path) -> str:
+    """What is wrong with the first file of weights in `folder` that is not whole; empty: none is.
+
+    Headers are read, not weights.
+    """
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            return f"{path.name} is damaged or not whole ({' '.join(str(error).split())[:200]})"
+    return ""
+
+
 def load_model_config(config: ModelConfig) -> Any:
     """The architecture's configuration, without weights. `ModelError` if it cannot be had."""
     _announce_remote_code(config)
-    try:
+    with loading("model", config.path):
         return AutoConfig.from_pretrained(
             config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
-    except _LOADING_ERRORS as error:
-        raise ModelError(_explain("model", config.path, error)) from error
 
 
 def model_digest(config: ModelConfig) -> str:
@@ -134,10 +191,19 @@ def _explain(what: str, path: str, error: BaseException) -> str:
     folder = Path(path).expanduser()
     if not folder.is_dir() and _LOCAL_PATH.match(path):
         return f"cannot load {what} {path!r}: there is no such folder; check the path"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reason = (lines[0] if lines else type(error).__name__)[:300].rstrip(" .:")
+    reason = _reason(error)
     if folder.is_dir():
         remedy = "the folder needs config.json, the tokenizer's files and *.safetensors weights"
     else:
         remedy = "check the name, your access and the network, or name a local folder"
     return f"cannot load {what} {path!r}: {reason}; {remedy}"
+
+
+def _reason(error: BaseException) -> str:
+    if "ignore_mismatched_sizes" in str(error):  # transformers points to a report in its log
+        return "its weights have other shapes than config.json says"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    words = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    if not isinstance(error, _TELL_ENOUGH) or not words:
+        words = f"{type(error).__name__}: {words}"
+    return words[:300].rstrip(" .:")

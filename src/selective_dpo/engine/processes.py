@@ -38,6 +38,15 @@ def wait_for_everyone() -> None:
     this_process().wait_for_everyone()
 
 
+def leave_group() -> None:
+    """Take this process out of its group, when all is done; every process must come here.
+
+    Left to the interpreter's end, threads of a group now and then abort a process that has succeeded.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 @contextlib.contextmanager
 def publish_from_main(folder: Path, *, kind: str, key: str) -> Iterator[Path]:
     """`publish_folder` by the main process; the others get a folder that is thrown away.

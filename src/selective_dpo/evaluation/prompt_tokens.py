@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import jinja2
 
 from selective_dpo.core.identity import Text
+from selective_dpo.data.templates import Conversation, render
 from selective_dpo.data.tokenize import with_system
-from selective_dpo.errors import TemplateError
+from selective_dpo.errors import RunawayTemplateError, TemplateError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,11 +25,12 @@ def encode_prompt(
 
     Raises:
         TemplateError: messages, and the tokenizer has no chat template or the template refuses them.
+        RunawayTemplateError: it takes too long or writes too much.
     """
     if isinstance(text, str):
         return list(tokenizer(text)["input_ids"])
     messages = with_system(text) if empty_system_message else text
-    return _render(tokenizer, messages, add_generation_prompt=True)
+    return encode_conversation(tokenizer, Conversation(messages, add_generation_prompt=True))
 
 
 def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -37,8 +41,11 @@ def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """
     question = [{"role": "user", "content": "a"}]
     try:
-        before = _render(tokenizer, question, add_generation_prompt=True)
-        whole = _render(tokenizer, [*question, {"role": "assistant", "content": "b"}])
+        before = encode_conversation(tokenizer, Conversation(question, add_generation_prompt=True))
+        answered = Conversation([*question, {"role": "assistant", "content": "b"}])
+        whole = encode_conversation(tokenizer, answered)
+    except RunawayTemplateError:
+        raise
     except TemplateError:
         return None
     if whole[: len(before)] != before:
@@ -49,19 +56,20 @@ def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return next((token for token in whole[len(before) :] if token in special), None)
 
 
-def _render(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], *, add_generation_prompt: bool = False
-) -> list[int]:
+def encode_conversation(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> list[int]:
+    """Token ids of what the chat template writes, and of nothing else: no second beginning of sequence.
+
+    Raises:
+        TemplateError, RunawayTemplateError: see `encode_prompt`.
+    """
     if not tokenizer.chat_template:
         raise TemplateError(
             "prompts are chat messages and the tokenizer has no template: set model.chat_template"
         )
     try:
-        ids = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False
-        )
-    except Exception as error:  # a template is a program, and may raise anything
+        (text,) = render(tokenizer, [conversation])
+    except jinja2.TemplateError as error:
         raise TemplateError(
             f"the chat template refuses a prompt: {error}; choose model.chat_template"
         ) from error
-    return list(ids)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -7,14 +7,15 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from selective_dpo.core.identity import Text
+from selective_dpo.data.templates import Conversation
+from selective_dpo.engine.models import loading, read_tokenizer
 from selective_dpo.errors import ModelError
 from selective_dpo.evaluation.judges import RewardJudge
+from selective_dpo.evaluation.prompt_tokens import encode_conversation
 from selective_dpo.progress import Progress
-
-_LOADING_ERRORS = (OSError, ValueError, ImportError, KeyError)
 
 
 class RewardModelJudge(RewardJudge):
@@ -36,11 +37,9 @@ class RewardModelJudge(RewardJudge):
         super().__init__()
         self._path = path
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        try:
+        with loading("reward model", path):
             self._config: Any = AutoConfig.from_pretrained(path)
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(path)
-        except _LOADING_ERRORS as error:
-            raise ModelError(f"cannot load reward model {path!r}: {_first_line(error)}") from error
+        self._tokenizer: Any = read_tokenizer(path, what="reward model")
         if self._config.num_labels != 1:
             raise ModelError(
                 f"reward model {path!r} has {self._config.num_labels} outputs; "
@@ -81,7 +80,7 @@ class RewardModelJudge(RewardJudge):
     def _encode(self, prompt: Text, answer: str) -> list[int]:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         messages.append({"role": "assistant", "content": answer})
-        return list(self._tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False))
+        return encode_conversation(self._tokenizer, Conversation(messages))
 
     def _require_room(self, rows: Sequence[Sequence[int]]) -> None:
         positions = getattr(self._config.get_text_config(), "max_position_embeddings", None)
@@ -107,21 +106,15 @@ class RewardModelJudge(RewardJudge):
 
     @cached_property
     def _model(self) -> Any:
-        try:
-            model, loading = AutoModelForSequenceClassification.from_pretrained(
+        with loading("reward model", self._path):
+            model, found = AutoModelForSequenceClassification.from_pretrained(
                 self._path,
                 dtype="auto" if self._device.type == "cuda" else torch.float32,
                 use_safetensors=True,
                 output_loading_info=True,
             )
-        except _LOADING_ERRORS as error:
-            raise ModelError(f"cannot load reward model {self._path!r}: {_first_line(error)}") from error
-        if loading["missing_keys"]:
+        if found["missing_keys"]:
             # A language model without the classifier's head would load, with a random head
-            missing = sorted(loading["missing_keys"])[0]
+            missing = sorted(found["missing_keys"])[0]
             raise ModelError(f"{self._path!r} is not a trained reward model: its weights lack {missing}")
         return model.to(self._device).eval()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

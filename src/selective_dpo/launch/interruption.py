@@ -1,5 +1,7 @@
 """SIGTERM, a scheduler's warning that the time is up: work stops at once, or at its next good moment.
 
+Ctrl-C is Python's own `KeyboardInterrupt`, which stops it at once.
+
 Nothing is changed on import; each function leaves the handler that it found when it is done. Signals reach
 a process's main thread only, so in other threads all this has no effect.
 """
@@ -67,17 +69,33 @@ def stopping_when_asked() -> Iterator[Callable[[], bool]]:
 
 @contextlib.contextmanager
 def passing_on(processes: Callable[[], Iterable[int]]) -> Iterator[Callable[[], bool]]:
-    """Inside, SIGTERM is sent on to the processes of these ids; what this yields says whether it came."""
+    """Inside, SIGTERM is sent on to the processes of these ids; what this yields says whether it came.
+
+    Ctrl-C is sent on to them as SIGTERM, before it is raised here.
+    """
     noted = _Noted()
 
     def handler(number: int, frame: FrameType | None) -> None:
         noted.received = True
-        for process in processes():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGTERM)
+        _terminate(processes())
 
     with _handled_by(handler):
-        yield lambda: noted.received
+        try:
+            yield lambda: noted.received
+        except KeyboardInterrupt:
+            _terminate(processes())
+            raise
+
+
+@contextlib.contextmanager
+def starting_out_of_reach() -> Iterator[None]:
+    """Inside, processes are started that Ctrl-C does not reach: a terminal sends it to a command and its
+    children alike, and it is for the command to tell them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which children inherit
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager
@@ -91,6 +109,12 @@ def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[No
     finally:
         # None: it was set outside of Python, and cannot be put back.
         signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+
+
+def _terminate(processes: Iterable[int]) -> None:
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGTERM)
 
 
 def _note_and_raise(number: int, frame: FrameType | None) -> None:

@@ -11,9 +11,26 @@ from typing import TypeVar
 
 import torch
 
-from selective_dpo.errors import ConfigError, DiskError, Interrupted, SelectiveDPOError, disk_fault
-from selective_dpo.launch.interruption import REMEDY, note_between_jobs, passing_on, stopping_at_once
+from selective_dpo.errors import (
+    ConfigError,
+    DiskError,
+    Interrupted,
+    NotFiniteError,
+    RecordsError,
+    SelectiveDPOError,
+    disk_fault,
+)
+from selective_dpo.launch.interruption import (
+    REMEDY,
+    note_between_jobs,
+    passing_on,
+    starting_out_of_reach,
+    stopping_at_once,
+)
+from selective_dpo.launch.orphans import end_without_parent
+from selective_dpo.launch.processes import one_of_several
 from selective_dpo.launch.quiet import quieten_libraries
+from selective_dpo.launch.streams import settle_streams
 
 Job = TypeVar("Job")
 
@@ -30,7 +47,9 @@ def run_in_workers(
 
     Workers share the machine: each takes one GPU in turn where there are any, else its share of the
     CPU's cores. A failing job does not stop the others; then the first error is raised, saying which
-    job it was. SIGTERM is passed on to the workers, and no further job is begun.
+    job it was. Where several processes work on each job together, one that failed alone begins no other.
+    SIGTERM is passed on to the workers, Ctrl-C as SIGTERM, and no further job is begun. Workers whose parent
+    is killed end, too.
 
     Raises:
         Interrupted: SIGTERM came.
@@ -61,11 +80,19 @@ def _here(
             raise
         except Exception as error:
             failures.append((job, error))
-            if isinstance(error, Interrupted):
+            if isinstance(error, Interrupted) or not _is_shared(error):
                 break
         else:
             done(job)
     return failures
+
+
+def _is_shared(error: Exception) -> bool:
+    """Whether all processes that work on the job know of the error.
+
+    The others may still wait for this one, and would take the next job's messages for this one's.
+    """
+    return not one_of_several() or isinstance(error, NotFiniteError | RecordsError)
 
 
 def _in_processes(
@@ -80,7 +107,7 @@ def _in_processes(
             max_workers=min(workers, len(jobs)),
             mp_context=context,
             initializer=_start_worker,
-            initargs=(turns, workers, _gpu_count()),
+            initargs=(os.getpid(), turns, workers, _gpu_count()),
         ) as pool,
         passing_on(_own_children) as interrupted,
     ):
@@ -88,7 +115,9 @@ def _in_processes(
             # No more than there are workers for: what is handed over cannot be taken back.
             while waiting and len(running) < workers and not interrupted():
                 job = waiting.pop(0)
-                running[pool.submit(_work_on, work, job)] = job
+                with starting_out_of_reach():  # this starts a worker where one is lacking
+                    future = pool.submit(_work_on, work, job)
+                running[future] = job
             if not running:
                 break
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -121,8 +150,10 @@ def _gpu_count() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
-def _start_worker(turns: object, workers: int, gpus: int) -> None:
+def _start_worker(parent: int, turns: object, workers: int, gpus: int) -> None:
+    end_without_parent(parent)
     note_between_jobs()
+    settle_streams()
     quieten_libraries()
     with turns.get_lock():  # type: ignore[attr-defined]
         number = turns.value  # type: ignore[attr-defined]

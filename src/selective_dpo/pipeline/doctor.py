@@ -13,9 +13,9 @@ from selective_dpo.pipeline.checks import environment
 from selective_dpo.pipeline.checks import model as models
 from selective_dpo.pipeline.checks.check import Check, fail, ok
 from selective_dpo.pipeline.checks.data import check_source, check_template
-from selective_dpo.pipeline.plan import disk_need
 from selective_dpo.pipeline.planning.architecture import build_on_meta
 from selective_dpo.pipeline.planning.device import Device, this_device
+from selective_dpo.pipeline.planning.disk import disk_need
 from selective_dpo.pipeline.planning.pricing import Models, models_of
 
 Found = TypeVar("Found")

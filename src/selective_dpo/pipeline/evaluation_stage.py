@@ -10,17 +10,16 @@ import peft
 from trl.trainer.utils import add_fused_lm_head
 
 from selective_dpo.artifacts import content_key, is_complete, read_json, read_manifest
-from selective_dpo.core.identity import Text, prompt_id
+from selective_dpo.core.identity import prompt_id
 from selective_dpo.core.preference_metrics import PreferenceMetrics
 from selective_dpo.core.results import REFERENCE
 from selective_dpo.curriculum.table import Curriculum
-from selective_dpo.data.readers import Malformed, read_file
+from selective_dpo.data.prompts import read_prompts
 from selective_dpo.data.store import TOKENS, load_pairs, load_tokens
 from selective_dpo.engine.logprobs import pair_logps
-from selective_dpo.engine.models import load_policy
+from selective_dpo.engine.models import load_policy, loading
 from selective_dpo.engine.processes import publish_from_main, this_process, wait_for_everyone
 from selective_dpo.engine.reference import load_reference, without_quarantined
-from selective_dpo.errors import DataError
 from selective_dpo.evaluation.evaluate import Arm, evaluate_arms
 from selective_dpo.evaluation.generation import Prompt
 from selective_dpo.evaluation.held_out import held_out_metrics
@@ -91,7 +90,8 @@ def load_arm(run: Run, policy: Path | None) -> Any:
         model = load_policy(config)
         add_fused_lm_head(model)
         if policy is not None:
-            model = peft.PeftModel.from_pretrained(model, policy)
+            with loading("adapter", str(policy)):
+                model = peft.PeftModel.from_pretrained(model, policy)
     else:
         model = load_policy(config.model_copy(update={"path": str(policy), "revision": "main"}))
         add_fused_lm_head(model)
@@ -131,27 +131,15 @@ def prompts_to_answer(run: Run) -> list[Prompt]:
     """The prompts that answers are drawn for: a file's, or the held-out pairs'.
 
     Raises:
-        DataError: the file is not there, or a row of it has no prompt.
+        DataError: the file cannot be read, or a row of it has no prompt.
     """
     generation = run.recipe.evaluate.generation
     if generation.prompts == 0:
         return []
     if generation.source:
-        return _read_prompts(Path(generation.source))
+        return [Prompt(prompt_id(text), text) for text in read_prompts(Path(generation.source))]
     if not run.recipe.data.test:
         return []
     table = load_pairs(run.folder.test_pairs)
     rows = zip(*(table[name].to_pylist() for name in ("status", "prompt_id", "prompt")), strict=True)
     return [Prompt(identity, json.loads(text)) for status, identity, text in rows if status == "kept"]
-
-
-def _read_prompts(path: Path) -> list[Prompt]:
-    if not path.is_file():
-        raise DataError(f"evaluate.generation.source: no file {path}")
-    prompts = []
-    for number, row in enumerate(read_file(path)):
-        text: Text | None = None if isinstance(row, Malformed) else row.get("prompt")
-        if not isinstance(text, (str, list)):
-            raise DataError(f"{path}, row {number}: needs a prompt, as text or messages")
-        prompts.append(Prompt(prompt_id(text), text))
-    return prompts

@@ -12,8 +12,8 @@ from selective_dpo.errors import ModelError, RunChangedError
 from selective_dpo.evaluation.preflight import check_evaluation
 from selective_dpo.pass_through import check_recipe_options
 from selective_dpo.pipeline.planning.cached import complete_results, has_results
-from selective_dpo.pipeline.planning.costs import saved_bytes
 from selective_dpo.pipeline.planning.device import ASSUMED_UTILISATION, Device, this_device
+from selective_dpo.pipeline.planning.disk import Disk, disk_need
 from selective_dpo.pipeline.planning.forwarding import forwarding_of
 from selective_dpo.pipeline.planning.inputs import Inputs, Unknown, is_local, read_inputs
 from selective_dpo.pipeline.planning.pricing import Models, PlannedJob, Pricing, models_of
@@ -44,8 +44,8 @@ class Plan:
     """How many like this one the times assume."""
     rates: dict[str, float]
     """FLOP/s measured here, by type."""
-    disk: float | None
-    """Bytes that trained weights will take in the run's folder."""
+    disk: Disk | None
+    """What will be in the run's folder."""
     seconds: float | None
     """Of all jobs that are not cached and whose time is known."""
     unknown: tuple[str, ...]
@@ -67,7 +67,7 @@ class Plan:
             "device": {**self.device._asdict(), "assumed_number": self.devices},
             "measured_flops_per_second": self.rates,
             "assumed_utilisation": ASSUMED_UTILISATION,
-            "disk_bytes": self.disk,
+            "disk_bytes": None if self.disk is None else self.disk.to_json(),
             "seconds": self.seconds,
             "unknown": list(self.unknown),
             "notes": list(self.notes),
@@ -117,19 +117,6 @@ def make_plan(recipe: Recipe) -> Plan:
         unknown=tuple(unknown),
         notes=tuple(_notes(run)),
     )
-
-
-def disk_need(recipe: Recipe, models: Models | None) -> float | None:
-    """Bytes of trained weights that a run keeps: policies, and scorers where they are kept."""
-    if models is None:
-        return None
-    dtype = recipe.model.dtype
-    policy = saved_bytes(models.sizes, adapter=models.policy_adapter, dtype=dtype)
-    need = policy * (1 + len(recipe.evaluate.controls))
-    if recipe.score.keep_scorers:
-        scorer = saved_bytes(models.sizes, adapter=models.scorer_adapter, dtype=dtype)
-        need += scorer * 2 * len(recipe.score.seeds)
-    return need
 
 
 def _models(recipe: Recipe, unknown: list[str]) -> Models | None:

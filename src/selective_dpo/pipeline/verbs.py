@@ -14,7 +14,7 @@ from selective_dpo.artifacts import replacing
 from selective_dpo.config import Recipe
 from selective_dpo.core.records import Records
 from selective_dpo.curriculum.table import Curriculum
-from selective_dpo.engine.processes import this_process, wait_for_everyone
+from selective_dpo.engine.processes import leave_group, this_process, wait_for_everyone
 from selective_dpo.errors import ConfigError
 from selective_dpo.evaluation.preflight import check_evaluation
 from selective_dpo.launch.processes import relaunch, under_a_launcher
@@ -147,6 +147,7 @@ def run_verb(
         "run": lambda: run_all(run),
     }
     actions[verb]()
+    leave_group()
     return 0
 
 

@@ -14,13 +14,13 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from selective_dpo.artifacts import content_key, read_json, verify_folder
-from selective_dpo.errors import ArtifactError, ConfigError
+from selective_dpo.errors import ArtifactError, CheckpointError, ConfigError, name_some
 
 KIND = "checkpoint"
 PROGRESS = "progress.json"
@@ -115,8 +115,62 @@ def require_layout(progress: dict[str, Any], now: Layout, folder: Path) -> None:
 
 
 def read_progress(folder: Path) -> dict[str, Any]:
-    """The checkpoint's `progress.json`."""
-    return read_json(folder / PROGRESS)
+    """The checkpoint's `progress.json`, each value of its kind.
+
+    Raises:
+        CheckpointError: it is not one.
+    """
+    try:
+        progress = read_json(folder / PROGRESS)
+    except ArtifactError as error:
+        raise unsound(folder, str(error)) from error
+    wrong = [name for name, is_right in _KINDS.items() if not is_right(progress.get(name))]
+    if not wrong and len(progress["loss_since_log"]) != progress["layout"]["processes"]:
+        wrong = ["loss_since_log"]
+    if wrong:
+        raise unsound(folder, f"{PROGRESS}: {name_some(wrong)}")
+    return progress
+
+
+def unsound(folder: Path, reason: str) -> CheckpointError:
+    """The error that says so of the checkpoint in `folder`."""
+    return CheckpointError(
+        f"{folder} is not what this training wrote, although its digests say so ({reason}): delete that "
+        "folder, and the same command goes on from the checkpoint before it, if there is one"
+    )
+
+
+def is_number(value: object) -> bool:
+    """Whether a JSON value is a number."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _are_numbers(value: object) -> bool:
+    return isinstance(value, list) and all(map(is_number, value))
+
+
+def _is_layout(value: object) -> bool:
+    if not isinstance(value, dict) or value.keys() != set(Layout._fields):
+        return False
+    return (
+        _is_count(value["processes"])
+        and _is_count(value["pairs_per_update"])
+        and isinstance(value["kind"], str)
+    )
+
+
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("step", "steps", "last_log"), _is_count),
+    **dict.fromkeys(("seconds", "trained_tokens", "loss_until_log"), is_number),
+    "layout": _is_layout,
+    "metrics": lambda value: isinstance(value, dict) and all(map(_are_numbers, value.values())),
+    "loss_since_log": _are_numbers,
+}
+"""What each value of `progress.json` is."""
 
 
 def checkpoints_in(folder: Path) -> list[Path]:

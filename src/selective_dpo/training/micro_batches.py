@@ -5,17 +5,20 @@ schedule and the order consumed do too. transformers' `auto_find_batch_size` kee
 training again with 0.9 times the batch size and the same number of accumulated batches.
 
 A failed backward pass may have left part of its gradient. So the whole update is repeated from gradients of
-zero: no pair is lost, none counts twice. That needs the passes of this process to be nobody else's concern,
-so with several processes running out of memory is an error.
+zero: no pair is lost, none counts twice. That needs the passes of this process to be nobody else's concern.
+With several processes the training has to start again from its newest checkpoint (see `smaller_passes`), and
+from there on each batch is run in parts of so many pairs, in as many on every process.
 
 Dimension suffixes: B pairs of a batch, T tokens of TRL's padded rows (chosen rows before rejected, [2B, T]).
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -25,6 +28,7 @@ from selective_dpo.engine.memory import is_out_of_memory
 from selective_dpo.errors import ModelError
 from selective_dpo.training.equal_weights import BLANK, WEIGHT
 from selective_dpo.training.logged_means import LoggedMeans
+from selective_dpo.training.smaller_passes import SmallerPasses
 
 Batch = dict[str, Any]
 ROW = "train_row"
@@ -73,8 +77,8 @@ def cut(batch: Batch, most_tokens: int | None) -> list[Batch]:
     """
     if most_tokens is None or batch["input_ids"].numel() <= most_tokens or not can_part(batch):
         return [batch]
-    lengths_B = batch["attention_mask"].sum(dim=1).view(2, -1).amax(dim=0)
-    left: list[int] = lengths_B.argsort(descending=True, stable=True).tolist()
+    lengths_B = _lengths(batch)
+    left = _longest_first(lengths_B)
     parts = []
     while left:
         many = max(1, most_tokens // max(1, 2 * int(lengths_B[left[0]])))
@@ -83,20 +87,52 @@ def cut(batch: Batch, most_tokens: int | None) -> list[Batch]:
     return parts
 
 
+def cut_in_pairs(batch: Batch, most_pairs: int | None) -> list[Batch]:
+    """The batch in parts of `most_pairs` pairs, the last one of those that are left; the longest first.
+
+    Batches of as many pairs give as many parts, of the same sizes. None, or a batch that is no larger: the
+    batch itself.
+    """
+    if most_pairs is None or pairs_in(batch) <= most_pairs or not can_part(batch):
+        return [batch]
+    order = _longest_first(_lengths(batch))
+    starts = range(0, len(order), most_pairs)
+    return [take_pairs(batch, order[start : start + most_pairs]) for start in starts]
+
+
+def _lengths(batch: Batch) -> Tensor:
+    """Tokens of each pair's longer row, [B]."""
+    lengths_B: Tensor = batch["attention_mask"].sum(dim=1).view(2, -1).amax(dim=0)
+    return lengths_B
+
+
+def _longest_first(lengths_B: Tensor) -> list[int]:
+    order: list[int] = lengths_B.argsort(descending=True, stable=True).tolist()
+    return order
+
+
 class WithinMemory:
     """Runs the batches of one update after the other, each in as many passes as memory allows.
 
     Args:
-        may_part: whether this process can run other passes than it was going to, and the loss of a batch is
-            the mean over its pairs.
+        obstacle: why batches cannot be run in parts, in a few words; empty: they can.
         logged: what passes log.
         zero_gradients: sets them to what they are when an update begins.
+        keep_to_itself: inside of what it returns, the gradient of a pass is not sent to other processes.
     """
 
     def __init__(
-        self, *, may_part: Callable[[], bool], logged: LoggedMeans, zero_gradients: Callable[[], object]
+        self,
+        *,
+        obstacle: Callable[[], str],
+        logged: LoggedMeans,
+        zero_gradients: Callable[[], object],
+        keep_to_itself: Callable[[], AbstractContextManager[object]],
     ) -> None:
-        self._may_part, self._logged, self._zero_gradients = may_part, logged, zero_gradients
+        self._obstacle, self._logged, self._zero_gradients = obstacle, logged, zero_gradients
+        self._keep_to_itself = keep_to_itself
+        self.restarts: SmallerPasses | None = None
+        """How several processes go on where memory runs out."""
         self._most_tokens: int | None = None
         self._done: list[Batch] = []
 
@@ -115,6 +151,7 @@ class WithinMemory:
 
         Raises:
             ModelError: a single pair does not fit, or the passes cannot be made smaller.
+            StartAgainError: several processes have to start again to make them smaller.
         """
         batches, losses = [batch], list[Tensor]()
         while len(losses) < len(batches):
@@ -133,12 +170,15 @@ class WithinMemory:
     def _run(self, batch: Batch, run: Callable[[Batch], Tensor]) -> Tensor | None:
         """The loss; None where memory ran out, and will be used more sparingly from now on."""
         self._logged.start_batch()
-        parts = cut(batch, self._most_tokens)
+        parts = self._parts(batch)
         losses = []
-        for part in parts:
+        for number, part in enumerate(parts, start=1):
             problem = ""
+            # One exchange of gradients for the batch, if any.
+            waits = self._keep_to_itself() if number < len(parts) else contextlib.nullcontext()
             try:
-                losses.append(run(dict(part)))
+                with waits:
+                    losses.append(run(dict(part)))
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -154,6 +194,11 @@ class WithinMemory:
             self._logged.join([pairs_in(part) for part in parts])
         return torch.stack(losses).sum()
 
+    def _parts(self, batch: Batch) -> list[Batch]:
+        if self.restarts is None:
+            return cut(batch, self._most_tokens)
+        return [batch] if self._obstacle() else cut_in_pairs(batch, self.restarts.most_pairs)
+
     def _lower(self, part: Batch, problem: str) -> None:
         tokens, pairs = part["input_ids"].numel(), pairs_in(part)
         longest = tokens // (2 * pairs)
@@ -163,11 +208,14 @@ class WithinMemory:
                 f"{what}, and there is no smaller one: lower data.max_length, or use lora, bfloat16, "
                 f"activation_checkpointing or more devices ({problem.splitlines()[0][:100]})"
             )
-        if not (self._may_part() and can_part(part)):
+        obstacle = self._obstacle() or ("" if can_part(part) else "it holds more than pairs of text")
+        if obstacle:
             raise ModelError(
-                f"{what}: lower per_device_train_batch_size and raise gradient_accumulation_steps by the "
-                "same factor, which leaves each update its pairs"
+                f"{what}, which cannot be parted ({obstacle}): lower per_device_train_batch_size and raise "
+                "gradient_accumulation_steps by the same factor, which leaves each update its pairs"
             )
+        if self.restarts is not None:
+            self.restarts.start_again(what, pairs=pairs)
         self._most_tokens = tokens // 2
 
     def _say(self, before: int | None) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
+from torch.nn.parallel import DistributedDataParallel
 from trl import DPOConfig, DPOTrainer
 
 from selective_dpo.core.dpo import LN_2
@@ -23,6 +25,7 @@ from selective_dpo.training.logged_means import LoggedMeans
 from selective_dpo.training.micro_batches import ROW, WithinMemory
 from selective_dpo.training.rows import RowCollator, has_reference, named_missing
 from selective_dpo.training.shared_step import SharedModel, is_tokenized, shares_rows
+from selective_dpo.training.smaller_passes import SmallerPasses
 from selective_dpo.training.update_batches import MEANS_OVER_PAIRS, can_deal_by_length, deal_by_length
 
 if TYPE_CHECKING:
@@ -56,7 +59,10 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
             raise ConfigError("flex_attention cannot be trained on a CPU: use sdpa (model.attention)")
         self._logged = LoggedMeans(self)
         self._memory = WithinMemory(
-            may_part=self._can_part, logged=self._logged, zero_gradients=lambda: self.model.zero_grad()
+            obstacle=self._obstacle_to_parts,
+            logged=self._logged,
+            zero_gradients=lambda: self.model.zero_grad(),
+            keep_to_itself=self._without_exchange,
         )
         self._rows_of_update: list[torch.Tensor] = []
         self.add_callback(FiniteGradients(self, self._ids_of_update))
@@ -147,9 +153,28 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
     def _can_deal_by_length(self) -> bool:
         return self._path != "padded" and self._means_over_pairs()
 
-    def _can_part(self) -> bool:
-        alone = self.accelerator.num_processes == 1 and self.args.n_gpu <= 1 and not self.is_deepspeed_enabled
-        return alone and self._means_over_pairs()
+    def restart_in(self, passes: SmallerPasses) -> None:
+        """For one of several processes: run out of memory as `passes` says."""
+        self._memory.restarts = passes
+
+    def _obstacle_to_parts(self) -> str:
+        several = self.accelerator.num_processes > 1
+        obstacles = [
+            (not self._means_over_pairs(), "its loss is more than the mean over its pairs"),
+            (self.is_deepspeed_enabled, "DeepSpeed decides by itself where an update ends"),
+            (self.args.n_gpu > 1, "DataParallel copies the model"),
+            (several and not self._deals_evenly(), "the processes' batches may differ in size"),
+            (several and self._memory.restarts is None, "several processes would need checkpoints"),
+        ]
+        return next((reason for applies, reason in obstacles if applies), "")
+
+    def _without_exchange(self) -> AbstractContextManager[object]:
+        model = self.model_wrapped
+        if isinstance(model, DistributedDataParallel):
+            without: AbstractContextManager[object] = model.no_sync()
+            return without
+        # Sharded gradients add up over exchanges; without them, each process would hold all of them whole.
+        return contextlib.nullcontext()
 
     def _means_over_pairs(self) -> bool:
         return (
@@ -161,16 +186,20 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
     def _can_weigh_equally(self) -> bool:
         # The loss of a blank pair must be known and its gradient zero, which holds for DPO's own loss; and
         # the data loader must deal rows to processes in the plain way.
-        loading, args = self.args.accelerator_config, self.args
         return (
             self.loss_types == ["sigmoid"]
             and not self.aux_loss_enabled
             and isinstance(self.train_dataset, Dataset)
-            and args.train_sampling_strategy in ("random", "sequential")
-            and loading.even_batches
-            and not (args.dataloader_drop_last or loading.split_batches or loading.dispatch_batches)
+            and self.args.train_sampling_strategy in ("random", "sequential")
+            and not self.args.dataloader_drop_last
+            and self._deals_evenly()
             and self.accelerator.parallelism_config is None
         )
+
+    def _deals_evenly(self) -> bool:
+        """Whether the batches that the processes have at the same time are of the same size."""
+        loading = self.args.accelerator_config
+        return loading.even_batches and not (loading.split_batches or loading.dispatch_batches)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -22,6 +22,7 @@ from selective_dpo.artifacts import write_atomic
 from selective_dpo.engine.processes import this_process
 from selective_dpo.errors import ConfigError, Interrupted, SelectiveDPOError
 from selective_dpo.launch.interruption import REMEDY, stopping_when_asked
+from selective_dpo.launch.processes import ending_with_the_others
 from selective_dpo.training.checkpoints import (
     KEPT,
     PROGRESS,
@@ -34,7 +35,9 @@ from selective_dpo.training.checkpoints import (
     read_progress,
     require_layout,
 )
+from selective_dpo.training.loading import CheckedLoading, reading, require_sound
 from selective_dpo.training.sealing import from_main, saving_to, write_sealed
+from selective_dpo.training.smaller_passes import SmallerPasses
 
 
 class Part(Protocol):
@@ -47,7 +50,7 @@ class Part(Protocol):
         """Take up what was written, in place of what there is."""
 
 
-class ResumableTrainer(Trainer):
+class ResumableTrainer(CheckedLoading):
     """To be named before a trainer class of TRL: its checkpoints go where `train_resumably` says."""
 
     checkpoints: Checkpoints | None = None
@@ -75,17 +78,22 @@ def train_resumably(trainer: Any, plan: CheckpointPlan | None, parts: Sequence[P
 
     Raises:
         Interrupted: SIGTERM came, and a checkpoint was made after the update at that moment.
+        StartAgainError: memory ran out on one of several processes (see `smaller_passes`).
         ConfigError: the checkpoint was made by another number of processes, or the order of the pairs could
             not be found again.
+        CheckpointError: the checkpoint's digests are right, and what is in it is not this training's.
     """
     if plan is None or not (plan.minutes or plan.steps):
         trainer.train()
         return 0.0
     _require_repeatable_order(trainer.args)
-    with stopping_when_asked() as is_asked:
+    with stopping_when_asked() as is_asked, ending_with_the_others():
         trainer.checkpoints = Checkpoints(trainer, plan, parts, is_asked)
         trainer.add_callback(trainer.checkpoints)
         found = trainer.checkpoints.find()
+        trainer.checkpoint = found.folder
+        if this_process().num_processes > 1:
+            trainer.restart_in(SmallerPasses(plan))
         trainer.train(resume_from_checkpoint=str(found.trainer_folder) if found.folder else None)
     return float(trainer.checkpoints.earlier_seconds)
 
@@ -115,9 +123,9 @@ class Checkpoints(TrainerCallback):
         """What to go on from; the main process looks, and says so.
 
         Raises:
-            ConfigError: on all processes; see `require_layout`.
+            ConfigError, CheckpointError: on all processes; see `require_layout` and `require_sound`.
         """
-        found, refusal = Found(None, []), ""
+        found, refusal = Found(None, []), None
         if self._process.is_main_process:
             found = find_checkpoint(self._plan)
             for line in found.passed_over:
@@ -126,12 +134,13 @@ class Checkpoints(TrainerCallback):
                 if found.folder is not None:
                     progress = read_progress(found.folder)
                     require_layout(progress, self._layout(), found.folder)
+                    require_sound(found.folder, progress, self._trainer)
                     _say(f"going on from {found.folder}, step {progress['step']:,} of {progress['steps']:,}")
             except SelectiveDPOError as error:
-                refusal = str(error)
+                refusal = error
         found, refusal = from_main((found, refusal))
-        if refusal:
-            raise ConfigError(refusal)
+        if refusal is not None:
+            raise refusal
         self._resumed = found.folder
         self._good = [] if found.folder is None else [found.folder]
         return found
@@ -139,7 +148,9 @@ class Checkpoints(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._resumed is None:
             return
-        trainer, found = self._trainer, read_progress(self._resumed)
+        with reading(self._resumed):
+            found = read_progress(self._resumed)
+        trainer = self._trainer
         self.earlier_seconds = found["seconds"]
         trainer._metrics["train"].update(found["metrics"])
         trainer._total_train_tokens = found["trained_tokens"]
@@ -158,8 +169,9 @@ class Checkpoints(TrainerCallback):
 
     def _read_parts(self) -> None:
         assert self._resumed is not None
-        for part in self._parts:
-            part.read_state(self._resumed)
+        with reading(self._resumed):
+            for part in self._parts:
+                part.read_state(self._resumed)
 
     # --- when ----------------------------------------------------------------------------------------
 

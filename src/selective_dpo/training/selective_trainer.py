@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from datasets import Dataset
 from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 from trl import DPOConfig
 
 from selective_dpo.curriculum.apply import DIFFICULTY, PAIR_ID
 from selective_dpo.engine.padded_rows import pair_lengths
 from selective_dpo.errors import ConfigError, name_some
 from selective_dpo.training.micro_batches import ROW
-from selective_dpo.training.order import ConsumedOrder, OrderLog
+from selective_dpo.training.order import STATE, ConsumedOrder, OrderLog
 from selective_dpo.training.pair_trainer import PairTrainer
 from selective_dpo.training.rows import has_reference, with_cached_reference
 from selective_dpo.training.shared_step import is_tokenized
@@ -72,6 +74,7 @@ class SelectiveDPOTrainer(PairTrainer):
             )
         ids: list[str] = ordered[PAIR_ID][:]
         self._order_log = OrderLog(ids)
+        self._order_starts = _OrderLogStarts(self._order_log)
         self._difficulty_P = np.asarray(ordered[DIFFICULTY][:], dtype=np.float64)
         super().__init__(
             model,
@@ -80,7 +83,7 @@ class SelectiveDPOTrainer(PairTrainer):
             data_collator,
             ordered,
             eval_dataset,
-            callbacks=[*(callbacks or []), _OrderLogStarts(self._order_log)],
+            callbacks=[*(callbacks or []), self._order_starts],
             **others,
         )
         _check_lengths(self.train_dataset, args.max_length)
@@ -89,6 +92,38 @@ class SelectiveDPOTrainer(PairTrainer):
     def consumed_order(self) -> ConsumedOrder:
         """What the last call of `train` has trained on so far, against the curriculum."""
         return self._order_log.result()
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **others: Any) -> Any:
+        """As `DPOTrainer.train`. From a checkpoint, what was consumed before it counts, too.
+
+        A checkpoint of another trainer does not say what that was: see `ConsumedOrder.unrecorded`.
+
+        Raises:
+            IdentityError: the checkpoint is of a training on another curriculum.
+            ArtifactError: what it says of the order cannot be read.
+        """
+        checkpoint = resume_from_checkpoint
+        if checkpoint is True:
+            checkpoint = get_last_checkpoint(self.args.output_dir)  # type: ignore[no-untyped-call]
+        self._order_starts.checkpoint = self._order_record(Path(checkpoint)) if checkpoint else None
+        return super().train(resume_from_checkpoint, *args, **others)
+
+    def _order_record(self, checkpoint: Path) -> Path | None:
+        """The folder that says what was consumed before `checkpoint`; None: nobody asks this trainer."""
+        if (checkpoint / STATE).is_file():
+            self._order_log.read_state(checkpoint)  # what is refused is refused before anything is loaded
+        else:
+            logger.warning(
+                "%s does not say which pairs were consumed before it: consumed_order tells of those after it",
+                checkpoint,
+            )
+        return checkpoint
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            self._order_log.write_state(folder)
 
     def _note_update(self, batches: list[dict[str, Any]]) -> None:
         # Before the update's pairs are dealt by length: their order within it is the curriculum's. The
@@ -105,9 +140,23 @@ class _OrderLogStarts(TrainerCallback):
 
     def __init__(self, log: OrderLog) -> None:
         self._log = log
+        self.checkpoint: Path | None = None
+        """What the training goes on from, if the log has to be told."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._log.start_training()
+        if self.checkpoint is None:
+            return
+        if (self.checkpoint / STATE).is_file():
+            self._log.read_state(self.checkpoint)
+        else:
+            self._log.go_on_after(
+                state.global_step,
+                rows_in_batch=args.train_batch_size * args.world_size,
+                batches=args.gradient_accumulation_steps,
+            )
+        if args.ignore_data_skip:
+            self._log.begin_epoch_again()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._log.start_epoch()

@@ -65,6 +65,9 @@ class _PolicyTrainer(ResumableTrainer, SelectiveDPOTrainer):
         """What was consumed, for the checkpoints."""
         return self._order_log
 
+    def _order_record(self, checkpoint: Path) -> None:
+        return None  # it is brought back with all else that a checkpoint gathers
+
 
 def train_policy(job: TrainingJob) -> None:
     """Train on the curriculum's pairs in its order; publish weights, card, log and the order consumed.

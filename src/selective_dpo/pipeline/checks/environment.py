@@ -17,6 +17,7 @@ from packaging.specifiers import SpecifierSet
 from selective_dpo.config import Recipe
 from selective_dpo.pipeline.checks.check import Check, fail, ok, warn
 from selective_dpo.pipeline.planning.device import Device
+from selective_dpo.pipeline.planning.disk import Disk
 from selective_dpo.pipeline.planning.words import readable_bytes
 from selective_dpo.training.trackers import tracker_names
 
@@ -74,8 +75,8 @@ def check_hub() -> Check:
     return ok("hub", f"online, telemetry {telemetry}")
 
 
-def check_disk(recipe: Recipe, need: float | None) -> Check:
-    """Free space where the run folder goes; `need` is that of the trained weights, None if not known."""
+def check_disk(recipe: Recipe, need: Disk | None) -> Check:
+    """Free space where the run folder goes; `need` is None if it is not known."""
     folder = Path(recipe.output_dir).absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
@@ -84,12 +85,17 @@ def check_disk(recipe: Recipe, need: float | None) -> Check:
     found = f"{readable_bytes(free)} free at {existing}"
     if need is None:
         return warn("disk", f"{found}, the model's size is not known", "check that its weights fit")
-    wanted = need + _BASE_NEED
+    wanted = need.total + _BASE_NEED
     found += f", the run needs about {readable_bytes(wanted)}"
+    if need.checkpoints:
+        found += f" ({readable_bytes(need.checkpoints)} of it for checkpoints, while it trains)"
     if free < wanted:
         return fail("disk", found, "free some, or choose another output_dir")
     # Weights are written beside the old ones before these are removed.
-    return ok("disk", found) if free > 2 * wanted else warn("disk", found, "a repeated run needs it twice")
+    twice = free > wanted + need.results
+    return (
+        ok("disk", found) if twice else warn("disk", found, "a repeated run needs room for its weights twice")
+    )
 
 
 def check_launch(recipe: Recipe, device: Device) -> Check:

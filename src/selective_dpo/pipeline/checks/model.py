@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from selective_dpo.config import Recipe
+from selective_dpo.engine.models import damaged_weights
 from selective_dpo.evaluation.judges import judge_for
 from selective_dpo.pipeline.checks.check import Check, fail, ok, warn
 from selective_dpo.pipeline.planning.architecture import adapter_parameters, build_on_meta
@@ -28,6 +29,8 @@ def check_weights(recipe: Recipe, model: Any) -> Check:
     folder = Path(recipe.model.path)
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         return fail("model", f"{found}, but no .safetensors in {folder}", "save its weights as safetensors")
+    if problem := damaged_weights(folder):
+        return fail("model", f"{found}, but {problem}", "copy or download it again")
     return ok("model", found)
 
 
@@ -110,5 +113,7 @@ def check_trainer(recipe: Recipe, block: str) -> Check:
 
 def check_judge(recipe: Recipe) -> Check:
     """Whether the judge can be made; its weights are not loaded."""
-    judge = judge_for(recipe.evaluate)
+    judge, reward_model = judge_for(recipe.evaluate), recipe.evaluate.reward_model
+    if reward_model and (problem := damaged_weights(Path(reward_model))):
+        return fail("judge", f"reward model {reward_model}: {problem}", "copy or download it again")
     return ok("judge", "none: no answers are compared" if judge is None else judge.name)

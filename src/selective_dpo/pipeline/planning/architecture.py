@@ -10,8 +10,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from selective_dpo.config import ModelConfig, Settings
-from selective_dpo.engine.models import load_model_config
-from selective_dpo.errors import ConfigError, ModelError
+from selective_dpo.engine.models import load_model_config, loading
+from selective_dpo.errors import ConfigError
 
 # They decide with which numbers an adapter starts, not how large it is, and may need the real weights.
 _STARTING_VALUES = ("init_lora_weights", "loftq_config", "eva_config", "corda_config")
@@ -47,14 +47,11 @@ def build_on_meta(config: ModelConfig) -> Any:
     """
     architecture = load_model_config(config)
     from_config: Any = AutoModelForCausalLM.from_config
-    try:
-        with torch.device("meta"):
-            # Shapes do not depend on the attention implementation, and this one needs no other package.
-            return from_config(
-                architecture, attn_implementation="eager", trust_remote_code=config.trust_remote_code
-            )
-    except (ValueError, ImportError, KeyError, AttributeError, AssertionError) as error:
-        raise ModelError(f"cannot build model {config.path!r} from its configuration: {error}") from error
+    with loading("model", config.path), torch.device("meta"):
+        # Shapes do not depend on the attention implementation, and this one needs no other package.
+        return from_config(
+            architecture, attn_implementation="eager", trust_remote_code=config.trust_remote_code
+        )
 
 
 def architecture_of(model: Any) -> Architecture:

@@ -74,11 +74,7 @@ def training_memory(
     trained_bytes = _ADAPTER_BYTES if adapter else BYTES[dtype]
     weights = sizes.parameters * BYTES[dtype] + adapter * _ADAPTER_BYTES
     gradients = trained * trained_bytes
-    optimizer = trained * _optimizer_bytes(
-        settings.optimizer, 4 if settings.keeps_master_weights else trained_bytes
-    )
-    if settings.keeps_master_weights:
-        optimizer += trained * 4
+    optimizer = _states_bytes(settings, trained, trained_bytes)
     shared = ("optimizer", "gradients", "weights")
     shares = [processes if settings.shards in shared[place:] else 1 for place in range(3)]
     rows = rows_per_pair * settings.pairs_per_batch
@@ -109,6 +105,23 @@ def generation_memory(sizes: Architecture, *, adapter: int, dtype: str, rows: in
 def saved_bytes(sizes: Architecture, *, adapter: int, dtype: str) -> float:
     """What a trained policy takes on disk: its adapter, or all of its weights."""
     return float(adapter * _ADAPTER_BYTES if adapter else sizes.parameters * BYTES[dtype])
+
+
+def checkpoint_bytes(sizes: Architecture, settings: TrainingSettings, *, adapter: int, dtype: str) -> float:
+    """What a checkpoint in the middle of a training takes on disk: its weights, and the optimizer's states.
+
+    After the last step there are no states.
+    """
+    trained, trained_bytes = (adapter, _ADAPTER_BYTES) if adapter else (sizes.parameters, BYTES[dtype])
+    states = _states_bytes(settings, trained, trained_bytes)
+    return saved_bytes(sizes, adapter=adapter, dtype=dtype) + states
+
+
+def _states_bytes(settings: TrainingSettings, trained: int, trained_bytes: int) -> float:
+    """Of an optimizer over `trained` parameters; all processes together."""
+    if not settings.keeps_master_weights:
+        return trained * _optimizer_bytes(settings.optimizer, trained_bytes)
+    return trained * (4 + _optimizer_bytes(settings.optimizer, 4))
 
 
 def _attention_flops(sizes: Architecture, work: Work) -> float:

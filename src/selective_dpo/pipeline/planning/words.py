@@ -25,6 +25,7 @@ from selective_dpo.training.arguments import ORIGINAL_DEFAULTS
 
 if TYPE_CHECKING:
     from selective_dpo.pipeline.plan import Plan
+    from selective_dpo.pipeline.planning.disk import Disk
 
 __all__ = ["plan_text", "readable", "readable_bytes", "readable_count", "readable_time"]
 
@@ -202,10 +203,17 @@ def _end_lines(plan: Plan) -> list[str]:
     return [
         f"to do: {todo} of {len(plan.jobs)} jobs; time: {_about(readable_time(plan.seconds))}"
         + (", answers not counted" if plan.recipe.evaluate.generation.prompts else ""),
-        f"disk for trained weights: {readable_bytes(plan.disk)}",
+        f"disk: {_disk_words(plan.disk)}",
         *(f"note: {line}" for line in plan.notes),
         *(f"unknown: {line}" for line in plan.unknown),
     ]
+
+
+def _disk_words(disk: Disk | None) -> str:
+    if disk is None:
+        return UNKNOWN
+    passing = f", and up to {readable_bytes(disk.checkpoints)} for checkpoints meanwhile"
+    return f"{readable_bytes(disk.results)} for trained weights" + (passing if disk.checkpoints else "")
 
 
 def _about(text: str) -> str:

@@ -1,0 +1,255 @@
+"""`SelectiveDPOTrainer` with transformers' own checkpoints: what was consumed before one counts after it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+from trl import DPOTrainer
+
+from selective_dpo import SelectiveDPOTrainer
+from selective_dpo.artifacts import read_json
+from selective_dpo.core.identity import ids_digest
+from selective_dpo.curriculum.table import Curriculum
+from selective_dpo.errors import ArtifactError, IdentityError, SelectiveDPOError
+from selective_dpo.launch.processes import launch_command
+from selective_dpo.training.order import STATE
+from tests.fixtures.fork_server import REPOSITORY
+from tests.fixtures.models import tiny_model_folder
+from tests.fixtures.tokenizers import byte_tokenizer
+from tests.fixtures.training import InputSpy, curriculum_of, dpo_config, load_model, text_rows, tokens_of
+
+ROWS = text_rows(9)
+CURRICULUM = curriculum_of(ROWS, [0.3, 0.6, 0.9, 0.1, 0.8, 0.5, 0.2, 0.7, 0.4], count=7)
+# 7 pairs, 2 in a batch, 2 batches in an update: updates of 4 and 3 pairs, two of them an epoch.
+SETTINGS: dict[str, Any] = {"gradient_accumulation_steps": 2, "num_train_epochs": 2, "save_strategy": "steps"}
+EPOCHS, UPDATES = 2, 4
+CONSUMED = {1: 4, 2: 7, 3: 11, 4: 14}
+"""Rows by update."""
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    return tiny_model_folder(tmp_path_factory.mktemp("model"))
+
+
+class StopsAfter(TrainerCallback):
+    """As a killed process: nothing is tidied up."""
+
+    def __init__(self, update: int) -> None:
+        self._update = update
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self._update:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture
+def make(model_folder: Path, tmp_path: Path) -> Callable[..., SelectiveDPOTrainer]:
+    """Makes the same trainer each time, as a new process would."""
+
+    def made(curriculum: Curriculum = CURRICULUM, **others: Any) -> SelectiveDPOTrainer:
+        callbacks = others.pop("callbacks", [])
+        settings = {**SETTINGS, "save_steps": 1, **others}
+        return SelectiveDPOTrainer(
+            load_model(model_folder),
+            args=dpo_config(tmp_path / "out", **settings),
+            train_dataset=Dataset.from_list(ROWS),
+            processing_class=byte_tokenizer(bos=False),
+            curriculum=curriculum,
+            callbacks=callbacks,
+        )
+
+    return made
+
+
+def weights_of(trainer: SelectiveDPOTrainer) -> dict[str, torch.Tensor]:
+    return {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
+
+
+@pytest.mark.parametrize("update", [1, 2, 3])
+@pytest.mark.parametrize("how", ["raised", "max_steps"])
+def test_resumed_is_undisturbed(
+    make: Callable[..., SelectiveDPOTrainer], tmp_path: Path, update: int, how: str
+) -> None:
+    """Two epochs with accumulation, interrupted within the first, between the two and within the second: the
+    same ids, digest and verdict as without, and the same weights."""
+    whole = make(save_strategy="no")
+    spy = InputSpy(whole)
+    whole.train()
+    tokens = tokens_of(ROWS)
+    undisturbed, seen = whole.consumed_order, spy.pairs(tokens)
+    assert undisturbed.matches and undisturbed.consumed == CONSUMED[UPDATES] and undisturbed.epochs == EPOCHS
+
+    if how == "raised":
+        interrupted = make(callbacks=[StopsAfter(update)])
+        first = InputSpy(interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            interrupted.train()
+    else:
+        interrupted = make(max_steps=update, lr_scheduler_type="constant_with_warmup")
+        first = InputSpy(interrupted)
+        interrupted.train()
+    assert interrupted.consumed_order.consumed == CONSUMED[update] and interrupted.consumed_order.matches
+
+    resumed = make()
+    second = InputSpy(resumed)
+    where = tmp_path / "out" / f"checkpoint-{update}"
+    resumed.train(resume_from_checkpoint=str(where) if update > 1 else True)
+    assert resumed.consumed_order == undisturbed
+    assert first.pairs(tokens) + second.pairs(tokens) == seen
+    assert resumed.consumed_order.consumed_digest == ids_digest(2 * CURRICULUM.order)
+    assert resumed.state.global_step == UPDATES
+    if how == "raised":  # the other one had another schedule up to there
+        ours, theirs = weights_of(resumed), weights_of(whole)
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_training_resumed_twice_remembers_all_of_it(
+    make: Callable[..., SelectiveDPOTrainer], tmp_path: Path
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        make(callbacks=[StopsAfter(1)]).train()
+    again = make(callbacks=[StopsAfter(3)])
+    with pytest.raises(KeyboardInterrupt):
+        again.train(resume_from_checkpoint=True)
+    assert again.consumed_order.consumed == CONSUMED[3] and again.consumed_order.matches
+    last = make()
+    last.train(resume_from_checkpoint=True)
+    order = last.consumed_order
+    assert (
+        order.matches and order.consumed_digest == ids_digest(2 * CURRICULUM.order) and order.unrecorded == 0
+    )
+    # And the same trainer from the beginning knows nothing of it.
+    last.train()
+    assert last.consumed_order.consumed == CONSUMED[UPDATES]
+
+
+def test_what_a_checkpoint_says(make: Callable[..., SelectiveDPOTrainer], tmp_path: Path) -> None:
+    make(max_steps=3).train()
+    said = json.loads((tmp_path / "out" / "checkpoint-3" / STATE).read_text("utf-8"))
+    assert said == {
+        "curriculum": CURRICULUM.order_digest,
+        "unrecorded": 0,
+        "repeated_to_fill": 0,
+        "positions": [0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3],
+    }
+
+
+# --- other checkpoints -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("update", "before"), [(1, 4), (2, 7), (3, 11)])
+def test_a_checkpoint_of_trl_makes_the_order_partial(
+    make: Callable[..., SelectiveDPOTrainer],
+    model_folder: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    update: int,
+    before: int,
+) -> None:
+    """What a plain `DPOTrainer` consumed is not known: `unrecorded` counts it, the rest is compared with the
+    curriculum from there on, and `matches` does not claim what nobody has seen."""
+    plain = DPOTrainer(
+        load_model(model_folder),
+        args=dpo_config(tmp_path / "out", **{**SETTINGS, "save_steps": 1, "max_steps": update}),
+        train_dataset=CURRICULUM.apply(Dataset.from_list(ROWS), allow_unscored=True).select_columns(
+            ["prompt", "chosen", "rejected"]
+        ),
+        processing_class=byte_tokenizer(bos=False),
+    )
+    plain.train()
+    trainer = make()
+    spy = InputSpy(trainer)
+    with caplog.at_level(logging.WARNING, logger="selective_dpo"):
+        trainer.train(resume_from_checkpoint=True)
+    assert f"checkpoint-{update} does not say which pairs were consumed before it" in caplog.text
+    order, rest = trainer.consumed_order, (2 * CURRICULUM.order)[before:]
+    assert (order.unrecorded, order.consumed) == (before, 14 - before)
+    assert sorted(spy.pairs(tokens_of(ROWS))) == sorted(rest)
+    assert order.consumed_digest == order.expected_digest == ids_digest(rest)
+    assert not order.matches and not order.to_json()["matches"]
+    # Its own checkpoints say so, too.
+    said = json.loads((tmp_path / "out" / "checkpoint-4" / STATE).read_text("utf-8"))
+    assert (said["unrecorded"], len(said["positions"])) == (before, 14 - before)
+
+
+def test_a_checkpoint_of_another_curriculum_is_refused(
+    make: Callable[..., SelectiveDPOTrainer], tmp_path: Path
+) -> None:
+    other = curriculum_of(ROWS, [0.6, 0.3, 0.9, 0.1, 0.8, 0.5, 0.2, 0.7, 0.4], count=7)
+    assert sorted(other.order) == sorted(CURRICULUM.order) and other.order != CURRICULUM.order
+    make(other, max_steps=1).train()
+    trainer = make()
+    with pytest.raises(IdentityError) as caught:
+        trainer.train(resume_from_checkpoint=True)
+    assert f"checkpoint-1/{STATE} is of a training on another curriculum" in str(caught.value)
+    assert other.order_digest[:12] in str(caught.value) and CURRICULUM.order_digest[:12] in str(caught.value)
+    assert trainer.consumed_order.consumed == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        ("{", ArtifactError),
+        ("[]", ArtifactError),
+        ("{}", ArtifactError),
+        ('{"curriculum": "x", "unrecorded": 0, "repeated_to_fill": 0, "positions": [1.5]}', ArtifactError),
+        ('{"curriculum": "x", "unrecorded": -1, "repeated_to_fill": 0, "positions": []}', ArtifactError),
+        ('{"curriculum": "x", "unrecorded": 0, "repeated_to_fill": 0, "positions": []}', IdentityError),
+    ],
+)
+def test_what_is_no_record_is_refused(
+    make: Callable[..., SelectiveDPOTrainer], tmp_path: Path, content: str, error: type[SelectiveDPOError]
+) -> None:
+    make(max_steps=1).train()
+    (tmp_path / "out" / "checkpoint-1" / STATE).write_text(content)
+    with pytest.raises(error, match=STATE):
+        make().train(resume_from_checkpoint=True)
+
+
+def test_rows_that_are_not_skipped_are_consumed_twice(
+    make: Callable[..., SelectiveDPOTrainer], tmp_path: Path
+) -> None:
+    """`ignore_data_skip` begins the epoch again: 4 pairs go through the model twice, and `matches` says no.
+
+    The second of an epoch's two updates is made, with the first one's pairs."""
+    make(max_steps=1).train()
+    trainer = make(ignore_data_skip=True, num_train_epochs=1)
+    trainer.train(resume_from_checkpoint=True)
+    order = trainer.consumed_order
+    assert order.consumed == 4 + 4 and order.repeated_to_fill == 0 and not order.matches
+    assert order.consumed_digest == ids_digest(2 * CURRICULUM.order[:4])
+
+
+@pytest.mark.slow
+def test_two_processes(model_folder: Path, tmp_path: Path) -> None:
+    """7 pairs in batches of one: 4 rounds an epoch, 2 an update; a row fills the last round of each."""
+    shutil.copytree(model_folder, tmp_path / "model")
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS), "utf-8")
+    CURRICULUM.save(tmp_path)
+    settings = {**SETTINGS, "save_steps": 1, "per_device_train_batch_size": 1, "lora": False}
+
+    def train(**others: Any) -> dict[str, Any]:
+        command, environment = launch_command(2)
+        words = ["-m", "tests.fixtures.processes", str(tmp_path), json.dumps({**settings, **others})]
+        subprocess.run(
+            [*command, *words], cwd=REPOSITORY, env={**os.environ, **environment}, check=True, timeout=300
+        )
+        return read_json(tmp_path / "order.json")
+
+    assert train(max_steps=3)["consumed"] == 11
+    order = train(resume_from_checkpoint=True)
+    assert order["matches"] and (order["consumed"], order["repeated_to_fill"]) == (14, 2)
+    assert order["consumed_digest"] == ids_digest(2 * CURRICULUM.order) and order["unrecorded"] == 0
