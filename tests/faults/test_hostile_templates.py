@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import resource
@@ -125,6 +126,33 @@ def test_a_named_template_is_tried_at_once(tmp_path: Path, in_a_hurry: None) -> 
     path.write_text("x" * 1_000_001)
     with pytest.raises(RunawayTemplateError, match=rf"^chat_template {path} has more than 1,000,000"):
         apply_template(byte_tokenizer(), str(path))
+
+
+@pytest.mark.fault(row=14)
+def test_what_puts_the_limits_back_is_not_interrupted(
+    in_a_hurry: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The timer ticks on while a template's gigabytes are freed, and then nobody waits for its error."""
+    put_back: list[float] = []
+
+    @contextlib.contextmanager
+    def slow_to_leave() -> Iterator[None]:
+        try:
+            yield
+        finally:
+            spin(0.3)
+            put_back.append(time.thread_time())
+
+    def spin(seconds: float) -> None:
+        until = time.thread_time() + seconds
+        while time.thread_time() < until:
+            pass
+
+    monkeypatch.setattr(render_limits, "_limited_memory", slow_to_leave)
+    with pytest.raises(RunawayTemplateError, match=TIME):
+        render_limits.within_limits(lambda: spin(60.0))
+    spin(0.3)
+    assert len(put_back) == 1
 
 
 def test_the_limits_of_a_real_run() -> None:

@@ -12,11 +12,13 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 from selective_dpo.errors import RunawayTemplateError
+
+Rendered = TypeVar("Rendered")
 
 MOST_SECONDS = 10.0
 """Processor seconds for the conversations of one pair; templates in use need some 0.0001."""
@@ -33,9 +35,8 @@ _HARD = 3
 """Times `MOST_SECONDS`, counted over all threads, after which a process ends that cannot be interrupted."""
 
 
-@contextlib.contextmanager
-def rendering_limits() -> Iterator[None]:
-    """Inside, the calling thread renders conversations, and nothing that is not to be given up with them.
+def within_limits(work: Callable[[], Rendered]) -> Rendered:
+    """What `work` returns. It renders conversations, and does nothing that may not be given up with them.
 
     Time is limited in a POSIX system's main thread, where signals arrive, and memory on Linux. A single
     operation of Python's that cannot be interrupted (it compares nested lists, say) ends the process by
@@ -45,12 +46,17 @@ def rendering_limits() -> Iterator[None]:
         RunawayTemplateError: the time or the memory is used up. The message says no more than that.
     """
     try:
-        with _limited_memory(), _limited_time():
-            yield
+        with _limited_time(), _limited_memory():
+            return _under_the_timer(work)
     except _TimeIsUp:
         raise RunawayTemplateError(f"takes more than {MOST_SECONDS:g} s") from None
     except MemoryError:
         raise RunawayTemplateError(f"needs more than {MOST_MEMORY / (1 << 30):g} GiB of memory") from None
+
+
+def _under_the_timer(work: Callable[[], Rendered]) -> Rendered:
+    """Only what is called from here is interrupted: see `_is_rendering`."""
+    return work()
 
 
 def check_template_size(template: object) -> None:
@@ -77,15 +83,14 @@ def _limited_time() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return
-    begun: float | None = time.thread_time()
+    begun = time.thread_time()
 
     def tick(number: int, frame: FrameType | None) -> None:
-        if begun is None:
-            return  # it came while the timer was being stopped
-        if time.thread_time() - begun >= MOST_SECONDS:
+        if time.thread_time() - begun < MOST_SECONDS:
+            _arm_last_resort()
+        elif _is_rendering(frame):
             sys.unraisablehook = lost
             raise _TimeIsUp
-        _arm_last_resort()
 
     def lost(unraisable: sys.UnraisableHookArgs) -> None:
         if unraisable.exc_type is not _TimeIsUp:
@@ -100,7 +105,6 @@ def _limited_time() -> Iterator[None]:
         try:
             yield
         finally:
-            begun = None
             sys.unraisablehook = hook
             signal.setitimer(signal.ITIMER_VIRTUAL, *timer)
             if is_armed:
@@ -108,6 +112,19 @@ def _limited_time() -> Iterator[None]:
     finally:
         # None: it was set outside of Python, and cannot be put back.
         signal.signal(signal.SIGVTALRM, signal.SIG_DFL if handler is None else handler)
+
+
+def _is_rendering(frame: FrameType | None) -> bool:
+    """Whether what a signal has interrupted is the work, and not what comes after it.
+
+    The first tick often comes late, when a gigabyte has been copied or freed: in the midst of handling the
+    error, or of putting back timers and limits, which must not be interrupted itself.
+    """
+    while frame is not None:
+        if frame.f_code is _under_the_timer.__code__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _arm_last_resort() -> bool:

@@ -14,7 +14,7 @@ from selective_dpo.data.render_limits import (
     MOST_TEMPLATE,
     check_template_size,
     check_written,
-    rendering_limits,
+    within_limits,
 )
 from selective_dpo.digests import digest
 from selective_dpo.errors import ConfigError, RunawayTemplateError, SelectiveDPOError, TemplateError
@@ -140,20 +140,24 @@ def _render_each(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Con
     """What transformers' sandbox makes of conversations; an error of the template's is raised as it is."""
     texts: list[str] = []
     messages: Messages = []
+
+    def work() -> list[str]:
+        nonlocal messages
+        for messages, add_generation_prompt in conversations:
+            text = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+            check_written(len(text), messages)
+            texts.append(str(text))
+        return texts
+
     try:
         check_template_size(tokenizer.chat_template)
-        with rendering_limits():
-            for messages, add_generation_prompt in conversations:
-                text = tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=add_generation_prompt
-                )
-                check_written(len(text), messages)
-                texts.append(str(text))
+        return within_limits(work)
     except RunawayTemplateError as error:
         raise RunawayTemplateError(
             f"{_name(tokenizer)} {error}{_place(messages)}; use another template"
         ) from None
-    return texts
 
 
 def _name(tokenizer: PreTrainedTokenizerBase) -> str:
