@@ -35,10 +35,8 @@ from selective_dpo.training.rows import with_cached_reference
 from workload import TokenizedDPOTrainer, byte_tokenizer, seven_billion, small_model, tokenized_pairs
 
 LORA: dict[str, Any] = {"r": 16, "lora_alpha": 16, "target_modules": "all-linear"}
-EPOCHS = 3
-"""TRL's default. Ours computes the reference once for all of them."""
 LAYERS = 2
-"""Of the CPU's model: a round of all four trainings then takes about a minute on a busy core."""
+"""Of the CPU's model: a round of all four trainings then takes a minute or two."""
 TOLERANCE = 0.01
 """Largest relative difference in what the two sides learn, in float32. Adam divides a gradient by its own
 size, so rounding in gradients near zero counts in full; gradients themselves agree to 1e-4
@@ -71,7 +69,7 @@ def main() -> None:
             rounds = interleave(ours, theirs, rounds=options.rounds, device=options.device)
             details = {
                 "pairs": options.pairs,
-                "epochs": EPOCHS,
+                "epochs": options.epochs,
                 "pairs_per_batch": options.batch,
                 "batches_per_update": options.accumulation,
                 "lora": LORA,
@@ -131,8 +129,9 @@ class Sides:
         weights = sum(weight.numel() for weight in self._base.parameters())
         # Frozen weights: a multiplication and an addition forwards, as many back to the inputs, and one more
         # forward pass where there is a reference to compute: ours once, TRL's in every epoch.
-        passes = 2 * EPOCHS + ((1 if shares else EPOCHS) if reference else 0)
-        return Work(EPOCHS * self.pair_tokens, 2.0 * passes * weights * computed)
+        epochs = self._options.epochs
+        passes = 2 * epochs + ((1 if shares else epochs) if reference else 0)
+        return Work(epochs * self.pair_tokens, 2.0 * passes * weights * computed)
 
     def _with_reference(self) -> Dataset:
         logps = pair_logps(
@@ -155,7 +154,7 @@ class Sides:
             str(self._scratch),
             per_device_train_batch_size=self._options.batch,
             gradient_accumulation_steps=self._options.accumulation,
-            num_train_epochs=EPOCHS,
+            num_train_epochs=self._options.epochs,
             learning_rate=1e-4,
             max_length=1024,
             bf16=on_gpu,
@@ -202,7 +201,10 @@ def _options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--pairs", type=int, default=32)
+    parser.add_argument("--pairs", type=int, default=96)
+    parser.add_argument(
+        "--epochs", type=int, default=1, help="TRL computes the reference in each of them, ours once for all"
+    )
     parser.add_argument("--batch", type=int, default=4, help="pairs a batch")
     parser.add_argument("--accumulation", type=int, default=8, help="batches an update")
     parser.add_argument("--rounds", type=int, default=5)
