@@ -59,6 +59,9 @@ class Trial(NamedTuple):
     trials: int
     test: str
     says: str
+    """What the test's docstring says that it checks."""
+    file_says: str
+    """The first line of its file's."""
 
 
 class Matrix:
@@ -72,11 +75,14 @@ class Matrix:
         """Note the tests; those that other processes run are not collected here again."""
         for item in session.items:
             says = " ".join((item.function.__doc__ or "").split())
+            file_says = (item.module.__doc__ or "").split("\n")[0]
             for mark in item.iter_markers("fault"):
-                name = item.nodeid.split("[")[0]
-                self.trials[item.nodeid].append(
-                    Trial(mark.kwargs["row"], mark.kwargs.get("trials", 1), name, says)
+                row, trials, test = (
+                    mark.kwargs["row"],
+                    mark.kwargs.get("trials", 1),
+                    item.nodeid.split("[")[0],
                 )
+                self.trials[item.nodeid].append(Trial(row, trials, test, says, file_says))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """The worst of a test's phases counts."""
@@ -97,8 +103,12 @@ class Matrix:
         system = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"
         parts = [HEAD + f"Last written with {system}.\n", "\n".join(lines) + "\n"]
         for row, (fault, _) in FAULTS.items():
-            parts.append(f"\n## {row}. {fault[0].upper()}{fault[1:]}\n")
+            parts.append(f"\n## {row}. {fault[0].upper()}{fault[1:]}")
+            file = ""
             for test, found in sorted(by_row[row].items()):
+                if test.split("::")[0] != file:
+                    file = test.split("::")[0]
+                    parts.append(f"\n{file}: {found[0][0].file_says}\n")
                 trials = sum(trial.trials for trial, _ in found)
                 says = f": {found[0][0].says}" if found[0][0].says else ""
                 parts.append(f"- `{test}` ({trials}){says}")
