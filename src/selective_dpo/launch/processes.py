@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -56,22 +56,13 @@ def relaunch(arguments: Sequence[str], *, processes: int) -> int:
         KeyboardInterrupt: Ctrl-C; it was passed on as SIGTERM, likewise.
     """
     command, environment = launch_command(processes)
-    running: list[int] = []
-    with tempfile.TemporaryDirectory() as folder, passing_on(lambda: running) as interrupted:
+    with tempfile.TemporaryDirectory() as folder:
         again = Path(folder) / "again"
         environment = os.environ | environment | {_AGAIN: str(again), SUPERVISOR: str(os.getpid())}
         earlier: set[str] = set()
         while True:
             again.unlink(missing_ok=True)
-            with starting_out_of_reach():
-                launcher = subprocess.Popen([*command, "-m", _MODULE, *arguments], env=environment)
-            running[:] = [launcher.pid]
-            if interrupted():
-                launcher.terminate()  # SIGTERM came before there was anybody to pass it on to
-            code = _wait_for(launcher)
-            running.clear()
-            if code and interrupted():
-                raise Interrupted(f"interrupted by SIGTERM: {REMEDY}")
+            code = _launch([*command, "-m", _MODULE, *arguments], environment)
             if not code or not again.exists() or again.read_text("utf-8") in earlier:
                 return code
             earlier.add(again.read_text("utf-8"))
@@ -79,13 +70,22 @@ def relaunch(arguments: Sequence[str], *, processes: int) -> int:
             sys.stderr.flush()
 
 
-def _wait_for(launcher: subprocess.Popen[bytes]) -> int:
+def _launch(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    launchers: list[subprocess.Popen[bytes]] = []
     try:
-        return launcher.wait()
+        with passing_on(lambda: [each.pid for each in launchers if each.returncode is None]) as interrupted:
+            with starting_out_of_reach():
+                launchers.append(subprocess.Popen(command, env=environment))
+            if interrupted():
+                launchers[0].terminate()  # SIGTERM came before there was anybody to pass it on to
+            code = launchers[0].wait()
     except KeyboardInterrupt:
-        launcher.terminate()
-        launcher.wait()  # its processes make a checkpoint
+        for launcher in launchers:
+            launcher.wait()  # its processes make a checkpoint
         raise
+    if code and interrupted():
+        raise Interrupted(f"interrupted by SIGTERM: {REMEDY}")
+    return code
 
 
 def ask_to_start_again(reason: str) -> bool:
