@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import platform
@@ -26,6 +27,13 @@ class Round(NamedTuple):
     def ratio(self) -> float:
         """How many times longer theirs takes."""
         return self.theirs / self.ours
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What every comparison of two sides can be told."""
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path)
 
 
 def interleave(

@@ -34,7 +34,7 @@ from typing import Any
 
 import torch
 
-from harness import Round, show, summary
+from harness import Round, add_options, show, summary
 from protocol_compare import Difference, agreement_with, compare, learned
 from protocol_ours import PROTOCOLS, Ours
 from protocol_pairs import FACTS, PAIRS_PER_PROMPT, Start, make_start
@@ -245,7 +245,6 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--pairs", type=int, default=80)
     parser.add_argument("--epoch-pairs", type=int, default=160, help="beside a TRL epoch")
     parser.add_argument(
@@ -255,9 +254,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--accumulation", type=int, default=2, help="batches an update")
     parser.add_argument("--longest", type=int, default=MAX_LENGTH, help="tokens of a prompt or an answer")
     parser.add_argument("--width", type=int, default=64, help="hidden size of the CPU's model")
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path)
+    add_options(parser)
     return parser.parse_args()
 
 

@@ -21,7 +21,7 @@ from peft import LoraConfig
 from transformers import PrinterCallback
 from trl import DPOConfig
 
-from harness import interleave, show, summary
+from harness import add_options, interleave, show, summary
 from on_gpu import Work, measure_on_gpu
 from selective_dpo.core.dpo import dpo_losses
 from selective_dpo.engine.logprobs import PairLogps, pair_logps
@@ -157,11 +157,9 @@ def _options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--pairs", type=int, default=64, help="a multiple of 8")
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tokens-per-batch", type=_budget, default="auto")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--json", type=Path)
+    add_options(parser)
     return parser.parse_args()
 
 

@@ -25,7 +25,7 @@ from peft import LoraConfig
 from transformers import PrinterCallback
 from trl import DPOConfig, DPOTrainer
 
-from harness import interleave, show, summary
+from harness import add_options, interleave, show, summary
 from on_gpu import Work, measure_on_gpu
 from selective_dpo.engine.logprobs import pair_logps
 from selective_dpo.engine.reference import CHOSEN_COLUMN, REJECTED_COLUMN
@@ -200,16 +200,14 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--pairs", type=int, default=96)
     parser.add_argument(
         "--epochs", type=int, default=1, help="TRL computes the reference in each of them, ours once for all"
     )
     parser.add_argument("--batch", type=int, default=4, help="pairs a batch")
     parser.add_argument("--accumulation", type=int, default=8, help="batches an update")
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path)
+    add_options(parser)
     return parser.parse_args()
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-import torch
 from datasets import Dataset
 from fuzz.corpus import ODD_VALUES, curriculum, curriculum_bytes, json_lines, parquet_bytes, seeds_of
 from fuzz.run import mutated
@@ -315,7 +314,6 @@ def test_other_data_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.fault(row=13, trials=2)
 def test_the_trainer_refuses_other_data(tmp_path: Path) -> None:
-    torch.set_num_threads(1)
     made = of_data(DATA)
     args = DPOConfig(
         str(tmp_path / "out"),
@@ -333,7 +331,6 @@ def test_the_trainer_refuses_other_data(tmp_path: Path) -> None:
 @pytest.mark.fault(row=13, trials=3)
 def test_the_train_stage_does_not_train_on_a_curriculum_that_is_not_its_own(tmp_path: Path) -> None:
     """What stands in the run's folder under other digests is made again from the records, or refused."""
-    torch.set_num_threads(1)
     recipe = recipe_file(
         tiny_recipe(tmp_path, score={"evaluations": 1, "lora": None}, train={"lora": None}),
         tmp_path / "recipe.yaml",

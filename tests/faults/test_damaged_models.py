@@ -125,7 +125,6 @@ OF_TOKENIZER: dict[str, tuple[Damage, str]] = {
 @pytest.fixture(scope="module")
 def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a policy `model`, a reward model `judge`, and pairs."""
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("things")
     tiny_recipe(folder)
     shutil.copytree(folder / "model", folder / "judge")

@@ -39,11 +39,6 @@ from tests.fixtures.models import TRAINER, recipe_file, tiny_recipe
 TOLERANCE = 1e-5
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 # --- for real --------------------------------------------------------------------------------------------
 
 PAIRS, LONG = 22, 7

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import torch
 
 from selective_dpo.cli import main as cli
 from selective_dpo.cli.main import VERBS, main
@@ -113,7 +112,6 @@ CASES = [(option, kind) for option in OPTIONS for kind in option.wrong]
 @pytest.fixture(scope="module")
 def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a recipe, its run up to the curriculum, and the original's records."""
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("things")
     recipe_file(tiny_recipe(folder), folder / "recipe.yaml")
     assert main(["curriculum", str(folder / "recipe.yaml")]) == 0

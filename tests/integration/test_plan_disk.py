@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from selective_dpo.config import Recipe
@@ -36,7 +35,6 @@ TOLERANCE = 0.2
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model whose weights are far larger than what else a checkpoint holds."""
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("place")
     config = Qwen2Config(
         vocab_size=VOCABULARY_SIZE,

@@ -40,7 +40,6 @@ CONSUMED = {1: 4, 2: 7, 3: 11, 4: 14}
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
     return tiny_model_folder(tmp_path_factory.mktemp("model"))
 
 

@@ -129,12 +129,12 @@ def read_pair(raw: Mapping[str, Any]) -> Pair | DropReason:
 
 def fault_of(pair: Pair) -> DropReason | None:
     """What is wrong with a pair's content, if anything; lengths are another matter (see `tokenize`)."""
-    chosen_texts, rejected_texts = _contents(pair.chosen), _contents(pair.rejected)
-    if not all(map(is_encodable, _contents(pair.prompt) + chosen_texts + rejected_texts)):
+    chosen_texts, rejected_texts = contents_of(pair.chosen), contents_of(pair.rejected)
+    if not all(map(is_encodable, contents_of(pair.prompt) + chosen_texts + rejected_texts)):
         return DropReason.MALFORMED
     if pair.chosen == pair.rejected:
         return DropReason.IDENTICAL
-    if all(map(_is_blank, _contents(pair.prompt, skip_system=True))):
+    if all(map(_is_blank, contents_of(pair.prompt, skip_system=True))):
         return DropReason.EMPTY_PROMPT
     if all(map(_is_blank, chosen_texts)) or all(map(_is_blank, rejected_texts)):
         return DropReason.EMPTY_COMPLETION
@@ -149,7 +149,7 @@ def fault_of(pair: Pair) -> DropReason | None:
 
 def text_size(text: Text) -> int:
     """Characters of a text, or of what its messages say."""
-    return len(text) if isinstance(text, str) else sum(len(message["content"]) for message in text)
+    return sum(map(len, contents_of(text)))
 
 
 def _read_parts(raw: Mapping[str, Any]) -> _Parts | DropReason:
@@ -255,7 +255,8 @@ def _roles_after(pair: Pair, completion: Text) -> list[str]:
     return ["assistant", *("assistant" if turn == "Assistant" else "user" for turn in turns)]
 
 
-def _contents(text: Text, *, skip_system: bool = False) -> list[str]:
+def contents_of(text: Text, *, skip_system: bool = False) -> list[str]:
+    """The text, or what each of its messages says."""
     if isinstance(text, str):
         return [text]
     return [message["content"] for message in text if not (skip_system and message["role"] == "system")]

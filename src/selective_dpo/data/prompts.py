@@ -5,7 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from selective_dpo.core.identity import Text
-from selective_dpo.data.pairs import MOST_CHARACTERS, DropReason, is_encodable, read_messages, text_size
+from selective_dpo.data.pairs import (
+    MOST_CHARACTERS,
+    DropReason,
+    contents_of,
+    is_encodable,
+    read_messages,
+    text_size,
+)
 from selective_dpo.data.readers import Malformed, Row, read_file
 from selective_dpo.errors import DataError
 
@@ -26,7 +33,6 @@ def _prompt(row: Row, where: str) -> Text:
         raise DataError(f"{where}: needs a prompt, as text or as messages of role and content")
     if text_size(prompt) > MOST_CHARACTERS:
         raise DataError(f"{where}: the prompt has more than {MOST_CHARACTERS:,} characters; leave it out")
-    contents = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
-    if not all(map(is_encodable, contents)):
+    if not all(map(is_encodable, contents_of(prompt))):
         raise DataError(f"{where}: the prompt holds half of a character (a lone surrogate); mend the row")
     return prompt

@@ -145,7 +145,8 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _is_count(value: object) -> bool:
+def is_count(value: object) -> bool:
+    """Whether a JSON value is a number of things."""
     return type(value) is int and value >= 0
 
 
@@ -157,14 +158,14 @@ def _is_layout(value: object) -> bool:
     if not isinstance(value, dict) or value.keys() != set(Layout._fields):
         return False
     return (
-        _is_count(value["processes"])
-        and _is_count(value["pairs_per_update"])
+        is_count(value["processes"])
+        and is_count(value["pairs_per_update"])
         and isinstance(value["kind"], str)
     )
 
 
 _KINDS: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(("step", "steps", "last_log"), _is_count),
+    **dict.fromkeys(("step", "steps", "last_log"), is_count),
     **dict.fromkeys(("seconds", "trained_tokens", "loss_until_log"), is_number),
     "layout": _is_layout,
     "metrics": lambda value: isinstance(value, dict) and all(map(_are_numbers, value.values())),

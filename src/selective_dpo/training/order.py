@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from selective_dpo.artifacts import read_json, write_atomic
 from selective_dpo.core.identity import ids_digest
 from selective_dpo.errors import ArtifactError, IdentityError
+from selective_dpo.training.checkpoints import is_count
 
 STATE = "curriculum_order.json"
 """In a checkpoint: what was consumed before it."""
@@ -105,7 +106,7 @@ class OrderLog:
         path = folder / STATE
         state = read_json(path)
         positions, numbers = state.get("positions"), [state.get("unrecorded"), state.get("repeated_to_fill")]
-        if not isinstance(positions, list) or not all(map(_is_count, [*numbers, *positions])):
+        if not isinstance(positions, list) or not all(map(is_count, [*numbers, *positions])):
             raise ArtifactError(f"{path} does not hold what a training writes; go on from another checkpoint")
         own, other = ids_digest(self._order), state.get("curriculum")
         if other != own or max(positions, default=0) >= len(self._order):
@@ -153,7 +154,3 @@ class OrderLog:
             ids_digest(ids),
             self._unrecorded,
         )
-
-
-def _is_count(value: object) -> bool:
-    return type(value) is int and value >= 0
