@@ -240,7 +240,7 @@ def words(*given: str) -> Callable[[Path], list[object]]:
         ),
         (
             words("--model.chat_template", "chatlm"),
-            "chat_template 'chatlm' is neither chatml nor gemma-system",
+            "chat_template 'chatlm' is none of chatml, gemma-system",
         ),
         (data("absent.jsonl"), "no file or folder"),
         (

@@ -141,7 +141,7 @@ def test_truncated_pairs_are_counted(tmp_path: Path) -> None:
     table = load_pairs(tmp_path / "pairs")
     assert summary.truncated == 1
     assert table["truncated"].to_pylist() == [False] * 4 + [True]
-    assert table["chosen_tokens"][4].as_py() == 60 - 11
+    assert table["chosen_tokens"][4].as_py() == 60 - 30  # max_length - max_prompt_length
 
 
 def test_sampling_leaves_rows_out_with_a_reason(tmp_path: Path) -> None:
@@ -214,6 +214,22 @@ def test_too_little_data_is_refused_and_nothing_is_left(
     with pytest.raises(DataError, match=message):
         prepare(tmp_path, rows)
     assert list(tmp_path.iterdir()) == [tmp_path / "data.jsonl"]
+
+
+def test_empty_system_messages_are_counted(tmp_path: Path) -> None:
+    own = {**CHAT[0], "prompt": [{"role": "system", "content": "s"}, *CHAT[0]["prompt"]]}
+    identical = {**CHAT[1], "rejected": CHAT[1]["chosen"]}
+    rows = [
+        own,
+        *CHAT[1:],
+        identical,
+        GOOD[0],
+    ]  # of the kept, three are conversations without one
+    summary = prepare(tmp_path, rows, empty_system_message=True, max_length=200, max_prompt_length=100)
+    assert summary.counts == {"kept": 5, "identical": 1}
+    assert summary.empty_system_messages == 3
+    assert "\n  3 pairs were given an empty system message" in summary.describe()
+    assert load_summary(tmp_path / "pairs") == summary
 
 
 def test_options_without_effect_are_refused(tmp_path: Path) -> None:
