@@ -67,8 +67,8 @@ def test_hh_dialogues_end_their_prompt_with_the_assistants_turn(tmp_path: Path) 
     summary = prepare_pairs([source], config, byte_tokenizer(template=None), tmp_path / "pairs", key="k")
     table = load_pairs(tmp_path / "pairs")
     assert sum(summary.counts.values()) == summary.rows == table.num_rows == 2312
-    # By an independent count over the file: four blank completions. Five have one assistant turn more than the
-    # other side, and stay.
+    # By an independent count over the file: four blank completions. Five rows have one assistant turn more on
+    # one side, and stay.
     assert summary.counts["empty completion"] == 4
     assert summary.counts.keys() <= {
         "kept",

@@ -95,14 +95,12 @@ def mentions_system(tokenizer: PreTrainedTokenizerBase) -> bool:
     ran. A template that writes whatever role it is given, as Llama-3's do, mentions none, and its model has
     seen none. What it renders must hold the message as well: some name the role only to refuse it.
     """
-    text = tokenizer.get_chat_template()  # type: ignore[no-untyped-call]
-    if "system" not in text and "<|im_start|>" not in text:
-        return False
     try:
-        (text,) = render(tokenizer, [Conversation([{"role": "system", "content": _MARKER}, _USER])])
+        (rendered,) = render(tokenizer, [Conversation([{"role": "system", "content": _MARKER}, _USER])])
     except jinja2.TemplateError:
         return False
-    return _MARKER in text
+    text = tokenizer.get_chat_template()
+    return _MARKER in rendered and ("system" in text or "<|im_start|>" in text)
 
 
 def require_template(tokenizer: PreTrainedTokenizerBase, *, empty_system_message: bool) -> None:
