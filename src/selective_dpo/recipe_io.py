@@ -16,7 +16,7 @@ from typing import Any, Literal, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from selective_dpo.config import Recipe
+from selective_dpo.config import NAMED_TEMPLATES, Recipe
 from selective_dpo.errors import ConfigError
 from selective_dpo.recipe_errors import explain, kind_at, show
 from selective_dpo.recipe_yaml import (
@@ -29,7 +29,6 @@ from selective_dpo.recipe_yaml import (
     word_for,
 )
 
-_BUILT_IN_TEMPLATES = ("chatml", "gemma-system")
 _ABSENT = "(absent)"
 
 
@@ -112,7 +111,7 @@ def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
 
 
 def _resolved(text: str, folder: Path) -> str:
-    if not text or text in _BUILT_IN_TEMPLATES:
+    if not text or text in NAMED_TEMPLATES:
         return text
     try:
         if text.startswith("~"):

@@ -240,7 +240,7 @@ def words(*given: str) -> Callable[[Path], list[object]]:
         ),
         (
             words("--model.chat_template", "chatlm"),
-            "chat_template 'chatlm' is neither chatml nor gemma-system",
+            "chat_template 'chatlm' is none of chatml, gemma-system",
         ),
         (data("absent.jsonl"), "no file or folder"),
         (
@@ -269,6 +269,21 @@ def test_a_mistake_in_the_recipe_leaves_no_folder(
 ) -> None:
     assert expected in one_line(capsys, ["run", *recipe_in(things, tmp_path), *extra(things)])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("prompts", ["ab", "abc", "a" * 60 + "bc"], ids=["two", "three", "lopsided"])
+def test_folds_of_next_to_no_prompts_are_refused_unless_the_recipe_allows_them(
+    things: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], prompts: str
+) -> None:
+    rows = [{"prompt": p, "chosen": f"+{n}", "rejected": f"-{n}"} for n, p in enumerate(prompts)]
+    (tmp_path / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = [*recipe_in(things, tmp_path / "runs"), "--data.train.0.path", tmp_path / "few.jsonl"]
+    for verb in ("plan", "run"):
+        message = one_line(capsys, [verb, *recipe])
+        assert "seed41-fold0: its fold has" in message
+        assert "fewer than score.min_fold_prompts = 5" in message
+    allowed = ["--score.min_fold_prompts", "1", "--score.evaluations", "1"]
+    assert main([str(word) for word in ["plan", *recipe, *allowed]]) == 0
 
 
 @pytest.mark.parametrize(

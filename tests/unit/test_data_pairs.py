@@ -74,6 +74,25 @@ def test_assistant_messages_that_both_share_are_completion() -> None:
     assert pair.chosen == [assistant("so"), assistant("a")]
 
 
+def test_several_turns_of_the_assistant_are_a_completion_whatever_their_number() -> None:
+    pair = parsed(
+        {"chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("b"), assistant("c")]}
+    )
+    assert (pair.chosen, pair.rejected) == ([assistant("a")], [assistant("b"), assistant("c")])
+    dialogue = "\n\nHuman: q\n\nAssistant:"
+    text = parsed({"chosen": f"{dialogue} a", "rejected": f"{dialogue} b\n\nAssistant: c"})
+    assert (text.prompt, text.rejected) == (dialogue, " b\n\nAssistant: c")
+
+
+def test_white_space_within_a_completion_tells_them_apart() -> None:
+    assert parsed({"prompt": "p", "chosen": "a b", "rejected": "a  b"}).chosen == "a b"
+
+
+def test_columns_for_tools_and_images_that_are_empty_are_no_tools_and_no_images() -> None:
+    for column, value in (("tools", None), ("tools", []), ("tools", "[]"), ("images", []), ("image", None)):
+        assert parsed({**CHAT, column: value}).chosen == [assistant("a")]
+
+
 def test_keys_other_than_role_and_content_are_left_out() -> None:
     noted = {**user("q"), "tool_calls": None, "date": "today"}
     pair = parsed({"chosen": [noted, assistant("a")], "rejected": [user("q"), assistant("b")]})
@@ -133,17 +152,25 @@ CHAT = {"chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant
         ({**CHAT, "prompt": 7}, DropReason.MALFORMED),
         ({**CHAT, "prompt": ["q"]}, DropReason.MALFORMED),
         ({"prompt": "p", "chosen": "\ud83d", "rejected": "b"}, DropReason.MALFORMED),
-        ({**CHAT, "tools": "[{}]"}, DropReason.UNSUPPORTED),
+        ({**CHAT, "tools": "[{}]"}, DropReason.TOOLS),
+        ({**CHAT, "tools": [{"type": "function"}]}, DropReason.TOOLS),
+        ({**CHAT, "images": [{"path": "sky.png"}]}, DropReason.IMAGES),
+        ({**CHAT, "image": b"png"}, DropReason.IMAGES),
         (
             {"chosen": [user("q"), {**assistant("a"), "tool_calls": [{}]}], "rejected": CHAT["rejected"]},
-            DropReason.UNSUPPORTED,
+            DropReason.TOOLS,
         ),
         (
             {"chosen": [{"role": "user", "content": [{"type": "image"}]}], "rejected": []},
-            DropReason.UNSUPPORTED,
+            DropReason.IMAGES,
         ),
         ({"prompt": "p", "chosen": "a", "rejected": "a"}, DropReason.IDENTICAL),
         ({"chosen": CHAT["chosen"], "rejected": CHAT["chosen"]}, DropReason.IDENTICAL),
+        ({"prompt": "p", "chosen": " a", "rejected": "a\n"}, DropReason.SAME_BUT_SPACE),
+        (
+            {"chosen": [user("q"), assistant("a b\n")], "rejected": [user("q"), assistant("a b")]},
+            DropReason.SAME_BUT_SPACE,
+        ),
         ({"prompt": " \n", "chosen": "a", "rejected": "b"}, DropReason.EMPTY_PROMPT),
         ({"chosen": "one", "rejected": "two"}, DropReason.EMPTY_PROMPT),
         (
@@ -172,21 +199,21 @@ CHAT = {"chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant
                 "chosen": [user("q"), assistant("a")],
                 "rejected": [user("q"), assistant("a"), user("r"), assistant("b")],
             },
-            DropReason.ROLES_DIFFER,
+            DropReason.OTHERS_TURN,
         ),
         (
             {
                 "chosen": "\n\nHuman: q\n\nAssistant: a",
                 "rejected": "\n\nHuman: q\n\nAssistant: b\n\nHuman: r",
             },
-            DropReason.ROLES_DIFFER,
+            DropReason.OTHERS_TURN,
         ),
         (
             {
                 "chosen": [user("q"), assistant("a"), user("r"), assistant("x")],
                 "rejected": [user("q"), assistant("b"), user("r"), assistant("x")],
             },
-            DropReason.ROLES_MISPLACED,
+            DropReason.OTHERS_TURN,
         ),
         (
             {

@@ -11,6 +11,7 @@ import pytest
 from selective_dpo.artifacts import is_complete, read_manifest
 from selective_dpo.config import DataConfig, SourceConfig
 from selective_dpo.core.identity import pair_id, prompt_id
+from selective_dpo.data import prepare as prepare_module
 from selective_dpo.data.prepare import pairs_key, prepare_pairs
 from selective_dpo.data.store import (
     PairsSummary,
@@ -19,6 +20,7 @@ from selective_dpo.data.store import (
     load_tokens,
     prompt_keys,
 )
+from selective_dpo.data.templates import load_template
 from selective_dpo.errors import ArtifactError, ConfigError, DataError, TemplateError
 from tests.fixtures.tokenizers import CHATML, byte_tokenizer
 
@@ -141,7 +143,7 @@ def test_truncated_pairs_are_counted(tmp_path: Path) -> None:
     table = load_pairs(tmp_path / "pairs")
     assert summary.truncated == 1
     assert table["truncated"].to_pylist() == [False] * 4 + [True]
-    assert table["chosen_tokens"][4].as_py() == 60 - 11
+    assert table["chosen_tokens"][4].as_py() == 60 - 30  # max_length - max_prompt_length
 
 
 def test_sampling_leaves_rows_out_with_a_reason(tmp_path: Path) -> None:
@@ -206,6 +208,8 @@ def test_conversations_and_their_boundary(tmp_path: Path) -> None:
         (["[1]", "nonsense"], "none of its 2 rows can be read"),
         ([GOOD[0], {**GOOD[1], "rejected": ""}], r"1 pairs of 1 prompts .*\(1 kept, 1 empty completion\)"),
         ([GOOD[0], {**GOOD[0], "rejected": " never"}], "2 pairs of 1 prompts"),
+        ([{**row, "images": ["sky.png"]} for row in GOOD], r"\(0 kept, 4 images or parts not supported\)"),
+        ([{**row, "tools": "[{}]"} for row in GOOD], r"\(0 kept, 4 tools not supported\)"),
     ],
 )
 def test_too_little_data_is_refused_and_nothing_is_left(
@@ -214,6 +218,22 @@ def test_too_little_data_is_refused_and_nothing_is_left(
     with pytest.raises(DataError, match=message):
         prepare(tmp_path, rows)
     assert list(tmp_path.iterdir()) == [tmp_path / "data.jsonl"]
+
+
+def test_empty_system_messages_are_counted(tmp_path: Path) -> None:
+    own = {**CHAT[0], "prompt": [{"role": "system", "content": "s"}, *CHAT[0]["prompt"]]}
+    identical = {**CHAT[1], "rejected": CHAT[1]["chosen"]}
+    rows = [
+        own,
+        *CHAT[1:],
+        identical,
+        GOOD[0],
+    ]  # of the kept, three are conversations without one
+    summary = prepare(tmp_path, rows, empty_system_message=True, max_length=200, max_prompt_length=100)
+    assert summary.counts == {"kept": 5, "identical": 1}
+    assert summary.empty_system_messages == 3
+    assert "\n  3 pairs were given an empty system message" in summary.describe()
+    assert load_summary(tmp_path / "pairs") == summary
 
 
 def test_options_without_effect_are_refused(tmp_path: Path) -> None:
@@ -238,7 +258,7 @@ def test_the_folder_is_complete_and_only_it_is_read(tmp_path: Path) -> None:
             load(tmp_path / "pairs")
 
 
-def test_the_key_follows_what_matters(tmp_path: Path) -> None:
+def test_the_key_follows_what_matters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_lines(tmp_path / "data.jsonl", GOOD)
     tokenizer = byte_tokenizer()
     key = pairs_key([source], limits(source), tokenizer)
@@ -250,8 +270,13 @@ def test_the_key_follows_what_matters(tmp_path: Path) -> None:
         pairs_key([half], limits(half, seed=9), tokenizer),
         pairs_key([source], limits(source), byte_tokenizer(bos=False)),
         pairs_key([source], limits(source), byte_tokenizer(template=None)),
+        pairs_key([source], limits(source), byte_tokenizer(template=load_template("zephyr"))),
+        pairs_key([source], limits(source, overlong="truncate"), tokenizer),
+        pairs_key([source], limits(source, empty_system_message=True), tokenizer),
         pairs_key([source], limits(source), tokenizer, exclude_prompts={"x"}),
     ]
     write_lines(tmp_path / "data.jsonl", GOOD[:3])
     others.append(pairs_key([source], limits(source), tokenizer))
-    assert len({key, *others}) == 8
+    monkeypatch.setattr(prepare_module, "RULES", prepare_module.RULES - 1)  # What rows come to has changed.
+    others.append(pairs_key([source], limits(source), tokenizer))
+    assert len({key, *others}) == 12

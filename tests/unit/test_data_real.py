@@ -34,7 +34,10 @@ def test_alpaca_pairs_reconcile(tmp_path: Path) -> None:
     raw = list(open_source(source).rows())
     distinct = {json.dumps([row["chosen"], row["rejected"]]) for row in raw}
     assert summary.counts["duplicate pair"] == len(raw) - len(distinct)
-    reasons = set(summary.counts) - {"kept", "duplicate pair"}
+    # One completion of row 1,520 is the other after a space.
+    assert summary.counts["same but for space at the ends"] == 1
+    assert table["status"][1520].as_py() == "same but for space at the ends"
+    reasons = set(summary.counts) - {"kept", "duplicate pair", "same but for space at the ends"}
     assert reasons <= {"too long", "prompt too long", "empty completion", "identical"}
     assert table["prompt_id"].to_pylist() == [row["prompt_id"] for row in raw]
     assert table["score_chosen"].to_pylist() == [row["score_chosen"] for row in raw]
@@ -64,9 +67,16 @@ def test_hh_dialogues_end_their_prompt_with_the_assistants_turn(tmp_path: Path) 
     summary = prepare_pairs([source], config, byte_tokenizer(template=None), tmp_path / "pairs", key="k")
     table = load_pairs(tmp_path / "pairs")
     assert sum(summary.counts.values()) == summary.rows == table.num_rows == 2312
-    # By an independent count over the file: four blank completions, five with one assistant turn more.
+    # By an independent count over the file: four blank completions. Five rows have one assistant turn more on
+    # one side, and stay.
     assert summary.counts["empty completion"] == 4
-    assert summary.counts["roles differ"] == 5
+    assert summary.counts.keys() <= {
+        "kept",
+        "empty completion",
+        "too long",
+        "prompt too long",
+        "duplicate pair",
+    }
     assert summary.kept > 2000
     raw = list(open_source(source).rows())
     for number, row in enumerate(raw):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from selective_dpo.data.pairs import Pair, parse_row
 from selective_dpo.data.templates import (
     apply_template,
     load_template,
@@ -14,8 +15,10 @@ from selective_dpo.data.templates import (
     require_template,
     template_digest,
 )
+from selective_dpo.data.tokenize import PairTokens, tokenize_pairs
 from selective_dpo.errors import ConfigError, TemplateError
-from tests.fixtures.tokenizers import byte_tokenizer
+from selective_dpo.evaluation.prompt_tokens import encode_prompt
+from tests.fixtures.tokenizers import BOS_ID, byte_tokenizer
 
 CONVERSATION = [
     {"role": "system", "content": "Be brief."},
@@ -52,6 +55,28 @@ def test_gemma_puts_the_system_text_before_the_first_user_message() -> None:
     assert rendered("gemma-system", empty) == without_system
 
 
+def test_zephyr_is_written_after_a_beginning_of_sequence() -> None:
+    # The byte tokenizer's end of sequence is <|im_end|>; Mistral's is </s>.
+    opening = "<|system|>\nBe brief.<|im_end|>\n<|user|>\nHello<|im_end|>\n"
+    answered = f"{opening}<|assistant|>\nHi<|im_end|>\n"
+    whole = f"{answered}<|user|>\nBye<|im_end|>\n<|assistant|>\n"
+    assert rendered("zephyr", CONVERSATION) == "<s>" + whole
+    assert rendered("zephyr", CONVERSATION, bos=False) == whole
+    assert rendered("zephyr", CONVERSATION[:3], prompt=False) == "<s>" + answered
+    tokenizer = byte_tokenizer()
+    apply_template(tokenizer, "zephyr")
+    pair = parse_row(
+        {"chosen": CONVERSATION[1:3], "rejected": [CONVERSATION[1], {**CONVERSATION[2], "content": "Ho"}]}
+    )
+    assert isinstance(pair, Pair)
+    (tokens,) = tokenize_pairs([pair], tokenizer, empty_system_message=True)
+    assert isinstance(tokens, PairTokens)
+    text = "<|system|>\n<|im_end|>\n<|user|>\nHello<|im_end|>\n<|assistant|>\n"
+    by_hand = [BOS_ID, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+    assert tokens.prompt_ids == by_hand
+    assert encode_prompt(tokenizer, pair.prompt, empty_system_message=True) == by_hand
+
+
 def test_an_own_template_file(tmp_path: Path) -> None:
     path = tmp_path / "own.jinja"
     path.write_text("{% for message in messages %}[{{ message.content }}]{% endfor %}")
@@ -59,7 +84,7 @@ def test_an_own_template_file(tmp_path: Path) -> None:
     path.write_text("{% for message in messages %}")
     with pytest.raises(TemplateError, match="line 1"):
         rendered(str(path), CONVERSATION)
-    with pytest.raises(ConfigError, match="neither chatml nor gemma-system"):
+    with pytest.raises(ConfigError, match="none of chatml, gemma-system, zephyr nor the path"):
         load_template("alpaca")
 
 
@@ -77,11 +102,14 @@ def test_no_name_keeps_the_tokenizers_own() -> None:
     [
         (load_template("chatml"), True),
         (load_template("gemma-system"), True),
+        (load_template("zephyr"), True),
+        # It writes whatever role it is given, and mentions none that it was made for.
+        ("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}", False),
         ("{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}", False),
         # It names the role, to refuse it.
         ("{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}", False),
     ],
-    ids=["chatml", "gemma", "silent", "refuses"],
+    ids=["chatml", "gemma", "zephyr", "any role", "silent", "refuses"],
 )
 def test_whether_a_template_takes_a_system_message(template: str, takes_one: bool) -> None:
     tokenizer = byte_tokenizer(template=template)

@@ -155,7 +155,7 @@ TEXTS = [
     ("the sk", "y", "ip"),
     ("the sky is ", "blue", "blue sky"),
     ("é\0\n", "a</s>", "<|im_end|>"),
-    ("what", "\n\nthe", " the "),
+    ("what", "\n\nthe", " the sky "),
 ]
 
 
@@ -215,10 +215,35 @@ def test_limits_that_truncate() -> None:
     assert fit_length(fits, limits) == (fits, None)
     long_prompt = PairTokens([1, 2, 3, 4, 5, 6], [7, 8, 9], [9])  # 9 > 8, so the last four are kept.
     assert fit_length(long_prompt, limits).tokens == PairTokens([3, 4, 5, 6], [7, 8, 9], [9], False, True)
-    long_answer = PairTokens([1, 2, 3], [4] * 9, [5] * 2)  # 8 - 3 = 5 tokens of the answer are left.
-    assert fit_length(long_answer, limits).tokens == PairTokens([1, 2, 3], [4] * 5, [5] * 2, False, True)
+    long_answer = PairTokens([1, 2, 3], [4] * 9, [5] * 2)  # 8 - 4 = 4 tokens of the answer are left.
+    assert fit_length(long_answer, limits).tokens == PairTokens([1, 2, 3], [4] * 4, [5] * 2, False, True)
     late = PairTokens([1, 2, 3], [4, 4, 4, 4, 4, 5], [4, 4, 4, 4, 4, 6])
     assert fit_length(late, limits).drop is DropReason.IDENTICAL_TRUNCATED
+
+
+@pytest.mark.parametrize(
+    ("lengths", "kept"),
+    [
+        (
+            (100, 1000, 300),
+            (100, 512, 300),
+        ),  # 1,100 > 1,024, and the prompt is short.
+        ((20, 1200, 700), (20, 512, 512)),
+        ((100, 300, 1000), (100, 300, 512)),
+        ((600, 424, 5), (600, 424, 5)),  # 1,024 fits, however long its prompt is.
+        ((600, 425, 5), (512, 425, 5)),  # 1,025 does not; with 512 of the prompt, 937 does.
+        ((2000, 600, 513), (512, 512, 512)),
+        ((400, 624, 624), (400, 624, 624)),
+    ],
+)
+def test_truncation_is_trl_0_11_4s(lengths: tuple[int, int, int], kept: tuple[int, int, int]) -> None:
+    prompt, chosen, rejected = (list(range(length)) for length in lengths)
+    tokens = PairTokens(prompt, [-1, *chosen[1:]], rejected)
+    cut = fit_length(tokens, config("truncate", 1024, 512))
+    assert cut.drop is None
+    expected = (prompt[-kept[0] :], tokens.chosen_ids[: kept[1]], rejected[: kept[2]])
+    assert cut.tokens[:3] == expected
+    assert cut.tokens.truncated == (kept != lengths)
 
 
 @settings(deadline=None)

@@ -30,7 +30,7 @@ class Published(NamedTuple):
 
 
 QWEN = ("glorgao/Qwen2.5-7B-SFT", "flash_attention_2", "chatml")
-MISTRAL = ("HuggingFaceH4/mistral-7b-sft-beta", "flash_attention_2", "")
+MISTRAL = ("HuggingFaceH4/mistral-7b-sft-beta", "flash_attention_2", "zephyr")
 LLAMA = ("princeton-nlp/Llama-3-Base-8B-SFT", "flash_attention_2", "")
 GEMMA = ("tanliboy/zephyr-gemma-2-9b-sft", "eager", "gemma-system")
 PUBLISHED = {
@@ -91,7 +91,8 @@ def test_model_and_data(name: str) -> None:
     assert (train.path, test.path, train.fraction) == (path, path, 1.0)
     assert (train.split, test.split) == splits
     assert (data.max_length, data.max_prompt_length, data.overlong) == (1024, 512, "truncate")
-    assert data.empty_system_message
+    # The original inserts one where the template's text mentions it; Llama-3's does not.
+    assert data.empty_system_message != name.startswith("llama")
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -127,6 +128,9 @@ def test_the_files_say_what_is_not_the_originals(name: str) -> None:
     assert "arXiv 2502.09650" in text
     assert ("OURS" in text) == name.endswith("dpo-mix-7k")
     assert ("the paper says 3e-7" in text) == name.startswith("gemma")
+    assert "put the end-of-sequence token after what the template writes" in text
+    assert "Left out on purpose" in text
+    assert ("after a beginning of sequence" in text) == name.startswith("mistral")
     # The products in the comments are those of the numbers beside them.
     for stage, batch in (("score", PUBLISHED[name].score_batch), ("train", PUBLISHED[name].train_batch)):
         per_gpu, accumulation = batch

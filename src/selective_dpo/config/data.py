@@ -8,6 +8,9 @@ from pydantic import Field, model_validator
 
 from selective_dpo.config.base import Block, Count, Fraction, PathText
 
+NAMED_TEMPLATES = ("chatml", "gemma-system", "zephyr")
+"""Chat templates that come with this package."""
+
 
 class ModelConfig(Block):
     """The starting (SFT) policy. It is also the reference."""
@@ -23,7 +26,9 @@ class ModelConfig(Block):
     attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] = "sdpa"
     """transformers' `attn_implementation`."""
     chat_template: PathText = ""
-    """`chatml`, `gemma-system`, or the path of a Jinja file; empty: the tokenizer's own."""
+    """`chatml`, `gemma-system`, `zephyr` (that of mistral-7b-sft-beta, after a beginning of sequence), or the
+    path of a Jinja file; empty: the tokenizer's own. It serves scoring, training and generation, and is saved
+    with the policy."""
     trust_remote_code: bool = False
     """Run Python code that ships with the model. Off unless you have read that code."""
 
@@ -55,10 +60,13 @@ class DataConfig(Block):
     max_prompt_length: Count = 512
     """Longest prompt, in tokens."""
     overlong: Literal["drop", "truncate"] = "drop"
-    """`drop` a pair that is too long, with its reason; or `truncate`: keep the prompt's last
-    `max_prompt_length` tokens, then cut the end of the completions."""
+    """`drop` a pair that is too long, with its reason; or `truncate` it as TRL 0.11.4 did, if prompt plus
+    longer completion has more than `max_length` tokens: the prompt keeps its last `max_prompt_length`. If
+    that is not enough, each completion keeps its first `max_length - max_prompt_length`, however short the
+    prompt is: with 1,024 and 512, 100 + 1,000 and 300 tokens become 100 + 512 and 300."""
     empty_system_message: bool = False
-    """Put an empty system message before conversations that have none, where the template takes one."""
+    """Put an empty system message before conversations that have none. As in the alignment handbook, the
+    chat template's text must mention `system` or `<|im_start|>`; refused where it does not."""
     max_boundary_mismatch: Annotated[float, Field(ge=0.0, le=1.0)] = 0.05
     """Refuse the data when the prompt's tokens are not a prefix of prompt plus completion in more
     than this share of the pairs."""

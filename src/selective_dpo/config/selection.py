@@ -42,6 +42,9 @@ class ScoreConfig(Block):
     target_overlap: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """`certified` stops at this predicted overlap of the selected set with that of a fresh repetition;
     0.95 when none is given."""
+    min_fold_prompts: Count = 5
+    """Fewest prompts in a fold, so that a scorer has something to learn from and something to measure. Data
+    whose folds have fewer are refused, as are those where one prompt has most of the pairs."""
     lora: Settings | None = Field(
         default_factory=lambda: {
             "r": 16,

@@ -11,7 +11,7 @@ from selective_dpo.config import DataConfig
 from selective_dpo.data.pairs import KEPT, DropReason
 from selective_dpo.data.store import RowOutcome, pairs_table, tokens_table
 from selective_dpo.data.tally import Tally
-from selective_dpo.data.tokenize import PairTokens, fit_length, tokenize_pairs
+from selective_dpo.data.tokenize import PairTokens, fit_length, tokenize_pairs, with_system
 from selective_dpo.errors import DataError, RunawayTemplateError
 
 if TYPE_CHECKING:
@@ -58,6 +58,8 @@ class Finisher(NamedTuple):
         tally = Tally()
         for outcome in outcomes:
             tally.count(outcome)
+            if self.config.empty_system_message and outcome.status == KEPT:
+                tally.totals["empty_system_messages"] += _has_no_system(outcome)
         return FinishedChunk(pairs_table(outcomes), tokens_table(outcomes), tally)
 
     def _tokenize(self, kept: Sequence[RowOutcome]) -> list[PairTokens | DropReason]:
@@ -77,3 +79,8 @@ class Finisher(NamedTuple):
             return outcome._replace(status=tokens)
         fitted = fit_length(tokens, self.config)
         return outcome._replace(status=fitted.drop or KEPT, tokens=fitted.tokens)
+
+
+def _has_no_system(outcome: RowOutcome) -> bool:
+    prompt = outcome.pair.prompt if outcome.pair else ""
+    return isinstance(prompt, list) and with_system(prompt) is not prompt

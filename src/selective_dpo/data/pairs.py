@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -32,7 +31,6 @@ WANTED_COLUMNS = ("chosen", "rejected")
 """Without these two no row can be a pair; `prompt` may be part of them."""
 
 ROLES = frozenset({"system", "user", "assistant", "tool"})
-_TURN = re.compile(r"\n\n(Human|Assistant):")
 _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 MOST_CHARACTERS = 8_000_000
@@ -48,19 +46,24 @@ class DropReason(StrEnum):
     """A value is missing or of the wrong type, the line does not parse, or no tokenizer can encode it."""
     TOO_LARGE = "too large"
     """More than `MOST_CHARACTERS`; such a row is not even tokenized, and its texts are not kept."""
-    UNSUPPORTED = "tools or images"
-    """The row calls tools or shows images, which would be lost in plain messages."""
+    TOOLS = "tools not supported"
+    """A `tools` column that is not empty, or a message that calls tools: plain messages would lose both."""
+    IMAGES = "images or parts not supported"
+    """An `images` or `image` column that is not empty, or a message whose content is a list of parts."""
     IDENTICAL = "identical"
     """Chosen and rejected are the same: there is no preference."""
+    SAME_BUT_SPACE = "same but for space at the ends"
+    """Chosen and rejected differ only in white space at the ends of what they say: that is no preference."""
     EMPTY_PROMPT = "empty prompt"
     """The prompt is blank, or chosen and rejected have no beginning in common."""
     EMPTY_COMPLETION = "empty completion"
     """Chosen or rejected is blank after the prompt."""
-    ROLES_DIFFER = "roles differ"
-    """The completions are turns of different speakers, or different numbers of turns."""
+    OTHERS_TURN = "another's turn in a completion"
+    """Somebody else than the assistant speaks in a completion. DPO moves the log-probability of all of a
+    completion's tokens, so it would train the policy to say, or not to say, the user's words. Several turns
+    of the assistant alone are taken, whatever their number on each side."""
     ROLES_MISPLACED = "roles out of place"
-    """An unknown role, a late system message, a prompt that ends with neither user nor tool, or a
-    completion that holds another's turn than the assistant's."""
+    """A prompt with an unknown role or a late system message, or that ends with neither user nor tool."""
     DUPLICATE = "duplicate pair"
     """The same prompt, chosen and rejected stand in an earlier row."""
     IN_TRAINING_DATA = "in training data"
@@ -138,12 +141,12 @@ def fault_of(pair: Pair) -> DropReason | None:
         return DropReason.EMPTY_PROMPT
     if all(map(_is_blank, chosen_texts)) or all(map(_is_blank, rejected_texts)):
         return DropReason.EMPTY_COMPLETION
-    chosen_roles, rejected_roles = _roles_after(pair, pair.chosen), _roles_after(pair, pair.rejected)
-    if chosen_roles != rejected_roles:
-        return DropReason.ROLES_DIFFER
-    prompt_is_fine = isinstance(pair.prompt, str) or _is_prompt(pair.prompt)
-    if not prompt_is_fine or set(chosen_roles) != {"assistant"}:
+    if not isinstance(pair.prompt, str) and not _is_prompt(pair.prompt):
         return DropReason.ROLES_MISPLACED
+    if _speakers(pair, pair.chosen) | _speakers(pair, pair.rejected) != {"assistant"}:
+        return DropReason.OTHERS_TURN
+    if [text.strip() for text in chosen_texts] == [text.strip() for text in rejected_texts]:
+        return DropReason.SAME_BUT_SPACE
     return None
 
 
@@ -153,8 +156,10 @@ def text_size(text: Text) -> int:
 
 
 def _read_parts(raw: Mapping[str, Any]) -> _Parts | DropReason:
-    if any(raw.get(column) for column in ("tools", "images", "image")):
-        return DropReason.UNSUPPORTED
+    if str(raw.get("tools") or "[]") != "[]":  # TRL takes a list, and its JSON
+        return DropReason.TOOLS
+    if raw.get("images") or raw.get("image"):
+        return DropReason.IMAGES
     chosen, rejected = raw.get("chosen"), raw.get("rejected")
     if isinstance(chosen, str) and isinstance(rejected, str):
         if "prompt" not in raw:
@@ -199,8 +204,10 @@ def read_messages(raw: list[Any]) -> Messages | DropReason:
     for message in raw:
         if not isinstance(message, Mapping):
             return DropReason.MALFORMED
-        if message.get("tool_calls") or isinstance(message.get("content"), list):
-            return DropReason.UNSUPPORTED
+        if message.get("tool_calls"):
+            return DropReason.TOOLS
+        if isinstance(message.get("content"), list):
+            return DropReason.IMAGES
         role, content = message.get("role"), message.get("content")
         if not isinstance(role, str) or not isinstance(content, str):
             return DropReason.MALFORMED
@@ -246,13 +253,12 @@ def _is_prompt(messages: Messages) -> bool:
     return set(roles) <= ROLES and "system" not in roles[1:] and roles[-1] in ("user", "tool")
 
 
-def _roles_after(pair: Pair, completion: Text) -> list[str]:
+def _speakers(pair: Pair, completion: Text) -> set[str]:
     if not isinstance(completion, str):
-        return [str(message["role"]) for message in completion]
+        return {str(message["role"]) for message in completion}
     # Plain text has turns only where its prompt is a dialogue in the form of the HH data.
     is_dialogue = isinstance(pair.prompt, str) and pair.prompt.rstrip().endswith(_ASSISTANT)
-    turns = _TURN.findall(completion) if is_dialogue else []
-    return ["assistant", *("assistant" if turn == "Assistant" else "user" for turn in turns)]
+    return {"assistant", "user"} if is_dialogue and _HUMAN in completion else {"assistant"}
 
 
 def contents_of(text: Text, *, skip_system: bool = False) -> list[str]:

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 CHUNK_ROWS = 1024
 CHUNK_CHARACTERS = 16 << 20
 """A chunk is tokenized at once, so it ends early where its texts are long."""
+RULES = 2
+"""Part of the key: raised when the same rows and settings come to other pairs or tokens than before."""
 FEWEST = 2
 """Pairs, and prompts, below which there is nothing to split in halves."""
 
@@ -109,6 +111,7 @@ def pairs_key(
         settings.pop("exclude")  # As if there were no such setting.
     return content_key(
         kind=KIND,
+        rules=RULES,
         sources=[[source_digest(source), source.fraction] for source in sources],
         settings=settings,
         tokenizer=tokenizer_digest(tokenizer),

@@ -69,6 +69,7 @@ class RowSorter:
             prompt_tokens=totals["prompt_tokens"],
             completion_tokens=totals["completion_tokens"],
             joined_prompts=self._joined,
+            empty_system_messages=totals["empty_system_messages"],
             tokenizer_digest=tokenizer_digest(tokenizer),
             template_digest=template_digest(tokenizer),
             first_rows={

@@ -92,6 +92,8 @@ class PairsSummary(NamedTuple):
     """Pairs that took the `prompt_id` of an earlier pair with the same prompt, instead of their own."""
     tokenizer_digest: str
     template_digest: str
+    empty_system_messages: int = 0
+    """Kept pairs whose prompt was given an empty system message (`data.empty_system_message`)."""
     first_rows: Mapping[str, str] = MappingProxyType({})
     """For each reason to drop, the first row of it: `row 5 of data.jsonl`, counted from 0 as in
     `pairs.parquet`."""
@@ -117,6 +119,8 @@ class PairsSummary(NamedTuple):
                 f"  in {self.boundary_mismatches:,} pairs ({self.boundary_mismatch_share:.1%} of those "
                 "tokenized) the prompt's tokens are not a prefix of prompt plus completion"
             )
+        if self.empty_system_messages:
+            lines.append(f"  {self.empty_system_messages:,} pairs were given an empty system message")
         if self.joined_prompts:
             lines.append(
                 f"  {self.joined_prompts:,} pairs took the prompt_id of another pair of their prompt"

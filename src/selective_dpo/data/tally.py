@@ -16,7 +16,8 @@ class Tally:
     by_source: dict[str, Counter[str]] = field(default_factory=dict)
     """Rows by status, for each source."""
     totals: Counter[str] = field(default_factory=Counter)
-    """`tokenized`, `mismatches`, `truncated`, `prompt_tokens` and `completion_tokens`."""
+    """`tokenized`, `mismatches`, `truncated`, `prompt_tokens`, `completion_tokens` and
+    `empty_system_messages`."""
     kept_prompts: set[str] = field(default_factory=set)
     first_rows: dict[str, str] = field(default_factory=dict)
     """Where the first row of each reason to drop stands: its number and its source."""

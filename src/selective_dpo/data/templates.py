@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jinja2
 
+from selective_dpo.config import NAMED_TEMPLATES
 from selective_dpo.data.pairs import Messages
 from selective_dpo.data.render_limits import (
     MOST_TEMPLATE,
@@ -22,7 +23,6 @@ from selective_dpo.errors import ConfigError, RunawayTemplateError, SelectiveDPO
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-NAMED_TEMPLATES = ("chatml", "gemma-system")
 _MARKER = "system-text-marker"
 _USER: dict[str, Any] = {"role": "user", "content": "text"}
 _NAME = "selective_dpo_template"
@@ -48,7 +48,7 @@ def load_template(name: str) -> str:
     path = Path(name).expanduser()
     if not path.is_file():
         raise ConfigError(
-            f"chat_template {name!r} is neither {' nor '.join(NAMED_TEMPLATES)} nor the path of a file"
+            f"chat_template {name!r} is none of {', '.join(NAMED_TEMPLATES)} nor the path of a file"
         )
     try:
         with path.open(encoding="utf-8") as stream:
@@ -89,15 +89,18 @@ def template_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def mentions_system(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the text of a system message appears in what the template renders.
+    """Whether the template was made for system messages, so that an empty one can be put before a prompt.
 
-    Asked of the rendered text, not of the template: some name the role only to refuse it.
+    Its own text must mention them, or be ChatML: the rule of the alignment handbook, with which the original
+    ran. A template that writes whatever role it is given, as Llama-3's do, mentions none, and its model has
+    seen none. What it renders must hold the message as well: some name the role only to refuse it.
     """
     try:
-        (text,) = render(tokenizer, [Conversation([{"role": "system", "content": _MARKER}, _USER])])
+        (rendered,) = render(tokenizer, [Conversation([{"role": "system", "content": _MARKER}, _USER])])
     except jinja2.TemplateError:
         return False
-    return _MARKER in text
+    text = tokenizer.get_chat_template()
+    return _MARKER in rendered and ("system" in text or "<|im_start|>" in text)
 
 
 def require_template(tokenizer: PreTrainedTokenizerBase, *, empty_system_message: bool) -> None:
@@ -114,7 +117,8 @@ def require_template(tokenizer: PreTrainedTokenizerBase, *, empty_system_message
         )
     if empty_system_message and not mentions_system(tokenizer):
         raise ConfigError(
-            "data.empty_system_message has no effect: the chat template takes no system message; remove it"
+            "data.empty_system_message has no effect: the chat template mentions no system message (or takes "
+            "none); remove it"
         )
 
 

@@ -81,10 +81,11 @@ def fit_length(tokens: PairTokens, config: DataConfig) -> Fitted:
     """Apply the length limits to one pair.
 
     `drop`: a prompt above `max_prompt_length` goes, even if the whole would fit, and so does a pair whose
-    prompt plus longer completion is above `max_length`. `truncate`: only a pair above `max_length` changes:
-    its prompt keeps its last `max_prompt_length` tokens (so a BOS or system message may go), then the ends
-    of completions are cut. Either way a pair needs a token of prompt and of each completion, and completions
-    that differ.
+    prompt plus longer completion is above `max_length`. `truncate` is TRL 0.11.4's rule, which the original
+    ran with: only a pair above `max_length` changes. Its prompt keeps its last `max_prompt_length` tokens (so
+    a BOS or system message may go). If that is not enough, each completion keeps its first `max_length -
+    max_prompt_length` tokens, however short the prompt is. Either way a pair needs a token of prompt and of
+    each completion, and completions that differ.
     """
     prompt, chosen, rejected = tokens.prompt_ids, tokens.chosen_ids, tokens.rejected_ids
     problems = [
@@ -103,8 +104,10 @@ def fit_length(tokens: PairTokens, config: DataConfig) -> Fitted:
     if length <= config.max_length:
         return Fitted(tokens, None)
     prompt = prompt[-config.max_prompt_length :]
-    room = config.max_length - len(prompt)
-    cut = PairTokens(prompt, chosen[:room], rejected[:room], tokens.boundary_mismatch, truncated=True)
+    if len(prompt) + max(len(chosen), len(rejected)) > config.max_length:
+        room = config.max_length - config.max_prompt_length
+        chosen, rejected = chosen[:room], rejected[:room]
+    cut = PairTokens(prompt, chosen, rejected, tokens.boundary_mismatch, truncated=True)
     is_identical = cut.chosen_ids == cut.rejected_ids
     return Fitted(cut, DropReason.IDENTICAL_TRUNCATED if is_identical else None)
 

@@ -49,7 +49,8 @@ def scorer_job(run: Run, scorer: ScorerRun) -> ScorerJob:
     """One scorer's work and key. `ArtifactError` while pairs or reference are not complete."""
     recipe = run.recipe
     # Not which scorers there are: adding one must not throw away the others' records.
-    settings = recipe.score.model_dump(mode="json", exclude={"protocol", "seeds", "target_overlap"})
+    which = {"protocol", "seeds", "target_overlap", "min_fold_prompts"}
+    settings = recipe.score.model_dump(mode="json", exclude=which)
     key = content_key(
         stage="records",
         scorer=scorer.name,

@@ -1,4 +1,4 @@
-"""Whether the scorers train long enough to be measured as often as the recipe wants, before any does."""
+"""Whether the scorers have enough to train on and to measure, as often as wanted, before any does."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from selective_dpo.engine.processes import this_process
 from selective_dpo.errors import ConfigError
 from selective_dpo.pipeline.planning.batches import optimizer_steps
 from selective_dpo.pipeline.planning.settings import training_settings
-from selective_dpo.scoring.plan import ScorerRun, split_pairs
+from selective_dpo.scoring.plan import ScorerRun, require_fold_sizes, split_pairs
 
 if TYPE_CHECKING:
     from selective_dpo.pipeline.stages import Run
@@ -51,13 +51,16 @@ def scorer_steps(recipe: Recipe, scorer: ScorerRun, pairs: int, processes: int) 
 
 
 def require_room_for_evaluations(run: Run) -> None:
-    """Check each scorer's number of optimizer steps against `score.evaluations`; the pairs are prepared.
+    """Check each scorer's fold, and its number of optimizer steps against `score.evaluations`; the pairs are
+    prepared.
 
     Raises:
+        DataError: a fold has fewer prompts than `score.min_fold_prompts`.
         ConfigError: a scorer makes fewer steps than it is to be measured.
     """
     # Before `accelerate launch` this process is alone, under it the recipe may not say how many there are.
     processes = max(run.recipe.launch.processes, this_process().num_processes)
     prompt_ids = pq.read_table(run.folder.pairs / TOKENS, columns=["prompt_id"])["prompt_id"].to_pylist()
     for scorer in run.scorer_runs:
+        require_fold_sizes(prompt_ids, scorer, run.recipe.score.min_fold_prompts)
         scorer_steps(run.recipe, scorer, len(split_pairs(prompt_ids, scorer).train), processes)

@@ -37,6 +37,22 @@ def planned_runs(config: ScoreConfig) -> tuple[ScorerRun, ...]:
     return tuple(ScorerRun(seed, fold) for seed in config.seeds for fold in FOLDS)
 
 
+def require_fold_sizes(prompt_ids_P: Sequence[str], run: ScorerRun, fewest: int) -> None:
+    """Refuse a fold of fewer than `fewest` prompts; pairs of one prompt are not independent of each other.
+
+    Raises:
+        DataError: `run` would measure such a fold; or there are too few prompts to halve.
+    """
+    held_out = split_pairs(prompt_ids_P, run).held_out
+    prompts = len({prompt_ids_P[row] for row in held_out})
+    if prompts < fewest:
+        raise DataError(
+            f"{run.name}: its fold has {len(held_out):,} pairs of {prompts:,} prompt(s), fewer than "
+            f"score.min_fold_prompts = {fewest}: a scorer would learn and measure next to nothing; give "
+            "pairs of more prompts, or lower that key"
+        )
+
+
 def split_pairs(prompt_ids_P: Sequence[str], run: ScorerRun) -> Split:
     """The halves of `run`: no prompt has pairs in both.
 
