@@ -13,7 +13,7 @@ from datasets import Dataset
 from torch.nn.parallel import DistributedDataParallel
 from trl import DPOConfig, DPOTrainer
 
-from selective_dpo.core.dpo import LN_2
+from selective_dpo.core.losses import LN_2
 from selective_dpo.curriculum.apply import PAIR_ID
 from selective_dpo.engine.paths import attention_of, choose_path
 from selective_dpo.engine.reference import CHOSEN_COLUMN, REJECTED_COLUMN
