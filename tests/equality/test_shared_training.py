@@ -19,11 +19,12 @@ from safetensors.torch import load_file
 from trl import DPOConfig, DPOTrainer
 
 from selective_dpo.artifacts import read_json
+from selective_dpo.core.losses import LOSSES
 from selective_dpo.engine.forward import shared_outputs
 from selective_dpo.errors import ConfigError
 from selective_dpo.launch.processes import launch_command
 from selective_dpo.training import shared_step
-from selective_dpo.training.equal_weights import MEANS_OVER_PAIRS, weigh_equally
+from selective_dpo.training.equal_weights import weigh_equally
 from selective_dpo.training.pair_trainer import PairTrainer
 from selective_dpo.training.rows import with_cached_reference
 from tests.fixtures.families import FAMILIES, tiny_family
@@ -243,7 +244,7 @@ def test_a_live_reference_goes_through_shared_rows_too(
 @pytest.mark.parametrize(
     ("loss", "settings"),
     [
-        *((name, {}) for name in sorted(set(MEANS_OVER_PAIRS) - {"exo_pair", "robust"})),
+        *((name, {}) for name in sorted(set(LOSSES) - {"exo_pair", "robust"})),
         *((name, {"label_smoothing": 0.1}) for name in ("exo_pair", "robust")),
         *((name, {}) for name in sorted(NOT_MEANS)),
         (["sigmoid", "sft"], {"loss_weights": [1.0, 0.3]}),
@@ -382,7 +383,7 @@ def test_dropout_is_disabled_in_the_reference_too(tmp_path: Path) -> None:
     np.testing.assert_allclose(found[0], found[1], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("loss", MEANS_OVER_PAIRS)
+@pytest.mark.parametrize("loss", LOSSES)
 def test_the_loss_of_a_batch_with_blank_pairs_is_that_of_its_own(loss: str, tmp_path: Path) -> None:
     # As on the second of two processes: its batch of 3 has the update's last pair and 2 repeated ones.
     settings: dict[str, Any] = {"loss_type": loss, "label_smoothing": 0.1}

@@ -12,7 +12,7 @@ from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer
 
 from selective_dpo import SelectiveDPOTrainer
-from selective_dpo.training.equal_weights import MEANS_OVER_PAIRS
+from selective_dpo.core.losses import LOSSES
 from tests.fixtures.tokenizers import byte_tokenizer
 from tests.fixtures.training import curriculum_of, dpo_config, load_model, text_rows
 
@@ -35,7 +35,7 @@ def test_every_loss_type_of_trl_is_tested_here() -> None:
     listed = documented.split("loss_type (", 1)[1].split("If multiple loss types", 1)[0]
     assert {name for name in LOSS_TYPES if f"`'{name}'`" in listed} == set(LOSS_TYPES)
     assert listed.count("`'") == len(LOSS_TYPES)
-    assert set(LOSS_TYPES) - set(MEANS_OVER_PAIRS) == OF_BATCHES
+    assert set(LOSS_TYPES) - set(LOSSES) == OF_BATCHES
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
@@ -83,21 +83,3 @@ def test_each_step_and_the_weights_equal_stock_trls(
     weights = dict(stock.model.named_parameters())
     for name, weight in ours.model.named_parameters():
         torch.testing.assert_close(weight, weights[name], rtol=1e-4, atol=1e-5, msg=name)
-
-
-@pytest.mark.parametrize("loss_type", MEANS_OVER_PAIRS)
-def test_a_blank_pair_has_the_loss_that_trl_gives_two_equal_policies(
-    model_folder: Path, tmp_path: Path, loss_type: str
-) -> None:
-    # At the first step policy and reference are the same model, so every log-ratio is 0.
-    settings = {"loss_type": loss_type, "beta": 0.3, "label_smoothing": 0.2, "max_steps": 1}
-    trainer = DPOTrainer(
-        load_model(model_folder),
-        args=dpo_config(tmp_path, **settings),
-        train_dataset=Dataset.from_list(text_rows(2)),
-        processing_class=byte_tokenizer(bos=False),
-    )
-    trainer.train()
-    assert MEANS_OVER_PAIRS[loss_type](0.3, 0.2) == pytest.approx(
-        trainer.state.log_history[0]["loss"], abs=1e-5
-    )

@@ -5,7 +5,7 @@ fewer pairs: its batches differ in size, and on several processes the data loade
 the epoch's beginning. Averages of averages would then weigh some pairs more than others, and the repeated
 ones would be trained on twice, so a policy would depend on the number of processes. Here repeated rows are
 blanked and each batch's loss is scaled, so that the update is the mean over its own pairs. That holds for
-every loss that is a mean over pairs (`MEANS_OVER_PAIRS`); what another one does with an uneven update is
+every loss that is a mean over pairs (`core.losses.LOSSES`); what another one does with an uneven update is
 left to TRL.
 
 Shapes: B rows of a batch (pairs), R processes, A batches accumulated in an update.
@@ -13,33 +13,12 @@ Shapes: B rows of a batch (pairs), R processes, A batches accumulated in an upda
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
-
-from selective_dpo.core.dpo import LN_2
 
 WEIGHT = "update_weight"
 BLANK = "blank_pairs"
 """Keys of a batch: the factor of its loss, and how many of its pairs are blank."""
-
-MEANS_OVER_PAIRS: Mapping[str, Callable[[float, float], float]] = {
-    "sigmoid": lambda beta, smoothing: LN_2,
-    "hinge": lambda beta, smoothing: 1.0,
-    "ipo": lambda beta, smoothing: 1 / (2 * beta) ** 2,
-    "exo_pair": lambda beta, smoothing: -LN_2 - (math.log(smoothing) + math.log1p(-smoothing)) / 2,
-    "nca_pair": lambda beta, smoothing: 2 * LN_2,
-    "robust": lambda beta, smoothing: LN_2,
-    "bco_pair": lambda beta, smoothing: 2 * LN_2,
-    "sppo_hard": lambda beta, smoothing: 1 / (2 * beta**2),
-    "apo_zero": lambda beta, smoothing: 1.0,
-    "apo_down": lambda beta, smoothing: 1.0,
-    "discopop": lambda beta, smoothing: (LN_2 + 1) / 2,
-    "sigmoid_norm": lambda beta, smoothing: LN_2,
-}
-"""TRL's losses in which each pair of a batch counts for itself, with the loss of a blank pair, all of whose
-log-probs are 0, given beta and label smoothing. The others compare a pair with its batch, or weigh it by its
-length."""
 
 
 class Share(NamedTuple):

@@ -8,18 +8,18 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from datasets import Dataset
 from torch.nn.parallel import DistributedDataParallel
 from trl import DPOConfig, DPOTrainer
 
+from selective_dpo.core.losses import LOSSES, chance_loss
 from selective_dpo.curriculum.apply import PAIR_ID
 from selective_dpo.engine.paths import attention_of, choose_path
 from selective_dpo.engine.reference import CHOSEN_COLUMN, REJECTED_COLUMN
 from selective_dpo.engine.ways import PathName
 from selective_dpo.errors import ConfigError, DataError
-from selective_dpo.training.equal_weights import BLANK, MEANS_OVER_PAIRS, WEIGHT, weigh_equally
+from selective_dpo.training.equal_weights import BLANK, WEIGHT, weigh_equally
 from selective_dpo.training.finite import FiniteGradients, require_finite_loss
 from selective_dpo.training.logged_means import LoggedMeans
 from selective_dpo.training.micro_batches import ROW, WithinMemory
@@ -183,7 +183,7 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
 
     def _means_over_pairs(self) -> bool:
         return (
-            set(self.loss_types) <= set(MEANS_OVER_PAIRS)
+            LOSSES.keys() >= set(self.loss_types)
             and not self.aux_loss_enabled
             and self.accelerator.parallelism_config is None
         )
@@ -198,12 +198,6 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
             and not self.args.dataloader_drop_last
             and self._deals_evenly()
         )
-
-    @property
-    def _blank_loss(self) -> float:
-        """What TRL's loss is of a pair whose log-probs are 0."""
-        losses = [MEANS_OVER_PAIRS[name](self.beta, self.label_smoothing) for name in self.loss_types]
-        return float(np.dot(self.loss_weights, losses))
 
     def _deals_evenly(self) -> bool:
         """Whether the batches that the processes have at the same time are of the same size."""
@@ -224,9 +218,10 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
         if weight == 1.0 and not blank:
             return loss
         self._logged.weigh(weight)
-        # A blank pair's loss is no part of the update's.
-        share = blank / (inputs["completion_mask"].shape[0] // 2)
-        return weight * (loss - share * self._blank_loss)
+        if blank:  # A pair whose log-probs are all 0, as an unmoved policy's log-ratios: not the update's.
+            share = blank / (inputs["completion_mask"].shape[0] // 2)
+            loss = loss - share * chance_loss(vars(self.args))
+        return weight * loss
 
     def _mean_loss(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
         """TRL's loss of the pairs in `batch`, the blank ones included."""

@@ -20,12 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selective_dpo.config import Recipe, Settings
+from selective_dpo.core.losses import LOSSES
 from selective_dpo.engine.padded_rows import PartLengths
 from selective_dpo.engine.shared_rows import shared_lengths
 from selective_dpo.pipeline.planning.batches import NO_WORK, Work, epoch_batches, padded_rows, total_work
 from selective_dpo.pipeline.planning.forwarding import Forwarding
 from selective_dpo.pipeline.planning.settings import trainer_value
-from selective_dpo.training.equal_weights import MEANS_OVER_PAIRS
 from selective_dpo.training.length_groups import group_by_length
 from selective_dpo.training.shared_step import WORTH_A_PASS, dropouts
 
@@ -75,7 +75,7 @@ def dealing_of(recipe: Recipe, block: Literal["score", "train"], forwarding: For
         accumulation=trainer_value(given, "gradient_accumulation_steps"),
         processes=processes,
         shared=shared,
-        by_length=losses <= set(MEANS_OVER_PAIRS),
+        by_length=LOSSES.keys() >= losses,
         worth_a_pass=WORTH_A_PASS if shared and alone_on_cpu else None,
         multiple_of=forwarding.multiple_of if shared else _padding_multiple(given),
     )
