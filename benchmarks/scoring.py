@@ -23,7 +23,7 @@ from trl import DPOConfig
 
 from harness import add_options, interleave, show, summary
 from on_gpu import Work, measure_on_gpu
-from selective_dpo.core.dpo import dpo_losses
+from selective_dpo.core.losses import pair_losses
 from selective_dpo.engine.logprobs import PairLogps, pair_logps
 from selective_dpo.engine.memory import TokenBudget
 from selective_dpo.launch.quiet import quieten_libraries
@@ -113,9 +113,9 @@ def reference_logps(trainer: Any, pairs: Dataset, tokens_per_batch: TokenBudget)
 def evaluate(trainer: Any, pairs: Dataset, reference: PairLogps, tokens_per_batch: TokenBudget) -> np.ndarray:
     """Held-out loss of each pair: [P]."""
     policy = _logps(trainer, pairs, tokens_per_batch)
-    return dpo_losses(
-        policy.chosen_P, policy.rejected_P, reference.chosen_P, reference.rejected_P, beta=BETA
-    ).loss_P
+    policy_P2, reference_P2 = (np.stack(logps[1:], axis=1) for logps in (policy, reference))
+    # DPO's own loss does not look at lengths.
+    return pair_losses(policy_P2, reference_P2, np.ones_like(policy_P2), {"beta": BETA}).loss_P
 
 
 def compare(trainer: Any, pairs: Dataset, reference: PairLogps, tokens_per_batch: TokenBudget) -> float:

@@ -98,6 +98,7 @@ DECIDED_IN: dict[Stage, dict[str, str]] = {
         "group_by_length": "scorers see their half in random order",
         "max_steps": "the evaluations are spaced over whole epochs; set num_train_epochs",
         "evaluation_strategy": _HELD_OUT,
+        "use_weighting": "difficulty is each pair's own loss, and it weighs pairs by the policy's tokens",
         **dict.fromkeys(EVALUATION_KEYS, _HELD_OUT),
     },
     "train": {
@@ -141,6 +142,7 @@ DECIDED_IN_LORA = {
 
 POSITIVE = (
     "beta",
+    "discopop_tau",
     "learning_rate",
     "num_train_epochs",
     "per_device_train_batch_size",

@@ -15,6 +15,14 @@ import warnings
 from typing import Any
 
 from selective_dpo.config import Recipe, Settings
+from selective_dpo.core.losses import (
+    LOSSES,
+    NOT_PAIRWISE,
+    OPTIONS,
+    chance_loss,
+    loss_names,
+    options_read,
+)
 from selective_dpo.errors import ConfigError
 from selective_dpo.option_rules import (
     DECIDED,
@@ -54,6 +62,7 @@ def check_dpo_options(settings: Settings, where: str, stage: Stage) -> None:
     """
     decided = {**DECIDED, **DECIDED_IN[stage]}
     _check_names_and_types(settings, where, _dpo_options(), decided, "TRL's DPOConfig")
+    _check_loss(settings, where, stage)
     if stage == "train":
         _check_training(settings, where)
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("1", "true", "yes"):
@@ -123,6 +132,39 @@ def _check_names_and_types(
             raise ConfigError(f"{where}.{key} is {show(value)}, but must be above 0")
         if key == "seed" and not 0 <= value < 2**32:
             raise ConfigError(f"{where}.{key} is {show(value)}, but must be at least 0 and below 2**32")
+
+
+def _check_loss(settings: Settings, where: str, stage: Stage) -> None:
+    """The loss exists, gives each pair a difficulty where it has to, and reads the options given."""
+    names = loss_names(settings) or [""]
+    for name in names:
+        if name not in LOSSES | NOT_PAIRWISE:
+            known = [*LOSSES, *NOT_PAIRWISE]
+            raise ConfigError(
+                f"{where}.loss_type: {show(name)} is not a loss of TRL's DPO{did_you_mean(name, known)} "
+                f"(known: {', '.join(known)})"
+            )
+        if stage == "score" and name in NOT_PAIRWISE:
+            raise ConfigError(
+                f"{where}.loss_type: {name} gives a pair no loss of its own, which its difficulty is "
+                f"({NOT_PAIRWISE[name][0]}); use {', '.join(LOSSES)}, or a weighted sum of them"
+            )
+    for key in sorted(OPTIONS & settings.keys()):
+        without = [name for name in names if key not in options_read(name)]
+        # TRL takes these two only where all losses can, but for sft, which it leaves as it is.
+        for_all = key in ("f_divergence_type", "use_weighting") and set(without) - {"sft"}
+        if for_all or len(without) == len(names):
+            raise ConfigError(f"{where}.{key} has no effect on loss_type {' + '.join(without)}: leave it out")
+    kind = settings.get("f_divergence_type")
+    if "f_alpha_divergence_coef" in settings and kind != "alpha_divergence":
+        raise ConfigError(
+            f"{where}.f_alpha_divergence_coef has no effect without f_divergence_type: alpha_divergence"
+        )
+    for name in LOSSES.keys() & set(names):
+        try:  # its value for one pair; no option's range depends on beta
+            chance_loss({**settings, "beta": 1.0, "loss_type": name, "loss_weights": None})
+        except ValueError as error:
+            raise ConfigError(f"{where}: {error}") from error
 
 
 def _check_training(settings: Settings, where: str) -> None:

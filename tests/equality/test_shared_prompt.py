@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
-from selective_dpo.core.dpo import dpo_losses
+from selective_dpo.core.losses import pair_losses
 from selective_dpo.engine.forward import shared_log_probs
 from selective_dpo.engine.heads import log_probs_only
 from selective_dpo.engine.logprobs import PairLogps, batch_logps, make_batch, pair_logps
@@ -68,8 +68,8 @@ def with_lora(model: Any) -> Any:
 
 
 def losses(policy: PairLogps, reference: PairLogps) -> np.ndarray:
-    sides = (policy.chosen_P, policy.rejected_P, reference.chosen_P, reference.rejected_P)
-    return dpo_losses(*sides, beta=BETA).loss_P
+    policy_P2, reference_P2 = (np.stack(logps[1:], axis=1) for logps in (policy, reference))
+    return pair_losses(policy_P2, reference_P2, np.ones_like(policy_P2), {"beta": BETA}).loss_P
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])

@@ -19,13 +19,14 @@ from safetensors.torch import load_file
 from trl import DPOConfig, DPOTrainer
 
 from selective_dpo.artifacts import read_json
+from selective_dpo.core.losses import LOSSES
 from selective_dpo.engine.forward import shared_outputs
 from selective_dpo.errors import ConfigError
 from selective_dpo.launch.processes import launch_command
 from selective_dpo.training import shared_step
+from selective_dpo.training.equal_weights import weigh_equally
 from selective_dpo.training.pair_trainer import PairTrainer
 from selective_dpo.training.rows import with_cached_reference
-from selective_dpo.training.update_batches import MEANS_OVER_PAIRS
 from tests.fixtures.families import FAMILIES, tiny_family
 from tests.fixtures.models import tiny_model_folder
 from tests.fixtures.processes import make_trainer, trained_weights
@@ -243,7 +244,7 @@ def test_a_live_reference_goes_through_shared_rows_too(
 @pytest.mark.parametrize(
     ("loss", "settings"),
     [
-        *((name, {}) for name in sorted(MEANS_OVER_PAIRS - {"exo_pair", "robust"})),
+        *((name, {}) for name in sorted(set(LOSSES) - {"exo_pair", "robust"})),
         *((name, {"label_smoothing": 0.1}) for name in ("exo_pair", "robust")),
         *((name, {}) for name in sorted(NOT_MEANS)),
         (["sigmoid", "sft"], {"loss_weights": [1.0, 0.3]}),
@@ -351,6 +352,52 @@ def test_what_rules_shared_rows_out_is_said(
         asked.train()
 
 
+@pytest.mark.parametrize("disabled", [True, False])
+def test_attention_dropout_is_disabled_with_the_rest_or_rules_shared_rows_out(
+    disabled: bool, tmp_path: Path, forwards: list[int]
+) -> None:
+    # Half of all attention is dropped, if any; without, training is that of a model that knows no dropout.
+    every: dict[str, Any] = {"per_device_train_batch_size": 8, "disable_dropout": disabled}
+    model = model_of("qwen2", seed=1, attention_dropout=0.5)
+    dropping = trainer_of(PairTrainer, tmp_path / "dropping", pairs(8), model=model, **every)
+    plain = trainer_of(PlainTrainer, tmp_path / "plain", pairs(8), **every)
+    updates = [update_of(trainer) for trainer in (dropping, plain)]
+    if disabled:
+        assert_same_update(*updates)
+        assert forwards == [8]
+        assert model.config.attention_dropout == 0.5  # what is saved is the model that came
+    else:
+        with pytest.raises(AssertionError):
+            assert_same_update(*updates)
+        assert forwards == []
+
+
+def test_dropout_is_disabled_in_the_reference_too(tmp_path: Path) -> None:
+    reference = model_of("qwen2", seed=2, attention_dropout=0.5).train()
+    found = []
+    for each in (reference, model_of("qwen2", seed=2)):
+        data = pairs(8, cached=False)
+        trainer = trainer_of(PairTrainer, tmp_path, data, ref_model=each, per_device_train_batch_size=8)
+        trainer.train()
+        found.append(logs(trainer))
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_loss_of_a_batch_with_blank_pairs_is_that_of_its_own(loss: str, tmp_path: Path) -> None:
+    # As on the second of two processes: its batch of 3 has the update's last pair and 2 repeated ones.
+    settings: dict[str, Any] = {"loss_type": loss, "label_smoothing": 0.1}
+    trainer = trainer_of(PairTrainer, tmp_path, pairs(4), **settings)
+    batch = trainer.data_collator([pairs(8)[row] for row in (7, 0, 1)])
+    alone = trainer.data_collator([pairs(8)[7]])
+    trainer.model.train()
+    weigh_equally([batch], first=0, pairs=4, batch_size=3, processes=2, process=1)
+    with torch.no_grad():
+        own, weighed = (float(trainer.compute_loss(trainer.model, each)) for each in (alone, batch))
+    # The step divides by two processes, and in the update's mean each of its 4 pairs counts a quarter.
+    assert weighed / 2 == pytest.approx(own / 4, rel=1e-4, abs=1e-5)
+
+
 def test_attention_that_a_cpu_cannot_train_is_refused(tmp_path: Path) -> None:
     model = model_of("qwen2", seed=1, attention="flex_attention")
     with pytest.raises(ConfigError, match=r"flex_attention cannot be trained on a CPU: use sdpa"):
@@ -370,6 +417,8 @@ def test_two_processes_that_share_rows_train_as_one_with_padded_rows(tmp_path: P
         "learning_rate": 0.1,
         "num_train_epochs": 2,
         "activation_checkpointing": True,
+        "loss_type": ["sigmoid", "sppo_hard"],
+        "loss_weights": [1.0, 0.01],
     }
     two = {**every, "path": "shared", "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     command, environment = launch_command(2)

@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 
 from selective_dpo import Curriculum, build_curriculum, score_difficulty
 from selective_dpo.core.identity import ids_digest
@@ -43,10 +42,6 @@ def test_the_readmes_example_runs(workplace: Path, capsys: pytest.CaptureFixture
     (example,) = [block for block in blocks if "score_difficulty" in block]
     # Half of them in batches of 8 make the protocol's five evaluations.
     tiny_pairs_file(workplace / "pairs.jsonl", 84, seed=2, chat=True)
-    if not torch.accelerator.is_available():  # TRL's default is bfloat16, which transformers wants said
-        before = 'DPOConfig("my-policy", '
-        assert before in example
-        example = example.replace(before, before + "use_cpu=True, ")
     variables: dict[str, Any] = {}
     exec(compile(example, "README.md", "exec"), variables)
     curriculum, trainer = variables["curriculum"], variables["trainer"]
@@ -85,5 +80,8 @@ def test_scoring_keeps_what_is_measured_and_raw_rows_can_be_trained_on(workplace
 
 
 def test_what_is_no_data_set_is_refused(workplace: Path) -> None:
-    with pytest.raises(ConfigError, match=r"a path or a datasets\.Dataset, not list"):
+    with pytest.raises(ConfigError, match=r"the pairs are a list: pass a datasets\.Dataset$"):
         score_difficulty("my-sft-model", [1, 2], output_dir="runs/a")  # type: ignore[arg-type]
+    splits = DatasetDict(test=Dataset.from_list([]))
+    with pytest.raises(ConfigError, match=r"are a DatasetDict: .* such as its split 'test'$"):
+        score_difficulty("my-sft-model", splits, output_dir="runs/a")

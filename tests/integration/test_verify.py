@@ -373,7 +373,7 @@ DAMAGES: dict[str, tuple[Damage, list[str]]] = {
     ),
     "a loss changed": (
         in_table(F0, "loss", set_at(11, lambda loss: loss + 1e-5)),
-        [rf"^{F0}: loss is not that of the log-probs \(beta [0-9.]+\) for 1 ids: {ID}$"],
+        [rf"^{F0}: loss is not that of the log-probs \(sigmoid, beta [0-9.]+\) for 1 ids: {ID}$"],
     ),
     "a log-prob changed": (
         in_table(F1, "policy_chosen_logp", set_at(11, lambda value: value + 1.0)),

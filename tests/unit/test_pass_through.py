@@ -40,7 +40,12 @@ def lora_error(settings: dict[str, Any]) -> str:
         {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}},
         {"gradient_checkpointing": False},
         {"loss_type": "ipo"},
-        {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.2]},
+        {"loss_type": ["sigmoid", "bco_pair"], "loss_weights": [1.0, 0.2]},
+        {"loss_type": "robust", "label_smoothing": 0.1},
+        {"loss_type": ["sigmoid", "robust"], "label_smoothing": 0.1},
+        {"loss_type": "exo_pair", "label_smoothing": 0.001},
+        {"loss_type": ["discopop"], "discopop_tau": 0.05},
+        {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.5},
         {"report_to": ["tensorboard"], "logging_strategy": "epoch"},
         {"fp16": True},
         {"bf16": None, "use_cpu": True},
@@ -87,6 +92,38 @@ def test_options_of_trl_pass(stage: Stage, settings: dict[str, Any]) -> None:
             {"loss_type": ["sigmoid"], "loss_weights": [1.0, 2.0]},
             ": `loss_weights` must have the same length",
         ),
+        (
+            {"loss_type": "sigmod"},
+            ".loss_type: \"sigmod\" is not a loss of TRL's DPO; did you mean 'sigmoid'?",
+        ),
+        ({"loss_type": []}, '.loss_type: "" is not a loss of TRL'),
+        ({"label_smoothing": 0.1}, ".label_smoothing has no effect on loss_type sigmoid: leave it out"),
+        # Stated as what it is anyway, it is still not read.
+        ({"label_smoothing": 0.0}, ".label_smoothing has no effect on loss_type sigmoid: leave it out"),
+        (
+            {"loss_type": ["sigmoid", "ipo"], "label_smoothing": 0.1},
+            ".label_smoothing has no effect on loss_type sigmoid + ipo: leave it out",
+        ),
+        ({"discopop_tau": 0.1}, ".discopop_tau has no effect on loss_type sigmoid: leave it out"),
+        ({"loss_type": "discopop", "discopop_tau": 0.0}, ".discopop_tau is 0.0, but must be above 0"),
+        (
+            {"loss_type": "apo_zero", "f_divergence_type": "js_divergence"},
+            ".f_divergence_type has no effect on loss_type apo_zero: leave it out",
+        ),
+        (
+            {"loss_type": ["sigmoid", "nca_pair"], "f_divergence_type": "js_divergence"},
+            ".f_divergence_type has no effect on loss_type nca_pair: leave it out",
+        ),
+        ({"f_divergence_type": "kl"}, ": f_divergence_type 'kl' is none of reverse_kl, forward_kl"),
+        (
+            {"f_alpha_divergence_coef": 0.5},
+            ".f_alpha_divergence_coef has no effect without f_divergence_type: alpha_divergence",
+        ),
+        ({"loss_type": "exo_pair"}, ": exo_pair needs a label_smoothing above 0 and below 1, such as 0.001"),
+        (
+            {"loss_type": "robust", "label_smoothing": 0.5},
+            ": robust needs a label_smoothing of at least 0 and below 0.5",
+        ),
         ({"warmup_steps": -1}, ": Got warmup_steps = -1"),
         ({"max_steps": 10}, ".max_steps cannot be set: "),
         (
@@ -122,6 +159,40 @@ def test_the_stages_differ_in_what_they_decide() -> None:
         assert dpo_error({key: 1}, "score").startswith(f".{key} cannot be set: held-out pairs are scored as")
     check_dpo_options({"num_train_epochs": 0.5}, "score.trainer", "score")
     assert dpo_error({"num_train_epochs": 0.5}).startswith(".num_train_epochs is 0.5, but must be whole")
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (
+            {"loss_type": "aot"},
+            ".loss_type: aot gives a pair no loss of its own, which its difficulty is (it ",
+        ),
+        ({"loss_type": "aot_unpaired"}, ".loss_type: aot_unpaired gives a pair no loss of its own"),
+        (
+            {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.2]},
+            ".loss_type: sft gives a pair no los",
+        ),
+        ({"use_weighting": True}, ".use_weighting cannot be set: difficulty is each pair's own loss"),
+    ],
+)
+def test_what_gives_a_pair_no_loss_of_its_own_is_for_training_only(
+    settings: dict[str, Any], expected: str
+) -> None:
+    assert dpo_error(settings, "score").startswith(expected)
+    check_dpo_options(settings, "train.trainer", "train")
+
+
+def test_what_trl_refuses_only_when_it_trains_is_refused_before() -> None:
+    assert dpo_error({"loss_type": ["sigmoid", "aot"], "use_weighting": True}) == (
+        ".use_weighting has no effect on loss_type aot: leave it out"
+    )
+    # TRL leaves the likelihood beside a divergence as it is.
+    both = {"loss_type": ["sigmoid", "sft"], "f_divergence_type": "js_divergence"}
+    check_dpo_options(both, "train.trainer", "train")
+    assert dpo_error({**both, "loss_type": "sft"}).startswith(
+        ".f_divergence_type has no effect on loss_type s"
+    )
 
 
 def test_evaluation_during_training_needs_a_strategy_and_held_out_pairs() -> None:

@@ -38,7 +38,6 @@ SHARED = Dealing(
     processes=1,
     shared=True,
     by_length=True,
-    blanks=True,
     worth_a_pass=None,
     multiple_of=1,
 )
@@ -65,8 +64,8 @@ def test_the_smaller_batch_gets_the_longest_pairs() -> None:
     three = SHARED._replace(accumulation=3)
     # Sorted C, A, D, E, B into batches of 1, 2 and 2.
     assert ordered_work(parts(A, B, C, D, E), three).tokens == 9 + 2 * 7 + 2 * 2
-    # Where pairs do not weigh the same, batches of different sizes are left as they are: (A, B), (C, D), E.
-    assert ordered_work(parts(A, B, C, D, E), three._replace(blanks=False)).tokens == 2 * 7 + 2 * 9 + 2
+    # Losses that look at the batch leave them as they are: (A, B), (C, D), E.
+    assert ordered_work(parts(A, B, C, D, E), three._replace(by_length=False)).tokens == 2 * 7 + 2 * 9 + 2
     # In updates of two batches the fifth pair is one of its own: C, A | D, B and E.
     assert ordered_work(parts(A, B, C, D, E), SHARED).tokens == 2 * 9 + 2 * 5 + 2
 
@@ -81,7 +80,7 @@ def test_two_processes() -> None:
     both = SHARED._replace(pairs_per_batch=1, processes=2)
     # The first process has A and B, the second C and, to fill, A again: blank, a row of a token.
     assert ordered_work(parts(A, C, B), both).tokens == (7 + 1) + (9 + 1)
-    assert ordered_work(parts(A, C, B), both._replace(blanks=False)).tokens == (7 + 1) + (9 + 7)
+    assert ordered_work(parts(A, C, B), both._replace(by_length=False)).tokens == (7 + 1) + (9 + 7)
     # In rows of their own only labels are taken from the filling pair.
     assert ordered_work(parts(A, C, B), both._replace(shared=False)).tokens == 2 * (6 + 2) + 2 * (9 + 6)
 
@@ -120,7 +119,7 @@ def test_without_padding_an_expectation_is_exact() -> None:
 def test_it_is_what_the_trainer_does(
     triples: list[tuple[int, int, int]], size: int, accumulation: int, processes: int, shared: bool
 ) -> None:
-    dealing = Dealing(size, accumulation, processes, shared, True, True, None, 1)
+    dealing = Dealing(size, accumulation, processes, shared, True, None, 1)
     planned = ordered_work(parts(*triples), dealing)
     computed = sum(_computed(triples, dealing, process) for process in range(processes))
     assert planned.tokens == computed
@@ -177,14 +176,13 @@ def test_which_rules_a_recipe_is_trained_by(tmp_path: Path) -> None:
         return rules(train={"trainer": given})
 
     plain = trained(gradient_accumulation_steps=3)
-    assert plain[:6] == (4, 3, 1, True, True, True)
+    assert plain[:5] == (4, 3, 1, True, True)
     assert plain.worth_a_pass is not None
     assert plain.rows_per_pair == 1
     assert rules(Forwarding(RowPath("padded", ""), None)).rows_per_pair == 2
-    # Losses that look at the batch, and those that only do not weigh pairs.
+    # One that looks at the batch, and one that does not.
     assert not trained(loss_type=["sigmoid", "sft"]).by_length
-    hinge = trained(loss_type="hinge")
-    assert (hinge.by_length, hinge.blanks) == (True, False)
+    assert trained(loss_type="hinge").by_length
     # What makes the trainer take plain rows.
     assert not trained(torch_compile=True).shared
     dropout = {"lora": {"r": 4, "lora_dropout": 0.1}, "trainer": {"disable_dropout": False}}
@@ -200,4 +198,4 @@ def test_which_rules_a_recipe_is_trained_by(tmp_path: Path) -> None:
     padded = rules(Forwarding(RowPath("padded", ""), None), train={"trainer": {"pad_to_multiple_of": 16}})
     assert padded.multiple_of == 16
     # Evaluations keep the rows, and take batches as they come.
-    assert plain.evaluates(7)[:6] == (7, 1, 1, True, False, False)
+    assert plain.evaluates(7)[:5] == (7, 1, 1, True, False)

@@ -10,7 +10,7 @@ import torch
 from selective_dpo.training.equal_weights import BLANK, WEIGHT, weigh_equally
 from selective_dpo.training.length_groups import group_by_length
 from selective_dpo.training.shared_step import pair_rows
-from selective_dpo.training.update_batches import MEANS_OVER_PAIRS, can_deal_by_length, deal_by_length
+from selective_dpo.training.update_batches import can_deal_by_length, deal_by_length
 
 PROMPT = 2
 
@@ -87,8 +87,6 @@ def test_what_must_not_be_dealt() -> None:
     assert not can_deal_by_length([pair, {**pair, "pixel_values": torch.zeros(2)}])
     # Unweighted batches of different sizes: a pair would weigh more in the smaller one.
     assert not can_deal_by_length([pair, batch_of((1, 1))])
-    # These compare a pair with its batch, or weigh it by its length.
-    assert not {"aot", "aot_unpaired", "sft"} & MEANS_OVER_PAIRS
 
 
 def test_groups_of_similar_length_by_hand() -> None:

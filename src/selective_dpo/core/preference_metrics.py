@@ -16,7 +16,7 @@ class PreferenceMetrics(NamedTuple):
     pairs: int
     prompts: int
     loss: Estimate
-    """DPO loss in nats; ln 2 is chance."""
+    """The trained loss; DPO's own, in nats, where that is not pairwise (see `core.losses`)."""
     accuracy: Estimate
     """Share of pairs with a margin above 0; a margin of exactly 0 counts one half."""
     margin: Estimate

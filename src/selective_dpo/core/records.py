@@ -21,7 +21,8 @@ class Records:
 
     `evaluation` counts from 1; `fold` is the half that the pair is in, so its scorer was trained on
     the other half. Log-probs are sums over the completion's tokens, in nats; `margin` is beta times
-    the difference of the chosen and rejected log-ratios; `loss` is -log sigmoid(margin), in nats.
+    the difference of the chosen and rejected log-ratios; `loss` is the scorer's own training loss, for
+    DPO's own -log sigmoid(margin), in nats (see `core.losses`).
     """
 
     pair_id: NDArray[np.str_]

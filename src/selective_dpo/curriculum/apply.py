@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from selective_dpo.curriculum.table import Curriculum
-from selective_dpo.errors import DataError, IdentityError, name_some
+from selective_dpo.errors import ConfigError, DataError, IdentityError, name_some
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -33,9 +33,11 @@ def apply_curriculum(curriculum: Curriculum, dataset: Dataset, *, allow_unscored
             refusing them. They were never scored, so nothing says whether they belong in or out.
 
     Raises:
+        ConfigError: `dataset` is no `datasets.Dataset`.
         IdentityError: selected pairs are missing from `dataset`, or it holds rows that were not scored.
         DataError: `dataset` has neither a `pair_id` column nor preference columns.
     """
+    require_dataset(dataset)
     ids = _pair_ids(dataset)
     scored_row = pc.index_in(ids, value_set=curriculum.table[PAIR_ID].combine_chunks(), skip_nulls=True)
     if scored_row.null_count and not allow_unscored:
@@ -66,6 +68,20 @@ def apply_curriculum(curriculum: Curriculum, dataset: Dataset, *, allow_unscored
     if PAIR_ID not in annotated.column_names:
         annotated = annotated.add_column(PAIR_ID, ids.to_pylist())
     return annotated.select(np.asarray(rows, dtype=np.int64))
+
+
+def require_dataset(data: object) -> None:
+    """Refuse what is no `datasets.Dataset`: a folder of splits, a stream, rows of another kind.
+
+    Raises:
+        ConfigError: says what to pass.
+    """
+    from datasets import Dataset, DatasetDict
+
+    if isinstance(data, Dataset):
+        return
+    split = f", such as its split {next(iter(data), 'train')!r}" if isinstance(data, DatasetDict) else ""
+    raise ConfigError(f"the pairs are a {type(data).__name__}: pass a datasets.Dataset{split}")
 
 
 def _unscored(ids: pa.Array, scored_row: pa.Array) -> str:

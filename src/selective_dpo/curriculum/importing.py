@@ -23,7 +23,6 @@ from selective_dpo.errors import DataError, RecordsError, name_some
 # Two layouts: both halves in one file (seed41_step00.csv), or each in its own
 # (learning_record-seed41-step0-first.csv and -second.csv).
 _NUMBER = "[0-9]{1,9}"
-_NUMBER = "[0-9]{1,9}"
 _WHOLE = re.compile(rf"seed(?P<seed>{_NUMBER})_step(?P<step>{_NUMBER})\.csv(\.gz)?")
 _HALF = re.compile(
     rf"learning_record-seed(?P<seed>{_NUMBER})-step(?P<step>{_NUMBER})-(?P<half>first|second)\.csv(\.gz)?"

@@ -28,7 +28,7 @@ def choose_path(model: Any, longest: int) -> Path:
         longest: Tokens of the longest prompt + completion that will be computed. Windows of attention
             at least as long never cut anything, so they do not matter.
 
-    The rules know transformers' own models. `engine.agreement` tests the choice on real pairs.
+    The rules know transformers' own models; `ways.choose_way` tries the choice on a pair.
     """
     obstacle = _obstacle(model, longest)
     if obstacle is not None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-from selective_dpo.core.dpo import dpo_losses
 from selective_dpo.core.identity import positions_of
+from selective_dpo.core.losses import is_pairwise, pair_losses
 from selective_dpo.core.preference_metrics import PreferenceMetrics, preference_metrics
 from selective_dpo.errors import DataError, IdentityError, RecordsError, name_some
 
@@ -17,12 +18,18 @@ if TYPE_CHECKING:
 
 
 def held_out_metrics(
-    policy: PairLogps, reference: PairLogps, prompt_ids: Mapping[str, str], *, beta: float
+    policy: PairLogps,
+    reference: PairLogps,
+    tokens_P2: ArrayLike,
+    prompt_ids: Mapping[str, str],
+    settings: Mapping[str, Any],
 ) -> PreferenceMetrics:
-    """DPO loss, accuracy and margin of `policy` on its pairs, each clustered by prompt.
+    """Loss, accuracy and margin of `policy` on its pairs, each clustered by prompt.
 
-    `reference` and `prompt_ids` (pair_id -> prompt_id) may hold further pairs, in any order. `beta` is the
-    policy's own: margins of policies with different betas are not comparable.
+    `reference` and `prompt_ids` (pair_id -> prompt_id) may hold further pairs, in any order; `tokens_P2` are
+    the completions' numbers of tokens, in the policy's order. `settings` are those that the policy was
+    trained with: the loss is the trained one, and DPO's own at that beta where the trained one is not
+    pairwise (see `core.losses`). Margins of policies with different betas are not comparable.
 
     Raises:
         DataError: no pairs.
@@ -35,13 +42,11 @@ def held_out_metrics(
     missing = [pair_id for pair_id in policy.pair_ids if pair_id not in prompt_ids]
     if missing:
         raise IdentityError(f"{len(missing):,} held-out pairs have no prompt id: {name_some(missing)}")
-    losses = dpo_losses(
-        policy.chosen_P,
-        policy.rejected_P,
-        reference.chosen_P[place_P],
-        reference.rejected_P[place_P],
-        beta=beta,
-    )
+    if not is_pairwise(settings):
+        settings = {"beta": settings["beta"]}
+    policy_P2 = np.stack([policy.chosen_P, policy.rejected_P], axis=1)
+    reference_P2 = np.stack([reference.chosen_P, reference.rejected_P], axis=1)[place_P]
+    losses = pair_losses(policy_P2, reference_P2, tokens_P2, settings)
     finite_P = np.isfinite(losses.loss_P)
     if not finite_P.all():
         bad = [policy.pair_ids[row] for row in np.flatnonzero(~finite_P)]

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 from trl.trainer.utils import add_fused_lm_head
 
@@ -18,6 +19,7 @@ from selective_dpo.data.prompts import read_prompts
 from selective_dpo.data.store import TOKENS, load_pairs, load_tokens
 from selective_dpo.engine.logprobs import pair_logps
 from selective_dpo.engine.models import load_policy, loading
+from selective_dpo.engine.padded_rows import part_lengths
 from selective_dpo.engine.processes import publish_from_main, this_process, wait_for_everyone
 from selective_dpo.engine.reference import load_reference, without_quarantined
 from selective_dpo.evaluation.evaluate import Arm, evaluate_arms
@@ -26,7 +28,7 @@ from selective_dpo.evaluation.held_out import held_out_metrics
 from selective_dpo.evaluation.prompt_tokens import encode_prompt
 from selective_dpo.pipeline.stages import Run, ensure_policy
 from selective_dpo.reporting.tables import label_for
-from selective_dpo.training.arguments import autocast_dtype, dpo_arguments
+from selective_dpo.training.arguments import ORIGINAL_DEFAULTS, autocast_dtype, dpo_arguments
 
 
 def ensure_evaluation(run: Run) -> None:
@@ -104,6 +106,8 @@ def _held_out_measure(run: Run) -> Any:
     tokens = without_quarantined(load_tokens(run.folder.test_pairs), run.folder.test_reference)
     reference = load_reference(run.folder.test_reference)
     prompt_ids = dict(zip(tokens["pair_id"], tokens["prompt_id"], strict=True))
+    tokens_P2 = np.stack(part_lengths(tokens)[1:], axis=1)
+    settings = {**ORIGINAL_DEFAULTS, **run.recipe.train.trainer}
     args = dpo_arguments(
         run.recipe.train.trainer,
         model=run.recipe.model,
@@ -122,7 +126,7 @@ def _held_out_measure(run: Run) -> Any:
             autocast_dtype=autocast_dtype(args),
             what="held-out pairs",
         )
-        return held_out_metrics(logps, reference, prompt_ids, beta=args.beta)
+        return held_out_metrics(logps, reference, tokens_P2, prompt_ids, settings)
 
     return measure
 

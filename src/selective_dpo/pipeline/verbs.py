@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from selective_dpo.artifacts import replacing
 from selective_dpo.config import Recipe
 from selective_dpo.core.records import Records
+from selective_dpo.curriculum.apply import require_dataset
 from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.engine.processes import leave_group, this_process, wait_for_everyone
-from selective_dpo.errors import ConfigError
 from selective_dpo.evaluation.preflight import check_evaluation
 from selective_dpo.launch.processes import relaunch, under_a_launcher
 from selective_dpo.pass_through import check_recipe_options
@@ -194,8 +194,7 @@ def score_difficulty(
 def _on_disk(pairs: str | Path | Dataset, folder: Path) -> str | Path:
     if isinstance(pairs, str | Path):
         return pairs
-    if not hasattr(pairs, "to_parquet"):
-        raise ConfigError(f"pairs must be a path or a datasets.Dataset, not {type(pairs).__name__}")
+    require_dataset(pairs)
     path = folder / "input.parquet"
     with replacing(path) as partial:
         pairs.to_parquet(str(partial))

@@ -10,20 +10,21 @@ import numpy as np
 from datasets import Dataset
 
 from selective_dpo.artifacts import write_json
-from selective_dpo.config import Recipe
-from selective_dpo.core.dpo import dpo_losses
+from selective_dpo.config import Recipe, Settings
 from selective_dpo.core.identity import positions_of
+from selective_dpo.core.losses import pair_losses
 from selective_dpo.core.records import Records
 from selective_dpo.curriculum.quarantine import require_few, sift, write_quarantine
 from selective_dpo.curriculum.records_io import write_records
 from selective_dpo.data.store import load_tokens
 from selective_dpo.engine.logprobs import PairLogps, pair_logps
 from selective_dpo.engine.models import load_policy, load_tokenizer
+from selective_dpo.engine.padded_rows import part_lengths
 from selective_dpo.engine.processes import publish_from_main, this_process
 from selective_dpo.engine.reference import load_reference, with_reference, without_quarantined
 from selective_dpo.scoring.held_out import HeldOutEvaluations, Measurement
 from selective_dpo.scoring.plan import ScorerRun, split_pairs
-from selective_dpo.training.arguments import autocast_dtype, dpo_arguments, lora_config
+from selective_dpo.training.arguments import ORIGINAL_DEFAULTS, autocast_dtype, dpo_arguments, lora_config
 from selective_dpo.training.checkpoints import CheckpointPlan, discard_checkpoints
 from selective_dpo.training.pair_trainer import PairTrainer
 from selective_dpo.training.progress import TrainingProgress, without_printed_logs
@@ -81,7 +82,8 @@ def run_scorer(job: ScorerJob) -> None:
     with training_folder(config.trainer, job.tracking) as training:
         trainer, evaluations = _make_trainer(job, train, held_out, training)
         earlier = train_resumably(trainer, job.checkpoints, [evaluations])
-    measured = _to_records(job.run, held_out, reference, evaluations.measurements, beta=trainer.args.beta)
+    settings = {**ORIGINAL_DEFAULTS, **config.trainer}
+    measured = _to_records(job.run, held_out, reference, evaluations.measurements, settings)
     records, quarantined = sift(measured)
     require_few(
         quarantined,
@@ -158,8 +160,7 @@ def _to_records(
     held_out: Dataset,
     reference: PairLogps,
     measurements: list[Measurement],
-    *,
-    beta: float,
+    settings: Settings,
 ) -> Records:
     pair_ids, prompt_ids = list(held_out["pair_id"]), list(held_out["prompt_id"])
     at_reference = positions_of(pair_ids, reference.pair_ids, what="reference log-probs")
@@ -170,8 +171,10 @@ def _to_records(
         policies.append(np.stack([measurement.logps.chosen_P[at], measurement.logps.rejected_P[at]], axis=1))
         references.append(reference_P2)
     policy_R2, reference_R2 = np.concatenate(policies), np.concatenate(references)
-    losses = dpo_losses(policy_R2[:, 0], policy_R2[:, 1], reference_R2[:, 0], reference_R2[:, 1], beta=beta)
     count, pairs = len(measurements), len(pair_ids)
+    _, chosen_P, rejected_P = part_lengths(held_out)
+    tokens_R2 = np.tile(np.stack([chosen_P, rejected_P], axis=1), (count, 1))
+    losses = pair_losses(policy_R2, reference_R2, tokens_R2, settings)
     return Records(
         pair_id=np.tile(np.asarray(pair_ids, dtype=np.str_), count),
         prompt_id=np.tile(np.asarray(prompt_ids, dtype=np.str_), count),

@@ -4,7 +4,9 @@ An optimizer step averages over processes and over accumulated batches. The last
 fewer pairs: its batches differ in size, and on several processes the data loader fills them with pairs from
 the epoch's beginning. Averages of averages would then weigh some pairs more than others, and the repeated
 ones would be trained on twice, so a policy would depend on the number of processes. Here repeated rows are
-blanked and each batch's loss is scaled, so that the update is the mean over its own pairs.
+blanked and each batch's loss is scaled, so that the update is the mean over its own pairs. That holds for
+every loss that is a mean over pairs (`core.losses.LOSSES`); what another one does with an uneven update is
+left to TRL.
 
 Shapes: B rows of a batch (pairs), R processes, A batches accumulated in an update.
 """

@@ -13,7 +13,7 @@ from datasets import Dataset
 from torch.nn.parallel import DistributedDataParallel
 from trl import DPOConfig, DPOTrainer
 
-from selective_dpo.core.dpo import LN_2
+from selective_dpo.core.losses import LOSSES, chance_loss
 from selective_dpo.curriculum.apply import PAIR_ID
 from selective_dpo.engine.paths import attention_of, choose_path
 from selective_dpo.engine.reference import CHOSEN_COLUMN, REJECTED_COLUMN
@@ -23,10 +23,10 @@ from selective_dpo.training.equal_weights import BLANK, WEIGHT, weigh_equally
 from selective_dpo.training.finite import FiniteGradients, require_finite_loss
 from selective_dpo.training.logged_means import LoggedMeans
 from selective_dpo.training.micro_batches import ROW, WithinMemory
-from selective_dpo.training.rows import RowCollator, has_reference, named_missing
-from selective_dpo.training.shared_step import SharedModel, is_tokenized, shares_rows
+from selective_dpo.training.rows import RowCollator, as_scored, has_reference, named_missing
+from selective_dpo.training.shared_step import SharedModel, disable_dropout, is_tokenized, shares_rows
 from selective_dpo.training.smaller_passes import SmallerPasses
-from selective_dpo.training.update_batches import MEANS_OVER_PAIRS, can_deal_by_length, deal_by_length
+from selective_dpo.training.update_batches import can_deal_by_length, deal_by_length
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -55,6 +55,10 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
         self._path: PathName = path
         self._shares_rows: bool | None = None
         super().__init__(*args, **others)
+        if self.args.disable_dropout:
+            disable_dropout(self.model)
+            if self.ref_model is not None:
+                disable_dropout(self.ref_model)
         if self.accelerator.device.type == "cpu" and attention_of(self.model) == "flex_attention":
             raise ConfigError("flex_attention cannot be trained on a CPU: use sdpa (model.attention)")
         self._logged = LoggedMeans(self)
@@ -103,7 +107,8 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
         # Our preparation has decided about each row, with a reason; TRL's would decide again, without.
         if is_tokenized(dataset):
             return dataset
-        prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        pairs = dataset.map(as_scored)
+        prepared = super()._prepare_dataset(pairs, processing_class, args, dataset_name)
         if isinstance(dataset, Dataset) and len(prepared) != len(dataset):
             raise DataError(
                 f"{dataset_name} data: the prompt alone fills max_length {args.max_length} in "
@@ -178,22 +183,20 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
 
     def _means_over_pairs(self) -> bool:
         return (
-            set(self.loss_types) <= MEANS_OVER_PAIRS
+            LOSSES.keys() >= set(self.loss_types)
             and not self.aux_loss_enabled
             and self.accelerator.parallelism_config is None
         )
 
     def _can_weigh_equally(self) -> bool:
-        # The loss of a blank pair must be known and its gradient zero, which holds for DPO's own loss; and
-        # the data loader must deal rows to processes in the plain way.
+        # The loss of a blank pair must be known and its gradient zero; and the data loader must deal rows to
+        # processes in the plain way.
         return (
-            self.loss_types == ["sigmoid"]
-            and not self.aux_loss_enabled
+            self._means_over_pairs()
             and isinstance(self.train_dataset, Dataset)
             and self.args.train_sampling_strategy in ("random", "sequential")
             and not self.args.dataloader_drop_last
             and self._deals_evenly()
-            and self.accelerator.parallelism_config is None
         )
 
     def _deals_evenly(self) -> bool:
@@ -215,9 +218,10 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
         if weight == 1.0 and not blank:
             return loss
         self._logged.weigh(weight)
-        # A blank pair's loss, ln 2, is no part of the update's.
-        share = blank / (inputs["completion_mask"].shape[0] // 2)
-        return weight * (loss - share * LN_2 * self.loss_weights[0])
+        if blank:  # A pair whose log-probs are all 0, as an unmoved policy's log-ratios: not the update's.
+            share = blank / (inputs["completion_mask"].shape[0] // 2)
+            loss = loss - share * chance_loss(vars(self.args))
+        return weight * loss
 
     def _mean_loss(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
         """TRL's loss of the pairs in `batch`, the blank ones included."""
@@ -235,7 +239,7 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
         return self._shares_rows
 
     def _sharing(self, model: Any) -> SharedModel:
-        return SharedModel(model, self.accelerator, self.processing_class.pad_token_id)
+        return SharedModel(model, self.accelerator, self._tokenizer.pad_token_id)
 
     @contextlib.contextmanager
     def _reference_shared(self, inputs: dict[str, Any]) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,9 +11,12 @@ from datasets import Dataset
 from trl import DPOConfig
 
 from selective_dpo.curriculum.apply import PAIR_ID
+from selective_dpo.data.pairs import DropReason, read_pair
 from selective_dpo.engine.reference import CHOSEN_COLUMN, REJECTED_COLUMN
 from selective_dpo.errors import ConfigError, name_some
 from selective_dpo.training.micro_batches import ROW
+
+PARTS = ("prompt", "chosen", "rejected")
 
 
 def has_reference(dataset: Any) -> bool:
@@ -45,6 +49,16 @@ def with_cached_reference(args: DPOConfig, train: Dataset) -> DPOConfig:
     args = copy.copy(args)
     args.precompute_ref_log_probs = True
     return args
+
+
+def as_scored(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Prompt, chosen and rejected of a raw row as its `pair_id` and its difficulty are of them.
+
+    TRL reads fewer shapes, and splits prompts that are only implied elsewhere. What is no pair of text is
+    left as it is.
+    """
+    pair = read_pair(row)
+    return {} if isinstance(pair, DropReason) else {part: getattr(pair, part) for part in PARTS}
 
 
 class RowCollator:

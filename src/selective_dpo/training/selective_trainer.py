@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.utils.import_utils import is_torch_bf16_gpu_available
 from trl import DPOConfig
 
 from selective_dpo.curriculum.apply import DIFFICULTY, PAIR_ID
+from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.engine.padded_rows import pair_lengths
 from selective_dpo.errors import ConfigError, name_some
 from selective_dpo.training.micro_batches import ROW
@@ -20,9 +23,6 @@ from selective_dpo.training.order import STATE, ConsumedOrder, OrderLog
 from selective_dpo.training.pair_trainer import PairTrainer
 from selective_dpo.training.rows import has_reference, with_cached_reference
 from selective_dpo.training.shared_step import is_tokenized
-
-if TYPE_CHECKING:
-    from selective_dpo.curriculum.table import Curriculum
 
 logger = logging.getLogger(__name__)
 
@@ -36,17 +36,18 @@ class SelectiveDPOTrainer(PairTrainer):
     `difficulty`, and `consumed_order` says which order was really trained on.
 
     Args:
-        curriculum: Selected pairs and their order.
-        args: As for `DPOTrainer`, with `train_sampling_strategy="sequential"`.
-        train_dataset: Preference pairs in any form TRL takes, with every selected pair among them;
-            or tokenized rows (`prompt_ids`, `chosen_ids`, `rejected_ids`). Rows that the curriculum did
-            not select, or does not know, are left out. Columns `ref_chosen_logps` and
+        curriculum: Selected pairs and their order; by name only.
+        args: As for `DPOTrainer`, with `train_sampling_strategy="sequential"`. By default TRL's, in the
+            folder `selective-dpo`; without an accelerator on the CPU, in float32.
+        train_dataset: Preference pairs in any form that `score_difficulty` takes, with every selected pair
+            among them; or tokenized rows (`prompt_ids`, `chosen_ids`, `rejected_ids`). Rows that the
+            curriculum did not select, or does not know, are left out. Columns `ref_chosen_logps` and
             `ref_rejected_logps`, where present, are the reference; no reference model is loaded.
-        Others: as for `DPOTrainer`, and `path` as for `PairTrainer`.
+        Others: as for `DPOTrainer`, in its order, and `path` as for `PairTrainer`.
 
     Raises:
-        ConfigError: the configuration would shuffle, drop or cut rows, or contradicts cached reference
-            log-probs.
+        ConfigError: the curriculum or the data set is of the wrong type; the configuration would shuffle,
+            drop or cut rows, or contradicts cached reference log-probs.
         DataError: the prompt of a selected pair fills `max_length`, so that TRL would drop it.
         IdentityError: selected pairs are missing from `train_dataset`.
     """
@@ -59,15 +60,28 @@ class SelectiveDPOTrainer(PairTrainer):
         data_collator: Any = None,
         train_dataset: Dataset | None = None,
         eval_dataset: Any = None,
-        *,
-        curriculum: Curriculum,
+        processing_class: Any = None,
+        compute_metrics: Any = None,
         callbacks: list[TrainerCallback] | None = None,
+        *rest: Any,
+        curriculum: Curriculum,
         **others: Any,
     ) -> None:
+        if not isinstance(curriculum, Curriculum):
+            raise ConfigError(
+                f"curriculum is a {type(curriculum).__name__}: pass a Curriculum, as build_curriculum(...) "
+                "returns or Curriculum.load(FOLDER) reads it"
+            )
         if args is None:
-            args = DPOConfig("selective-dpo", train_sampling_strategy="sequential")
+            args = DPOConfig(
+                "selective-dpo",
+                train_sampling_strategy="sequential",
+                use_cpu=not torch.accelerator.is_available(),
+                bf16=is_torch_bf16_gpu_available(),
+            )
         _require_order_kept(args)
-        ordered = _selected_rows(curriculum, train_dataset)
+        # Scoring leaves out unusable pairs (too long, identical ...), which raw data still holds.
+        ordered = curriculum.apply(train_dataset, allow_unscored=True)
         if ref_model is not None and has_reference(ordered):
             raise ConfigError(
                 "ref_model would have no effect: the rows carry its log-probs; give the one or the other"
@@ -83,7 +97,10 @@ class SelectiveDPOTrainer(PairTrainer):
             data_collator,
             ordered,
             eval_dataset,
-            callbacks=[*(callbacks or []), self._order_starts],
+            processing_class,
+            compute_metrics,
+            [*(callbacks or []), self._order_starts],
+            *rest,
             **others,
         )
         _check_lengths(self.train_dataset, args.max_length)
@@ -192,17 +209,6 @@ def _require_order_kept(args: DPOConfig) -> None:
     for is_wrong, message in problems:
         if is_wrong:
             raise ConfigError(message)
-
-
-def _selected_rows(curriculum: Curriculum, dataset: Dataset | None) -> Dataset:
-    """The selected pairs in training order, with their ids and difficulties."""
-    if not isinstance(dataset, Dataset):
-        raise ConfigError(
-            f"train_dataset is of type {type(dataset).__name__}, but a curriculum needs a datasets.Dataset: "
-            "its rows are looked up by id"
-        )
-    # Scoring leaves out unusable pairs (too long, identical ...), which raw data still holds.
-    return curriculum.apply(dataset, allow_unscored=True)
 
 
 def _check_lengths(rows: Any, max_length: int | None) -> None:

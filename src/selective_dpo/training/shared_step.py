@@ -9,6 +9,7 @@ Dimension suffixes: B pairs of a batch, T tokens of TRL's padded rows, N complet
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -133,7 +134,7 @@ def shares_rows(trainer: Any, model: Any, path: PathName) -> bool:
     model.eval()
     try:
         with torch.no_grad(), trainer.accelerator.autocast():
-            way = choose_way(model, trainer.train_dataset, trainer.processing_class.pad_token_id, path)
+            way = choose_way(model, trainer.train_dataset, trainer._tokenizer.pad_token_id, path)
     finally:
         model.train(was_training)
     return way.rows_per_pair == 1
@@ -146,7 +147,7 @@ def _obstacle(trainer: Any, model: nn.Module) -> str | None:
         (not is_tokenized(rows), "the rows are not text tokenized beforehand"),
         (trainer.aux_loss_enabled, "the router's balancing loss needs a plain padding mask"),
         (
-            _has_dropout(model),
+            any(dropouts(model)),
             "dropout is on, and would be the same for a pair's two prompts",
         ),
         (trainer.accelerator.parallelism_config is not None, "rows are cut between processes"),
@@ -156,8 +157,27 @@ def _obstacle(trainer: Any, model: nn.Module) -> str | None:
     return next((reason for applies, reason in obstacles if applies), None)
 
 
-def _has_dropout(model: nn.Module) -> bool:
-    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+def dropouts(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Where dropout is on: modules, and the names of their attributes that say how much.
+
+    transformers' attention takes its dropout as a number (`attention_dropout`) and not as an `nn.Dropout`;
+    so do skipped layers (`layerdrop`).
+    """
+    for module in model.modules():
+        names = ["p"] if isinstance(module, nn.Dropout) else [name for name in vars(module) if "drop" in name]
+        for name in names:
+            value = getattr(module, name)
+            if isinstance(value, float) and value > 0:
+                yield module, name
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """What TRL's `disable_dropout` promises; TRL itself leaves attention's dropout on.
+
+    The model's config keeps its values: it is saved with the weights.
+    """
+    for module, name in list(dropouts(model)):
+        setattr(module, name, 0.0)
 
 
 def _laid_out(field_N: Tensor, mask: Tensor) -> Tensor:

@@ -19,25 +19,6 @@ from selective_dpo.training.equal_weights import BLANK, WEIGHT
 from selective_dpo.training.micro_batches import OF_A_PAIR
 from selective_dpo.training.shared_step import SHARED_INPUTS
 
-MEANS_OVER_PAIRS = frozenset(
-    {
-        "sigmoid",
-        "hinge",
-        "ipo",
-        "exo_pair",
-        "nca_pair",
-        "robust",
-        "bco_pair",
-        "sppo_hard",
-        "apo_zero",
-        "apo_down",
-        "discopop",
-        "sigmoid_norm",
-    }
-)
-"""TRL's losses in which each pair of a batch counts for itself; the others compare it with its batch, or
-weigh it by its length."""
-
 _MARKS = frozenset({WEIGHT, BLANK})
 _ROWS = {"input_ids": 0, "attention_mask": 0, "completion_mask": 0}
 """Padded parts of a batch, and their padding; masked, so any token will do."""

@@ -18,17 +18,16 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
 
 from selective_dpo.config import Recipe, Settings
+from selective_dpo.core.losses import LOSSES
 from selective_dpo.engine.padded_rows import PartLengths
 from selective_dpo.engine.shared_rows import shared_lengths
 from selective_dpo.pipeline.planning.batches import NO_WORK, Work, epoch_batches, padded_rows, total_work
 from selective_dpo.pipeline.planning.forwarding import Forwarding
 from selective_dpo.pipeline.planning.settings import trainer_value
 from selective_dpo.training.length_groups import group_by_length
-from selective_dpo.training.shared_step import WORTH_A_PASS
-from selective_dpo.training.update_batches import MEANS_OVER_PAIRS
+from selective_dpo.training.shared_step import WORTH_A_PASS, dropouts
 
 _SIMULATED_PAIRS = 4096
 """How many pairs in random order an expectation is taken over."""
@@ -44,9 +43,8 @@ class Dealing(NamedTuple):
     shared: bool
     """Prompt, chosen and rejected in one row; else a row for each completion."""
     by_length: bool
-    """The pairs of an update are dealt to its batches by length."""
-    blanks: bool
-    """Pairs that only fill the last batches are left without tokens in shared rows."""
+    """The pairs of an update are dealt to its batches by length; those that only fill the last batches are
+    left without tokens in shared rows."""
     worth_a_pass: int | None
     """Tokens of padding that are worth a pass of their own; None: a batch is one pass."""
     multiple_of: int
@@ -59,7 +57,7 @@ class Dealing(NamedTuple):
 
     def evaluates(self, pairs_per_batch: int) -> Dealing:
         """The same for TRL's evaluation: batches as they come."""
-        return self._replace(pairs_per_batch=pairs_per_batch, accumulation=1, by_length=False, blanks=False)
+        return self._replace(pairs_per_batch=pairs_per_batch, accumulation=1, by_length=False)
 
 
 def dealing_of(recipe: Recipe, block: Literal["score", "train"], forwarding: Forwarding) -> Dealing:
@@ -77,8 +75,7 @@ def dealing_of(recipe: Recipe, block: Literal["score", "train"], forwarding: For
         accumulation=trainer_value(given, "gradient_accumulation_steps"),
         processes=processes,
         shared=shared,
-        by_length=losses <= MEANS_OVER_PAIRS,
-        blanks=losses == {"sigmoid"},
+        by_length=LOSSES.keys() >= losses,
         worth_a_pass=WORTH_A_PASS if shared and alone_on_cpu else None,
         multiple_of=forwarding.multiple_of if shared else _padding_multiple(given),
     )
@@ -151,13 +148,13 @@ def _update_work(batches: list[NDArray[np.int64]], rows: _Rows, dealing: Dealing
     """What one process computes for one update."""
     positions_N = np.concatenate(batches)
     own = rows.take(positions_N % len(rows.width_P))
-    blank_N = (positions_N >= len(rows.width_P)) & dealing.blanks
+    blank_N = (positions_N >= len(rows.width_P)) & dealing.by_length
     width_N, both_N, longest_N = (np.where(blank_N, 0, column) for column in own)
     if not dealing.shared:
         width_N = own.width_P  # a row of its own keeps its tokens; only its labels are taken away
     sizes = [len(batch) for batch in batches]
     order_N = np.arange(len(positions_N))
-    if dealing.by_length and len(batches) > 1 and (dealing.blanks or len(set(sizes)) == 1):
+    if dealing.by_length and len(batches) > 1:
         order_N, sizes = np.lexsort((-longest_N, -both_N)), sorted(sizes)
     dealt = np.split(width_N[order_N], np.cumsum(sizes)[:-1])
     return total_work(_batch_work(width_B, dealing) for width_B in dealt)
@@ -181,8 +178,7 @@ def _rules_out_sharing(given: Settings, lora: Settings | None, model: Any) -> bo
         return True
     if trainer_value(given, "disable_dropout"):
         return False
-    own = [] if model is None else [each.p for each in model.modules() if isinstance(each, nn.Dropout)]
-    return any(share > 0 for share in [*own, (lora or {}).get("lora_dropout", 0.0)])
+    return (lora or {}).get("lora_dropout", 0.0) > 0 or (model is not None and any(dropouts(model)))
 
 
 def _padding_multiple(given: Settings) -> int:

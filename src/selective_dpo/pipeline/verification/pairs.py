@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from selective_dpo.core.identity import ID_HEX_DIGITS
 from selective_dpo.curriculum.quarantine import read_quarantine
@@ -36,6 +37,8 @@ class Kept(NamedTuple):
 
     pair_ids: list[str]
     prompt_ids: list[str]
+    tokens_P2: NDArray[np.int64]
+    """Tokens of the chosen and the rejected completion."""
 
     @property
     def prompt_of(self) -> dict[str, str]:
@@ -64,7 +67,8 @@ def check_pairs(checks: Checks, root: Path, folder: Path) -> Kept | None:
         )
         _check_counts(check, f"{name}/{SUMMARY}", table, rows, load_summary(folder))
         _check_rows(check, f"{name}/{PAIRS}", table, rows)
-        kept = Kept(rows["pair_id"].to_pylist(), rows["prompt_id"].to_pylist())
+        tokens_P2 = np.stack([rows[name].to_numpy() for name in ("chosen_tokens", "rejected_tokens")], axis=1)
+        kept = Kept(rows["pair_id"].to_pylist(), rows["prompt_id"].to_pylist(), tokens_P2)
         check.same_ids(f"{name}/{PAIRS}", kept.pair_ids, kept.pair_ids, "the kept pairs")
         _check_tokens(check, f"{name}/{TOKENS}", folder, rows, kept)
     return kept

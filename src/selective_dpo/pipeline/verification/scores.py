@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from selective_dpo.artifacts import read_json
 from selective_dpo.config import Recipe
-from selective_dpo.core.dpo import dpo_losses
+from selective_dpo.core.losses import loss_names, pair_losses
 from selective_dpo.core.records import Records
 from selective_dpo.core.schedule import evaluation_steps
 from selective_dpo.curriculum.quarantine import FILE as QUARANTINE
@@ -146,17 +146,27 @@ def _check_losses(check: Check, name: str, records: Records, inputs: Inputs) -> 
         _check_reference(check, name, records, inputs.reference)
     if inputs.recipe is None:
         return
-    beta = float({**ORIGINAL_DEFAULTS, **inputs.recipe.score.trainer}["beta"])
-    again = dpo_losses(
-        records.policy_chosen_logp,
-        records.policy_rejected_logp,
-        records.reference_chosen_logp,
-        records.reference_rejected_logp,
-        beta=beta,
+    settings = {**ORIGINAL_DEFAULTS, **inputs.recipe.score.trainer}
+    policy_R2, reference_R2 = (
+        np.stack([getattr(records, f"{of}_{side}_logp") for side in ("chosen", "rejected")], axis=1)
+        for of in ("policy", "reference")
     )
+    tokens_R2 = _completion_tokens(ids, inputs.kept)
+    again = pair_losses(policy_R2, reference_R2, tokens_R2, settings)
+    # Where a pair's tokens are not known, a loss that reads them cannot be computed again.
+    is_known = np.isfinite(tokens_R2).all(axis=1)
     for column, values_R in (("margin", again.margin_P), ("loss", again.loss_P)):
         differs = ~(np.abs(getattr(records, column) - values_R) <= TOLERANCE)
-        check.at_no_row(name, ids, differs, f"{column} is not that of the log-probs (beta {beta:g})")
+        differs &= is_known | np.isfinite(values_R)
+        of = f"{'+'.join(loss_names(settings))}, beta {settings['beta']:g}"
+        check.at_no_row(name, ids, differs, f"{column} is not that of the log-probs ({of})")
+
+
+def _completion_tokens(ids_R: NDArray[np.str_], kept: Kept | None) -> NDArray[np.float64]:
+    """Tokens of each record's completions [R, 2]; NaN where the pair is not known."""
+    known = {} if kept is None else dict(zip(kept.pair_ids, kept.tokens_P2.tolist(), strict=True))
+    tokens = [known.get(pair_id, (np.nan, np.nan)) for pair_id in ids_R.tolist()]
+    return np.array(tokens, dtype=np.float64).reshape(-1, 2)
 
 
 def _check_reference(check: Check, name: str, records: Records, reference: PairLogps) -> None:
