@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from selective_dpo.curriculum.importing import import_records
-from selective_dpo.curriculum.losses_csv import read_losses
+from selective_dpo.curriculum.number_files import read_records
 from selective_dpo.errors import DataError, RecordsError, SelectiveDPOError
 
 ROWS = {"b": 0.5, "a": 0.1, "c": 0.9, "d": 0.7}
@@ -182,6 +182,6 @@ def test_a_broken_gzip_is_named(tmp_path) -> None:
 def test_blank_lines_and_spaces_do_no_harm(tmp_path) -> None:
     path = tmp_path / "x.csv"
     path.write_bytes(b"a, 0.1\r\n\r\nb,2e-1 \r\n\r\n")
-    losses = read_losses(path)
+    losses = read_records(path)
     assert losses.ids.to_pylist() == ["a", "b"]
-    assert losses.losses_N.tolist() == [0.1, 0.2]
+    assert losses.values_N.tolist() == [0.1, 0.2]

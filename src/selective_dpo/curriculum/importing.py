@@ -16,13 +16,12 @@ from selective_dpo.artifacts import content_key, file_digest
 from selective_dpo.config import SelectConfig
 from selective_dpo.core.records import LossTable
 from selective_dpo.curriculum.build import build_curriculum, resolved_selection
-from selective_dpo.curriculum.losses_csv import read_losses
+from selective_dpo.curriculum.number_files import read_records
 from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.errors import DataError, RecordsError, name_some
 
 # Two layouts: both halves in one file (seed41_step00.csv), or each in its own
 # (learning_record-seed41-step0-first.csv and -second.csv).
-_NUMBER = "[0-9]{1,9}"
 _NUMBER = "[0-9]{1,9}"
 _WHOLE = re.compile(rf"seed(?P<seed>{_NUMBER})_step(?P<step>{_NUMBER})\.csv(\.gz)?")
 _HALF = re.compile(
@@ -175,9 +174,9 @@ def _require_grid(folder: Path, found: Mapping[tuple[int, int], Mapping[str, Pat
 
 
 def _read_column(key: tuple[int, int], paths: list[Path]) -> _Column:
-    halves = [read_losses(path) for path in paths]
+    halves = [read_records(path) for path in paths]
     ids = pa.concat_arrays([half.ids for half in halves])
-    losses_N = np.concatenate([half.losses_N for half in halves])
+    losses_N = np.concatenate([half.values_N for half in halves])
     coded = pc.dictionary_encode(ids)
     code_N = coded.indices.to_numpy()
     # The dictionary is in order of first appearance, and so are the first rows of its codes.
