@@ -99,8 +99,12 @@ class Recipe(Block):
     """The starting policy."""
     data: DataConfig
     """Preference pairs."""
+    curriculum: PathText = ""
+    """Take the difficulty from here instead of scoring: a CSV or Parquet file (also .gz) of `prompt_id` or
+    `pair_id` and `learning_order` or `difficulty`, as the original's; a folder of the original's records; or
+    another run's folder or `curriculum.parquet`. Empty: it is measured as `score` says."""
     score: ScoreConfig = ScoreConfig()
-    """Difficulty scoring."""
+    """Difficulty scoring. Beside `curriculum` only `tokens_per_batch` has an effect: on the reference."""
     select: SelectConfig = SelectConfig()
     """Selection and order."""
     train: TrainConfig = TrainConfig()
@@ -109,3 +113,24 @@ class Recipe(Block):
     """Evaluation of the policy."""
     launch: LaunchConfig = LaunchConfig()
     """Spreading the work."""
+
+    @model_validator(mode="after")
+    def _curriculum_replaces_scoring(self) -> Self:
+        if not self.curriculum:
+            return self
+        fields = set(ScoreConfig.model_fields) - {"tokens_per_batch"}
+        default, given = ScoreConfig(), self.score.model_fields_set & fields
+        # A resolved recipe, such as config.json, holds every key of every block.
+        if given == fields:
+            given = {name for name in fields if getattr(self.score, name) != getattr(default, name)}
+        if given:
+            raise ValueError(
+                f"score.{min(given)} has no effect beside curriculum, which replaces scoring: leave one out"
+            )
+        for where, select in {"select": self.select, **self.evaluate.controls}.items():
+            if select.aggregate != "mean" or select.allow_partial:
+                raise ValueError(
+                    f"{where}: aggregate and allow_partial have no effect on the difficulty that curriculum "
+                    "gives, which is one number a pair: leave them out"
+                )
+        return self

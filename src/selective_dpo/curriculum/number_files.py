@@ -135,7 +135,9 @@ def _csv_table(path: Path, content: bytes, columns: Columns, *, has_header: bool
             table = pyarrow.csv.read_csv(
                 stream,
                 # One thread, because only then rows know their number.
-                pyarrow.csv.ReadOptions(column_names=None if has_header else list(columns), use_threads=False),
+                pyarrow.csv.ReadOptions(
+                    column_names=None if has_header else list(columns), use_threads=False
+                ),
                 pyarrow.csv.ParseOptions(invalid_row_handler=note, ignore_empty_lines=False),
                 pyarrow.csv.ConvertOptions(
                     include_columns=list(columns),
@@ -160,8 +162,11 @@ def _parquet_table(path: Path, choose: Callable[[list[str]], Columns]) -> tuple[
     try:
         with pq.ParquetFile(source) as file:
             columns = _each_once(path, file.schema_arrow.names, choose)
-            table = file.read(columns=list(columns)).select(list(columns))
-        texts = [pc.fill_null(column.cast(pa.string()), "") for column in table.columns]
+            table = file.read(columns=list(columns))
+        values = table[columns.number]
+        # A float32 as the float64 that it is, not as its own shortest text.
+        values = values.cast(pa.float64()) if pa.types.is_floating(values.type) else values
+        texts = [pc.fill_null(column.cast(pa.string()), "") for column in (table[columns.id], values)]
     except (pa.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read as Parquet: {error}") from error
     return columns, pa.table(dict(zip(columns, texts, strict=True)))
@@ -177,7 +182,9 @@ def _unpacked(path: Path) -> bytes:
                 pieces.append(piece)
                 size += len(piece)
                 if size > MOST_BYTES:
-                    raise DataError(f"{path} has more than {MOST_BYTES >> 20:,} MiB; is it a file of records?")
+                    raise DataError(
+                        f"{path} has more than {MOST_BYTES >> 20:,} MiB; is it a file of records?"
+                    )
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} cannot be read as CSV: {error}") from error
     return b"".join(pieces)
