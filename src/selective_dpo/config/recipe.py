@@ -124,8 +124,9 @@ class Recipe(Block):
         if given == fields:
             given = {name for name in fields if getattr(self.score, name) != getattr(default, name)}
         if given:
+            first = next(name for name in ScoreConfig.model_fields if name in given)
             raise ValueError(
-                f"score.{min(given)} has no effect beside curriculum, which replaces scoring: leave one out"
+                f"score.{first} has no effect beside curriculum, which replaces scoring: leave one out"
             )
         for where, select in {"select": self.select, **self.evaluate.controls}.items():
             if select.aggregate != "mean" or select.allow_partial:

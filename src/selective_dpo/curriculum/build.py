@@ -97,7 +97,9 @@ def assemble(
         "reason": selected.reason_P,
         "position": training_positions(selected, losses.pair_ids_P, config.order, config.seed or 0),
     }
-    table = pa.table({name: pa.array(columns[name], type=kind) for name, kind in COLUMNS.items()})
+    # What is not a number becomes null: the spread of a difficulty that was imported is not known.
+    arrays = {name: pa.array(columns[name], type=kind, from_pandas=True) for name, kind in COLUMNS.items()}
+    table = pa.table(arrays)
     complete = len(losses.seeds_S) * len(losses.evaluations_E)
     own = {
         "pairs": len(losses.pair_ids_P),

@@ -181,7 +181,7 @@ def pairs_joined(outside: Outside, pair_ids: pa.ChunkedArray, prompt_ids: pa.Chu
         raise IdentityError(
             f"none of {len(keys):,} pairs has a difficulty in {outside.facts['name']}: its "
             f"{len(outside.ids):,} ids, such as {outside.ids[0]}, are no {outside.names} of the data, such "
-            f"as {keys[0] if len(keys) else 'none'}; give the rows the column {outside.names} it was made with"
+            f"as {keys[0] if len(keys) else 'none'}; give the rows the {outside.names} that it was made with"
         )
     used_P = pc.fill_null(row_P, 0).to_numpy()
     times_N = np.bincount(used_P[known_P], minlength=len(outside.ids))
@@ -215,7 +215,7 @@ def outside_curriculum(
 ) -> Curriculum:
     """The curriculum of these pairs by their outside difficulty; pairs without one are not selected.
 
-    There are no losses in it, no seeds, and nothing to agree: `count` is 0 and `spread` not a number.
+    There are no losses in it, no seeds, and nothing to agree: `count` is 0 and `spread` null.
 
     Raises:
         IdentityError: no pair has a difficulty, or a pair id stands twice.
