@@ -106,8 +106,8 @@ def test_counts_reasons_and_everything_that_reads_such_a_run(
     assert main(["run", str(file)]) == 0
     told = capsys.readouterr().out
     assert (
-        "joined by prompt_id: 16 of 20 pairs have a difficulty, 16 of them one that they share; 4 have none "
-        "and are not selected; 1 of 9 ids have no pair" in told
+        "joined by prompt_id: 16 of 20 pairs have a difficulty, 16 of which share it with another; 4 have "
+        "none and are not selected; 1 of 9 ids have no pair" in told
     )
     root = tmp_path / "runs" / "tiny"
     table = Curriculum.load(root).table.to_pylist()

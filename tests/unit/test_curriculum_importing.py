@@ -57,13 +57,13 @@ def test_both_layouts_give_the_same_losses(tmp_path, make) -> None:
     assert rows[2]["loss_seed42_evaluation2"] == pytest.approx(loss_of("c", 42, 1))
     assert rows[0]["difficulty"] == pytest.approx(0.1 + 0.415 + 0.0005)
     assert imported.curriculum.order == ["a", "b"]
-    assert [(count.seed, count.evaluation, count.rows) for count in imported.counts] == [
+    assert [(count.seed, count.evaluation, count.rows) for count in imported.folder.counts] == [
         (41, 1, 4),
         (41, 2, 4),
         (42, 1, 4),
         (42, 2, 4),
     ]
-    assert imported.repeated_ids == ()
+    assert imported.folder.repeated_ids == ()
     assert "prompt ids, taken for both" in imported.curriculum.facts["provenance"]["ids"]
 
 
@@ -72,10 +72,10 @@ def test_first_of_repeated_rows_is_used_and_all_are_counted(tmp_path) -> None:
     again = [("a", loss_of("a", 41, 0)), ("b", 77.0), ("b", loss_of("b", 41, 0))]
     write(tmp_path / "seed41_step00.csv", rows_for(41, 0) + again)
     imported = import_records(tmp_path)
-    first = imported.counts[0]
+    first = imported.folder.counts[0]
     assert (first.rows, first.distinct_ids, first.repeated_ids, first.conflicting_ids) == (7, 4, 2, 1)
-    assert imported.repeated_ids == ("a", "b")
-    assert imported.conflicting_ids == ("b",)
+    assert imported.folder.repeated_ids == ("a", "b")
+    assert imported.folder.conflicting_ids == ("b",)
     table = imported.curriculum.table
     assert table["loss_seed41_evaluation1"].to_pylist()[1] == pytest.approx(loss_of("b", 41, 0))
     told = imported.describe()
@@ -88,7 +88,7 @@ def test_a_repetition_in_the_other_half_counts(tmp_path) -> None:
     make_halves(tmp_path)
     write(tmp_path / "learning_record-seed41-step0-second.csv.gz", [*rows_for(41, 0, "ba"), ("c", 5.0)])
     imported = import_records(tmp_path)
-    assert imported.conflicting_ids == ("c",)
+    assert imported.folder.conflicting_ids == ("c",)
     assert imported.curriculum.table["loss_seed41_evaluation1"].to_pylist()[2] == pytest.approx(
         loss_of("c", 41, 0)
     )
@@ -136,7 +136,7 @@ def test_two_files_for_one_evaluation_are_refused(tmp_path, other) -> None:
 def test_other_files_are_reported_not_read(tmp_path) -> None:
     (make_whole(tmp_path) / "learning_order.csv").write_text("prompt_id,learning_order\n")
     imported = import_records(tmp_path)
-    assert imported.ignored == ("learning_order.csv",)
+    assert imported.folder.ignored == ("learning_order.csv",)
     assert "not read: learning_order.csv" in imported.describe()
 
 

@@ -1,4 +1,4 @@
-"""`import-curriculum FROM --out CURRICULUM`: outside difficulties; `import-records` is its older name."""
+"""`import-curriculum PATH --out CURRICULUM`: outside difficulties; `import-records` is its older name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def add_options(parser: argparse.ArgumentParser, verb: str) -> None:
     parser.add_argument(
         "source",
         type=path_text,
-        metavar="FROM",
+        metavar="PATH",
         help="a CSV or Parquet file of ids and difficulties, such as NAME_learning_order.csv[.gz]; a folder "
         "of the original's seed41_step00.csv[.gz] and the like; another run's folder or curriculum.parquet",
     )

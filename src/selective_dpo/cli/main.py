@@ -106,7 +106,7 @@ def _execute(arguments: list[str]) -> int:
     parser = _Parser(
         prog="selective-dpo",
         description="How difficult is each preference pair for your model? Train DPO on the easier ones.",
-        epilog="verbs:\n" + "\n".join(f"  {verb:<16}{text}" for verb, text in VERBS.items()),
+        epilog="verbs:\n" + "\n".join(f"  {verb:<18}{text}" for verb, text in VERBS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="selective-dpo VERB ...   (selective-dpo VERB --help for its options)",
     )

@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 
 from selective_dpo.artifacts import content_key, file_digest, read_json
 from selective_dpo.config import SelectConfig
-from selective_dpo.core.aggregation import Difficulty
+from selective_dpo.core.aggregation import Difficulty, difficulty
 from selective_dpo.core.identity import require_unique
 from selective_dpo.core.records import LossTable
 from selective_dpo.curriculum.apply import dataset_ids
 from selective_dpo.curriculum.arrow_columns import text_array
 from selective_dpo.curriculum.build import assemble, resolved_selection
-from selective_dpo.curriculum.importing import import_records
+from selective_dpo.curriculum.importing import read_record_folder
 from selective_dpo.curriculum.number_files import Columns, read_columns
 from selective_dpo.curriculum.table import Curriculum, digest_of_table, facts_path
 from selective_dpo.data.store import load_ids
@@ -56,7 +56,7 @@ def read_outside(
     """Read difficulties: what `path` is decides how.
 
     - a folder or `.parquet` with a curriculum's facts (`.json`) beside it: a curriculum, as a run makes it;
-    - another folder: the original's records, as `import_records` takes them;
+    - another folder: the original's records, as `read_record_folder` takes them;
     - else a CSV or Parquet file, plain or gzipped.
 
     Args:
@@ -158,14 +158,12 @@ def _model_name(config: Path) -> str | None:
 
 
 def _of_records(path: Path) -> Outside:
-    curriculum = import_records(path).curriculum
-    origin = curriculum.facts["provenance"]
+    found = read_record_folder(path)
+    origin, losses = found.provenance, found.losses
     digest = content_key(files=origin["files"])
     own = {"kind": "records", "name": origin["folder"], "sha256": digest, "nats": True}
     own |= {name: origin[name] for name in ("rows", "repeated_ids", "conflicting_ids")}
-    return Outside(
-        "prompt_id", curriculum.table["pair_id"].combine_chunks(), curriculum.difficulty_P, digest, own
-    )
+    return Outside("prompt_id", pa.array(losses.pair_ids_P), difficulty(losses).difficulty_P, digest, own)
 
 
 def pairs_joined(outside: Outside, pair_ids: pa.ChunkedArray, prompt_ids: pa.ChunkedArray) -> Joined:
@@ -292,6 +290,6 @@ def imported_in_words(imported: Mapping[str, Any]) -> str:
     return (
         f"{imported['kind']} {imported['name']}, joined by {imported['joined_by']}: "
         f"{imported['pairs'] - without:,} of {imported['pairs']:,} pairs have a difficulty, "
-        f"{shared:,} of them one that they share; {without:,} have none and are not selected; "
+        f"{shared:,} of which share it with another; {without:,} have none and are not selected; "
         f"{imported['ids_without_pairs']:,} of {imported['ids']:,} ids have no pair"
     )

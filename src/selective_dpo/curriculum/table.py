@@ -37,9 +37,9 @@ COLUMNS = {
     "position": pa.int64(),
 }
 """`rank` counts from 0, the easiest; `position` is the place in the training order, -1 if not selected;
-`spread` is the standard deviation of the pair's losses, null where the difficulty was imported. The losses follow as `loss_seed41_evaluation1` ...
-Pairs that were set aside as not finite (see `quarantine`), and those that an imported curriculum does not
-know (see `outside`), have no numbers: null, a count of 0 and rank -1."""
+`spread` is the standard deviation of the pair's losses, null where the difficulty was imported. The losses
+follow as `loss_seed41_evaluation1` ... Pairs that were set aside as not finite (see `quarantine`), and those
+that an imported curriculum does not know (see `outside`), have no numbers: null, a count of 0 and rank -1."""
 
 
 def loss_column(seed: int, evaluation: int) -> str:

@@ -107,13 +107,12 @@ def find_ids(beginnings: Sequence[str], pair_ids: Sequence[str]) -> list[str]:
 def _refuse_without_difficulty(beginnings: Sequence[str], curriculum: Curriculum) -> None:
     aside = curriculum.table.filter(pc.is_null(curriculum.table["difficulty"]))
     reason_of = dict(zip(aside["pair_id"].to_pylist(), aside["reason"].to_pylist(), strict=True))
+    not_finite = "its records are not finite (see quarantine.json in the run's reference and scores folders)"
     for beginning in beginnings:
         for pair_id, reason in reason_of.items():
             if pair_id.startswith(beginning.lower()):
-                where = " (see quarantine.json in the run's reference and scores folders)"
-                raise IdentityError(
-                    f"pair {pair_id} has no difficulty: {reason}{where if reason == NOT_FINITE else ''}"
-                )
+                why = not_finite if reason == NOT_FINITE else reason
+                raise IdentityError(f"pair {pair_id} has no difficulty: {why}")
 
 
 def _regions(curriculum: Curriculum, wanted: Wanted) -> dict[str, list[int]]:
