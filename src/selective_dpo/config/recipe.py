@@ -128,10 +128,11 @@ class Recipe(Block):
             raise ValueError(
                 f"score.{first} has no effect beside curriculum, which replaces scoring: leave one out"
             )
-        for where, select in {"select": self.select, **self.evaluate.controls}.items():
-            if select.aggregate != "mean" or select.allow_partial:
+        controls = {f"evaluate.controls.{name}": select for name, select in self.evaluate.controls.items()}
+        for where, select in {"select": self.select, **controls}.items():
+            if select.about_records:
                 raise ValueError(
-                    f"{where}: aggregate and allow_partial have no effect on the difficulty that curriculum "
-                    "gives, which is one number a pair: leave them out"
+                    f"{where}.{select.about_records[0]} has no effect on the difficulty of curriculum, "
+                    "which is one number a pair: leave it out"
                 )
         return self

@@ -220,8 +220,11 @@ def outside_curriculum(
         ConfigError: the selection is not valid, does not fit the number of pairs, or aggregates losses.
     """
     config = resolved_selection(select)
-    if problem := without_effect(config):
-        raise ConfigError(f"select.{problem}")
+    if config.about_records:
+        raise ConfigError(
+            f"select.{config.about_records[0]} has no effect on an imported difficulty, which is one number "
+            "a pair: leave it out"
+        )
     found = pairs_joined(outside, pair_ids, prompt_ids)
     ids_P, prompt_ids_P = text_array(pair_ids), text_array(prompt_ids)
     require_unique(ids_P.tolist(), what="pairs")
@@ -240,15 +243,6 @@ def outside_curriculum(
     }
     without = dict(zip(ids_P[aside].tolist(), prompt_ids_P[aside].tolist(), strict=True))
     return assemble(losses, measured, config, facts, aside=without, reason=REASON)
-
-
-def without_effect(select: SelectConfig) -> str:
-    """What a selection has no use for where difficulty is given; "" if nothing."""
-    if select.aggregate != "mean":
-        return "aggregate has no effect on an imported difficulty, which is one number a pair: leave it out"
-    if select.allow_partial:
-        return "allow_partial has no effect on an imported difficulty: leave it out"
-    return ""
 
 
 def import_curriculum(
