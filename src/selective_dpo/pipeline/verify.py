@@ -86,7 +86,9 @@ def verify_run(root: str | Path) -> Verification:
     arms = _arms(folder, recipe)
     imported = _trained(arms)
     if imported is None:
-        check_reference(checks, folder.root, folder.reference, kept.pair_ids if kept else None)
+        is_imported = recipe is not None and bool(recipe.curriculum)
+        ids = None if kept is None or is_imported else kept.pair_ids
+        check_reference(checks, folder.root, folder.reference, ids)
     else:
         check_reference(checks, folder.root, folder.reference, imported, "those that are trained on")
     held_out = _check_held_out(checks, folder)
