@@ -1,8 +1,8 @@
 """Recipes in and out: YAML to the typed recipe, overrides from the command line, the resolved config.
 
-Paths: a relative `path`, `tokenizer`, `chat_template`, `reward_model` or `source` in a recipe means the one
-beside the recipe if there is one, whatever folder the command is started in; else it is left as it is, a
-hub name or a path from the current folder. What comes from the command line is always left as typed.
+Paths: a relative `path`, `tokenizer`, `chat_template`, `reward_model`, `source` or `curriculum` in a recipe
+means the one beside the recipe if there is one, whatever folder the command is started in; else it is left as
+it is, a hub name or a path from the current folder. What comes from the command line is always left as typed.
 """
 
 from __future__ import annotations
@@ -94,6 +94,7 @@ def recipe_schema() -> dict[str, Any]:
 def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
     evaluate = values.get("evaluate")
     places: list[tuple[Any, str]] = [
+        (values, "curriculum"),
         (values.get("model"), "path"),
         (values.get("model"), "tokenizer"),
         (values.get("model"), "chat_template"),

@@ -87,7 +87,7 @@ def test_any_records(
         (folder / name).write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
     with bounded(), refusals():
         imported = import_records(folder, {"aggregate": aggregate, "allow_partial": allow_partial})
-        for count in imported.counts:
+        for count in imported.folder.counts:
             read = [row for name in count.files for row in files[name]]
             held = [item for item, loss in read if item or loss.strip()]
             assert count.rows == len(held)

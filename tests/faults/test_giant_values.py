@@ -17,7 +17,7 @@ import pytest
 from fuzz.corpus import TEXT_ROWS, csv_bytes, json_lines, parquet_bytes
 
 from selective_dpo.config import DataConfig, SourceConfig
-from selective_dpo.curriculum import losses_csv
+from selective_dpo.curriculum import number_files
 from selective_dpo.curriculum.importing import import_records
 from selective_dpo.data import pairs, prepare, readers
 from selective_dpo.data.finishing import Finisher
@@ -177,7 +177,7 @@ def test_records_that_unpack_without_end(
     content = b"a,0.5\n" * 1_000
     path = tmp_path / f"seed41_step00.csv{suffix}"
     path.write_bytes(gzip.compress(content) if suffix else content)
-    monkeypatch.setattr(losses_csv, "MOST_BYTES", 5_999)
+    monkeypatch.setattr(number_files, "MOST_BYTES", 5_999)
     with pytest.raises(DataError, match=r"seed41_step00\.csv.* has more than 0 MiB; is it a file of records"):
         import_records(tmp_path)
 

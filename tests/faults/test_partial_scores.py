@@ -14,7 +14,7 @@ from selective_dpo.cli.main import main
 from selective_dpo.curriculum.losses import curriculum_losses
 from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.errors import ModelError, RecordsError
-from selective_dpo.pipeline.stages import build_curricula
+from selective_dpo.pipeline.curriculum_stage import build_curricula
 from selective_dpo.pipeline.verbs import open_run
 from selective_dpo.pipeline.verbs import score as score_run
 from selective_dpo.reporting.content import load_report_content

@@ -358,7 +358,7 @@ def test_export_and_import_of_nothing(
             ["import-records", things / "no-records", "--out", out],
             "holds no seed41_step00.csv or learning_rec",
         ),
-        (["import-records", things / "nowhere", "--out", out], "is not a folder"),
+        (["import-records", things / "nowhere", "--out", out], "does not exist: give a CSV or Parquet file"),
         (
             ["import-records", things, "--out", out, "--select.fraction=1.7"],
             "select.fraction is 1.7, but must",

@@ -31,8 +31,9 @@ SAID = {
         "Not a directory",
         "not an exported data set",
         "not a recipe's keys",
+        "and needs one of ids",
     ),
-    "below a file": (*NOT_THERE, "File exists", "Not a directory"),
+    "below a file": (*NOT_THERE, "does not exist", "File exists", "Not a directory"),
     "a long name": ("File name too long", "is longer than 255 bytes between two slashes"),
     "a NUL byte": ("it holds a NUL character", "U+0000", "null byte"),
     "not UTF-8": ("it cannot be written as UTF-8", "U+DCFF", "no recipe at"),
@@ -75,25 +76,25 @@ def of_run(*words: str) -> Callable[[Path, str], list[str]]:
     return lambda things, path: [words[0], str(things / "runs" / "tiny"), *words[1:], path]
 
 
+def of_records(*words: str) -> Callable[[Path, str], list[str]]:
+    return lambda things, path: [words[0], str(things / "records"), *words[1:], path]
+
+
 def first(verb: str, *words: str) -> Callable[[Path, str], list[str]]:
     return lambda things, path: [verb, path, *words]
 
 
+IMPORTING = ("import-curriculum", "import-records")
 RUNNING = ("run", "score", "curriculum", "train", "evaluate", "report")
 OPTIONS = (
     Option("demo", "out", FOLDER, lambda t, p: ["demo", "--out", p]),
     *(Option(verb, "recipe", RECIPE, first(verb)) for verb in (*RUNNING, "plan", "doctor")),
     *(Option(verb, "output_dir", FOLDER, with_recipe(verb, "--output_dir")) for verb in RUNNING),
     Option("plan", "json", FILE, with_recipe("plan", "--json")),
-    Option("import-records", "folder", READ, first("import-records", "--out", "nowhere")),
-    Option("import-records", "out", FOLDER, lambda t, p: ["import-records", str(t / "records"), "--out", p]),
-    Option(
-        "import-records",
-        "out",
-        FILE,
-        lambda t, p: ["import-records", str(t / "records"), "--out", p],
-        ".parquet",
-    ),
+    *(Option(verb, "source", READ, first(verb, "--out", "nowhere")) for verb in IMPORTING),
+    *(Option(verb, "pairs", READ, of_records(verb, "--out", "nowhere", "--pairs")) for verb in IMPORTING),
+    *(Option(verb, "out", FOLDER, of_records(verb, "--out")) for verb in IMPORTING),
+    Option("import-curriculum", "out", FILE, of_records("import-curriculum", "--out"), ".parquet"),
     Option("export", "curriculum", READ, first("export", "--format", "csv", "--out", "nowhere")),
     *(
         Option("export", "out", FILE, of_run("export", "--format", form, "--overwrite", "--out"))

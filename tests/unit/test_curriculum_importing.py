@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from selective_dpo.curriculum.importing import import_records
-from selective_dpo.curriculum.losses_csv import read_losses
+from selective_dpo.curriculum.number_files import read_records
 from selective_dpo.errors import DataError, RecordsError, SelectiveDPOError
 
 ROWS = {"b": 0.5, "a": 0.1, "c": 0.9, "d": 0.7}
@@ -57,13 +57,13 @@ def test_both_layouts_give_the_same_losses(tmp_path, make) -> None:
     assert rows[2]["loss_seed42_evaluation2"] == pytest.approx(loss_of("c", 42, 1))
     assert rows[0]["difficulty"] == pytest.approx(0.1 + 0.415 + 0.0005)
     assert imported.curriculum.order == ["a", "b"]
-    assert [(count.seed, count.evaluation, count.rows) for count in imported.counts] == [
+    assert [(count.seed, count.evaluation, count.rows) for count in imported.folder.counts] == [
         (41, 1, 4),
         (41, 2, 4),
         (42, 1, 4),
         (42, 2, 4),
     ]
-    assert imported.repeated_ids == ()
+    assert imported.folder.repeated_ids == ()
     assert "prompt ids, taken for both" in imported.curriculum.facts["provenance"]["ids"]
 
 
@@ -72,10 +72,10 @@ def test_first_of_repeated_rows_is_used_and_all_are_counted(tmp_path) -> None:
     again = [("a", loss_of("a", 41, 0)), ("b", 77.0), ("b", loss_of("b", 41, 0))]
     write(tmp_path / "seed41_step00.csv", rows_for(41, 0) + again)
     imported = import_records(tmp_path)
-    first = imported.counts[0]
+    first = imported.folder.counts[0]
     assert (first.rows, first.distinct_ids, first.repeated_ids, first.conflicting_ids) == (7, 4, 2, 1)
-    assert imported.repeated_ids == ("a", "b")
-    assert imported.conflicting_ids == ("b",)
+    assert imported.folder.repeated_ids == ("a", "b")
+    assert imported.folder.conflicting_ids == ("b",)
     table = imported.curriculum.table
     assert table["loss_seed41_evaluation1"].to_pylist()[1] == pytest.approx(loss_of("b", 41, 0))
     told = imported.describe()
@@ -88,7 +88,7 @@ def test_a_repetition_in_the_other_half_counts(tmp_path) -> None:
     make_halves(tmp_path)
     write(tmp_path / "learning_record-seed41-step0-second.csv.gz", [*rows_for(41, 0, "ba"), ("c", 5.0)])
     imported = import_records(tmp_path)
-    assert imported.conflicting_ids == ("c",)
+    assert imported.folder.conflicting_ids == ("c",)
     assert imported.curriculum.table["loss_seed41_evaluation1"].to_pylist()[2] == pytest.approx(
         loss_of("c", 41, 0)
     )
@@ -136,7 +136,7 @@ def test_two_files_for_one_evaluation_are_refused(tmp_path, other) -> None:
 def test_other_files_are_reported_not_read(tmp_path) -> None:
     (make_whole(tmp_path) / "learning_order.csv").write_text("prompt_id,learning_order\n")
     imported = import_records(tmp_path)
-    assert imported.ignored == ("learning_order.csv",)
+    assert imported.folder.ignored == ("learning_order.csv",)
     assert "not read: learning_order.csv" in imported.describe()
 
 
@@ -182,6 +182,6 @@ def test_a_broken_gzip_is_named(tmp_path) -> None:
 def test_blank_lines_and_spaces_do_no_harm(tmp_path) -> None:
     path = tmp_path / "x.csv"
     path.write_bytes(b"a, 0.1\r\n\r\nb,2e-1 \r\n\r\n")
-    losses = read_losses(path)
+    losses = read_records(path)
     assert losses.ids.to_pylist() == ["a", "b"]
-    assert losses.losses_N.tolist() == [0.1, 0.2]
+    assert losses.values_N.tolist() == [0.1, 0.2]

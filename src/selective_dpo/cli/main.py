@@ -30,17 +30,18 @@ VERBS = {
     "report": "write report.html",
     "plan": "what a run would do and cost; nothing is trained",
     "doctor": "check the environment and a recipe before any money is spent",
-    "import-records": "read the original repository's CSV records",
+    "import-curriculum": "difficulties from a file, another run, or the original repository",
+    "import-records": "the same, by its older name",
     "export": "a curriculum as CSV, Parquet, JSON Lines or a datasets folder",
     "inspect": "show the easiest, median, hardest or named pairs",
     "verify": "re-check every digest of a run, and every id from input to policy",
 }
 _MODULES = {
     **dict.fromkeys(("run", "score", "curriculum", "train", "evaluate", "report"), "stages"),
-    "import-records": "import_records",
+    **dict.fromkeys(("import-curriculum", "import-records"), "import_curriculum"),
 }
 # Recipe keys that would otherwise look like a verb's own options.
-_KEYS_WITHOUT_A_BLOCK = ("name", "output_dir")
+_KEYS_WITHOUT_A_BLOCK = ("name", "output_dir", "curriculum")
 _BY_CTRL_C = 130
 """As shells say it: 128 and the number of the signal."""
 
@@ -105,7 +106,7 @@ def _execute(arguments: list[str]) -> int:
     parser = _Parser(
         prog="selective-dpo",
         description="How difficult is each preference pair for your model? Train DPO on the easier ones.",
-        epilog="verbs:\n" + "\n".join(f"  {verb:<16}{text}" for verb, text in VERBS.items()),
+        epilog="verbs:\n" + "\n".join(f"  {verb:<18}{text}" for verb, text in VERBS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="selective-dpo VERB ...   (selective-dpo VERB --help for its options)",
     )

@@ -99,8 +99,12 @@ class Recipe(Block):
     """The starting policy."""
     data: DataConfig
     """Preference pairs."""
+    curriculum: PathText = ""
+    """Take the difficulty from here instead of scoring: a CSV or Parquet file (also .gz) of `prompt_id` or
+    `pair_id` and `learning_order` or `difficulty`, as the original's; a folder of the original's records; or
+    another run's folder or `curriculum.parquet`. Empty: it is measured as `score` says."""
     score: ScoreConfig = ScoreConfig()
-    """Difficulty scoring."""
+    """Difficulty scoring. Beside `curriculum` only `tokens_per_batch` has an effect: on the reference."""
     select: SelectConfig = SelectConfig()
     """Selection and order."""
     train: TrainConfig = TrainConfig()
@@ -109,3 +113,26 @@ class Recipe(Block):
     """Evaluation of the policy."""
     launch: LaunchConfig = LaunchConfig()
     """Spreading the work."""
+
+    @model_validator(mode="after")
+    def _curriculum_replaces_scoring(self) -> Self:
+        if not self.curriculum:
+            return self
+        fields = set(ScoreConfig.model_fields) - {"tokens_per_batch"}
+        default, given = ScoreConfig(), self.score.model_fields_set & fields
+        # A resolved recipe, such as config.json, holds every key of every block.
+        if given == fields:
+            given = {name for name in fields if getattr(self.score, name) != getattr(default, name)}
+        if given:
+            first = next(name for name in ScoreConfig.model_fields if name in given)
+            raise ValueError(
+                f"score.{first} has no effect beside curriculum, which replaces scoring: leave one out"
+            )
+        controls = {f"evaluate.controls.{name}": select for name, select in self.evaluate.controls.items()}
+        for where, select in {"select": self.select, **controls}.items():
+            if select.about_records:
+                raise ValueError(
+                    f"{where}.{select.about_records[0]} has no effect on the difficulty of curriculum, "
+                    "which is one number a pair: leave it out"
+                )
+        return self

@@ -111,6 +111,12 @@ class SelectConfig(Block):
     allow_partial: bool = False
     """Accept pairs with fewer records than the protocol makes; the curriculum says so."""
 
+    @property
+    def about_records(self) -> list[str]:
+        """The keys given that say how records are read: they have no effect on an imported difficulty."""
+        default = {"aggregate": "mean", "allow_partial": False}
+        return [name for name, value in default.items() if getattr(self, name) != value]
+
     @model_validator(mode="after")
     def _nothing_is_ignored(self) -> Self:
         sized = self.rule in ("easiest", "hardest", "random")

@@ -15,8 +15,12 @@ from selective_dpo.errors import ConfigError, DataError, IdentityError, name_som
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from selective_dpo.data.pairs import Pair
+
 DIFFICULTY = "difficulty"
 PAIR_ID = "pair_id"
+PROMPT_ID = "prompt_id"
+_IDS = pa.schema({PAIR_ID: pa.string(), PROMPT_ID: pa.string()})
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +47,7 @@ def apply_curriculum(curriculum: Curriculum, dataset: Dataset, *, allow_unscored
     if scored_row.null_count and not allow_unscored:
         raise IdentityError(
             f"{scored_row.null_count:,} of {len(ids):,} rows are not in the curriculum "
-            f"({_unscored(ids, scored_row)}); apply it to the data it was made from, or leave them out: "
+            f"({_unscored(ids, scored_row)}); {_remedy(curriculum)}, or leave them out: "
             "apply(dataset, allow_unscored=True)"
         )
     if scored_row.null_count:
@@ -59,7 +63,7 @@ def apply_curriculum(curriculum: Curriculum, dataset: Dataset, *, allow_unscored
         absent = order.filter(pc.is_null(rows)).to_pylist()
         raise IdentityError(
             f"{len(absent):,} of {len(order):,} selected pairs are not in the data set: {name_some(absent)}; "
-            "apply the curriculum to the data it was made from"
+            f"{_remedy(curriculum)}"
         )
     difficulty = curriculum.table[DIFFICULTY].take(scored_row)
     # Columns go in before the rows are picked: adding them afterwards would copy the whole selection.
@@ -84,6 +88,26 @@ def require_dataset(data: object) -> None:
     raise ConfigError(f"the pairs are a {type(data).__name__}: pass a datasets.Dataset{split}")
 
 
+def _remedy(curriculum: Curriculum) -> str:
+    if curriculum.table[PAIR_ID] == curriculum.table[PROMPT_ID]:
+        return "its ids name prompts: join it with the data first, by import_curriculum(..., pairs=dataset)"
+    return "apply the curriculum to the data it was made from"
+
+
+def dataset_ids(dataset: Dataset) -> pa.Table:
+    """`pair_id` and `prompt_id` of each usable pair of a preference data set, once.
+
+    Columns of both names are taken as they are; else ids are those that preparing the rows would give.
+
+    Raises:
+        DataError: `dataset` has neither these nor preference columns.
+    """
+    if {PAIR_ID, PROMPT_ID} <= set(dataset.column_names):
+        return dataset.select_columns([PAIR_ID, PROMPT_ID]).with_format("arrow")[:].cast(_IDS)
+    prompt_of = {pair.pair_id: pair.prompt_id for pair in reversed(_pairs(dataset)) if pair is not None}
+    return pa.table([list(prompt_of), list(prompt_of.values())], schema=_IDS)
+
+
 def _unscored(ids: pa.Array, scored_row: pa.Array) -> str:
     unknown = ids.filter(pc.is_null(scored_row))
     unusable = unknown.null_count
@@ -98,6 +122,12 @@ def _pair_ids(dataset: Dataset) -> pa.Array:
     if PAIR_ID in names:
         column = dataset.select_columns([PAIR_ID]).with_format("arrow")[:][PAIR_ID]
         return column.cast(pa.string()).combine_chunks()
+    return pa.array([None if pair is None else pair.pair_id for pair in _pairs(dataset)], pa.string())
+
+
+def _pairs(dataset: Dataset) -> list[Pair | None]:
+    """Each row's pair; None where the row is not a usable one."""
+    names = set(dataset.column_names)
     if not {"chosen", "rejected"} <= names:
         raise DataError(
             "the data set has neither a pair_id column nor chosen and rejected ones "
@@ -106,4 +136,4 @@ def _pair_ids(dataset: Dataset) -> pa.Array:
     from selective_dpo.data.pairs import DropReason, parse_row
 
     parsed = (parse_row(row) for row in dataset.with_format(None))
-    return pa.array([None if isinstance(pair, DropReason) else pair.pair_id for pair in parsed], pa.string())
+    return [None if isinstance(pair, DropReason) else pair for pair in parsed]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from selective_dpo.config import SelectConfig
-from selective_dpo.core.aggregation import difficulty
+from selective_dpo.core.aggregation import Difficulty, difficulty
 from selective_dpo.core.agreement import agreement
 from selective_dpo.core.order import training_positions
 from selective_dpo.core.records import LossTable, Records, loss_table
@@ -58,8 +58,34 @@ def build_curriculum(
     if isinstance(losses, Records):
         losses = loss_table(losses, allow_partial=config.allow_partial)
     measured = difficulty(losses, config.aggregate, allow_partial=config.allow_partial)
-    rule = rule_of(config)
-    selected = apply_rule(measured.difficulty_P, losses.pair_ids_P, rule)
+    facts = {
+        "key": key,
+        "agreement": agreement(losses, config.aggregate, rule_of(config)),
+        "provenance": dict(provenance or {}),
+        "cost": dict(cost or {}),
+    }
+    return assemble(losses, measured, config, facts, aside=quarantined or {}, reason=REASON)
+
+
+def assemble(
+    losses: LossTable,
+    measured: Difficulty,
+    config: SelectConfig,
+    facts: Mapping[str, Any],
+    *,
+    aside: Mapping[str, str],
+    reason: str,
+) -> Curriculum:
+    """Select from difficulties and order what was selected: the part that measured ones and others share.
+
+    Args:
+        losses: the pairs, and the losses that were measured of them, if any.
+        measured: their difficulties.
+        config: the selection, resolved.
+        facts: what is not about the selection.
+        aside: pairs without a difficulty (pair id -> prompt id), and `reason`, why they have none.
+    """
+    selected = apply_rule(measured.difficulty_P, losses.pair_ids_P, rule_of(config))
     columns: dict[str, NDArray[Any]] = {
         "pair_id": losses.pair_ids_P,
         "prompt_id": losses.prompt_ids_P,
@@ -71,22 +97,20 @@ def build_curriculum(
         "reason": selected.reason_P,
         "position": training_positions(selected, losses.pair_ids_P, config.order, config.seed or 0),
     }
-    table = pa.table({name: pa.array(columns[name], type=kind) for name, kind in COLUMNS.items()})
+    # What is not a number becomes null: the spread of a difficulty that was imported is not known.
+    arrays = {name: pa.array(columns[name], type=kind, from_pandas=True) for name, kind in COLUMNS.items()}
+    table = pa.table(arrays)
     complete = len(losses.seeds_S) * len(losses.evaluations_E)
-    facts = {
-        "key": key,
+    own = {
         "pairs": len(losses.pair_ids_P),
         "selected": int(selected.selected_P.sum()),
         "select": config.model_dump(mode="json"),
         "seeds": list(losses.seeds_S),
         "evaluations": list(losses.evaluations_E),
-        "quarantined": len(quarantined or {}),
+        "quarantined": len(aside) if reason == REASON else 0,
         "partial": int((measured.count_P < complete).sum()),
-        "agreement": agreement(losses, config.aggregate, rule),
-        "provenance": dict(provenance or {}),
-        "cost": dict(cost or {}),
     }
-    return Curriculum(_with_quarantined(_with_losses(table, losses), quarantined or {}), facts)
+    return Curriculum(_with_aside(_with_losses(table, losses), aside, reason), {**own, **facts})
 
 
 def resolved_selection(select: SelectConfig | Mapping[str, Any] | None) -> SelectConfig:
@@ -120,14 +144,14 @@ def rule_of(config: SelectConfig) -> Rule:
     )
 
 
-def _with_quarantined(table: pa.Table, quarantined: Mapping[str, str]) -> pa.Table:
+def _with_aside(table: pa.Table, aside: Mapping[str, str], reason: str) -> pa.Table:
     """Append the pairs without numbers, and sort by id again."""
-    if not quarantined:
+    if not aside:
         return table
-    if both := sorted(set(quarantined) & set(table["pair_id"].to_pylist())):
+    if both := sorted(set(aside) & set(table["pair_id"].to_pylist())):
         raise RecordsError(f"{len(both):,} pairs were set aside and have records: {name_some(both)}")
-    known: dict[str, Any] = {"count": 0, "rank": -1, "selected": False, "reason": REASON, "position": -1}
-    rows = [{"pair_id": pair, "prompt_id": prompt, **known} for pair, prompt in quarantined.items()]
+    known: dict[str, Any] = {"count": 0, "rank": -1, "selected": False, "reason": reason, "position": -1}
+    rows = [{"pair_id": pair, "prompt_id": prompt, **known} for pair, prompt in aside.items()]
     together = pa.concat_tables([table, pa.Table.from_pylist(rows, schema=table.schema)])
     return together.sort_by("pair_id")
 

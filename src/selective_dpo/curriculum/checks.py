@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from selective_dpo.config import SelectConfig
 from selective_dpo.core.identity import require_unique
 from selective_dpo.curriculum.arrow_columns import require_plain
+from selective_dpo.curriculum.quarantine import REASON
 from selective_dpo.errors import ArtifactError, IdentityError, name_some
 
 _FACTS: dict[str, type] = {
@@ -70,9 +71,12 @@ def require_facts(facts: Mapping[str, Any], table: pa.Table, where: object) -> N
     ]
     if wrong:
         raise ArtifactError(f"{where}: {name_some(wrong)} missing or of the wrong kind; {_REMEDY}")
-    aside = table["difficulty"].null_count
-    selected = pc.sum(table["selected"]).as_py() or 0
-    counts = {"pairs": len(table) - aside, "selected": selected, "quarantined": aside}
+    aside = table.filter(pc.is_null(table["difficulty"]))
+    counts = {
+        "pairs": len(table) - len(aside),
+        "selected": pc.sum(table["selected"]).as_py() or 0,
+        "quarantined": pc.sum(pc.equal(aside["reason"], REASON)).as_py() or 0,
+    }
     differing = [f"{facts[name]:,} {name}" for name, count in counts.items() if facts[name] != count]
     if differing:
         raise ArtifactError(f"{where} says {name_some(differing)}, unlike its table; {_REMEDY}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from selective_dpo.artifacts import publish_folder, replacing
 from selective_dpo.curriculum.table import Curriculum, loss_column
@@ -37,7 +36,8 @@ def export_curriculum(
     """Write the curriculum to `path`, whole or not at all, and return it.
 
     - `csv`: every pair with a difficulty, in the columns of the original repository: `prompt_id`,
-      `loss_step00_seed41` ..., `learning_order` (the mean loss); then `pair_id`, where it differs;
+      `loss_step00_seed41` ..., `learning_order` (the mean loss, or the difficulty that was imported); then
+      `pair_id`, where it differs;
     - `parquet`: every scored pair, the table as it is;
     - `jsonl`: the selected pairs in training order: ids, difficulty, prompt, chosen, rejected;
     - `datasets`: the same as a folder for `datasets.load_from_disk`, in the columns TRL reads.
@@ -99,22 +99,23 @@ def _original_columns(curriculum: Curriculum) -> pa.Table:
         for seed in facts["seeds"]
         for evaluation in facts["evaluations"]
     }
-    total_P = np.zeros(len(table))
-    held_P = np.zeros(len(table), dtype=np.int64)
-    for column in losses.values():
-        total_P += pc.fill_null(column, 0.0).to_numpy()
-        held_P += np.asarray(column.is_valid())
     columns: dict[str, Any] = {
         "prompt_id": table["prompt_id"],
         **losses,
-        "learning_order": _means(total_P, held_P),
+        "learning_order": _means(list(losses.values())) if losses else table["difficulty"],
     }
     if table["pair_id"] != table["prompt_id"]:
         columns["pair_id"] = table["pair_id"]
     return pa.table(columns)
 
 
-def _means(total_P: NDArray[np.float64], held_P: NDArray[np.int64]) -> pa.Array:
+def _means(columns: Sequence[pa.ChunkedArray]) -> pa.Array:
+    """Of the losses that each pair has."""
+    total_P = np.zeros(len(columns[0]))
+    held_P = np.zeros(len(columns[0]), dtype=np.int64)
+    for column in columns:
+        total_P += pc.fill_null(column, 0.0).to_numpy()
+        held_P += np.asarray(column.is_valid())
     has_none_P = held_P == 0
     return pa.array(total_P / np.where(has_none_P, 1, held_P), mask=has_none_P)
 

@@ -16,7 +16,7 @@ from selective_dpo.artifacts import content_key, file_digest
 from selective_dpo.config import SelectConfig
 from selective_dpo.core.records import LossTable
 from selective_dpo.curriculum.build import build_curriculum, resolved_selection
-from selective_dpo.curriculum.losses_csv import read_losses
+from selective_dpo.curriculum.number_files import read_records
 from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.errors import DataError, RecordsError, name_some
 
@@ -45,10 +45,10 @@ class EvaluationCount(NamedTuple):
     """Those of them whose losses differ."""
 
 
-class Imported(NamedTuple):
-    """A curriculum, and what was found on the way to it."""
+class RecordFolder(NamedTuple):
+    """The losses in a folder of records, and what was found on the way to them."""
 
-    curriculum: Curriculum
+    losses: LossTable
     counts: tuple[EvaluationCount, ...]
     """One for each seed and evaluation, in this order."""
     ignored: tuple[str, ...]
@@ -57,23 +57,33 @@ class Imported(NamedTuple):
     """Ids that stand more than once in some evaluation, sorted."""
     conflicting_ids: tuple[str, ...]
     """Those of them whose losses differ in some evaluation, sorted."""
+    provenance: dict[str, Any]
+    """`files` holds the SHA-256 of each."""
+
+
+class Imported(NamedTuple):
+    """A curriculum, and the folder that it was made from."""
+
+    curriculum: Curriculum
+    folder: RecordFolder
 
     def describe(self) -> str:
         """What was found, in a few lines."""
         facts = self.curriculum.facts
-        repeats = [count.rows - count.distinct_ids for count in self.counts]
+        found = self.folder
+        repeats = [count.rows - count.distinct_ids for count in found.counts]
         lines = [
-            f"{len(self.counts)} evaluations (seeds {', '.join(map(str, facts['seeds']))}), "
-            f"{_span([count.rows for count in self.counts])} rows each: "
+            f"{len(found.counts)} evaluations (seeds {', '.join(map(str, facts['seeds']))}), "
+            f"{_span([count.rows for count in found.counts])} rows each: "
             f"{facts['pairs']:,} distinct ids, {facts['selected']:,} selected",
             f"  {_span(repeats)} rows in each repeat an id; the first row of an id is used",
-            f"  {len(self.repeated_ids):,} ids are repeated in some evaluation, "
-            f"{len(self.conflicting_ids):,} of them with different losses",
+            f"  {len(found.repeated_ids):,} ids are repeated in some evaluation, "
+            f"{len(found.conflicting_ids):,} of them with different losses",
         ]
         if facts["partial"]:
             lines.append(f"  {facts['partial']:,} ids lack some of their losses")
-        if self.ignored:
-            lines.append(f"  {len(self.ignored):,} other files were not read: {name_some(self.ignored)}")
+        if found.ignored:
+            lines.append(f"  {len(found.ignored):,} other files were not read: {name_some(found.ignored)}")
         return "\n".join(lines)
 
 
@@ -93,21 +103,33 @@ class _Column(NamedTuple):
 
 
 def import_records(folder: str | Path, select: SelectConfig | Mapping[str, Any] | None = None) -> Imported:
+    """The curriculum of the learning records in `folder` (see `read_record_folder`).
+
+    The original's ids name prompts; they become both `pair_id` and `prompt_id`, and the curriculum's
+    provenance says so.
+
+    Raises:
+        DataError, RecordsError: as `read_record_folder`.
+        ConfigError: the selection is not valid.
+    """
+    config = resolved_selection(select)
+    found = read_record_folder(Path(folder), allow_partial=config.allow_partial)
+    key = content_key(files=found.provenance["files"], select=config.model_dump(mode="json"))
+    return Imported(build_curriculum(found.losses, config, provenance=found.provenance, key=key), found)
+
+
+def read_record_folder(folder: Path, *, allow_partial: bool = False) -> RecordFolder:
     """Read the learning records in `folder`, plain or gzipped, in either of the original's layouts.
 
-    Of repeated ids the first row is used and all are counted. The original's ids name prompts; they
-    become both `pair_id` and `prompt_id`, and the curriculum's provenance says so.
+    Of repeated ids the first row is used and all are counted.
 
     Raises:
         DataError: no such files; one is missing, unreadable, doubled, or has a bad line (which is named).
         RecordsError: an id is missing in some file, unless `allow_partial`.
-        ConfigError: the selection is not valid.
     """
-    folder = Path(folder)
-    config = resolved_selection(select)
-    groups, ignored = _find_files(folder, allow_partial=config.allow_partial)
+    groups, ignored = _find_files(folder, allow_partial=allow_partial)
     columns = [_read_column(key, paths) for key, paths in sorted(groups.items())]
-    table = _loss_table(columns, allow_partial=config.allow_partial)
+    table = _loss_table(columns, allow_partial=allow_partial)
     digests = {path.name: file_digest(path) for paths in groups.values() for path in paths}
     repeated = sorted({item for column in columns for item in column.repeated})
     conflicting = sorted({item for column in columns for item in column.conflicting})
@@ -120,10 +142,8 @@ def import_records(folder: str | Path, select: SelectConfig | Mapping[str, Any] 
         "repeated_ids": len(repeated),
         "conflicting_ids": len(conflicting),
     }
-    key = content_key(files=digests, select=config.model_dump(mode="json"))
-    curriculum = build_curriculum(table, config, provenance=provenance, key=key)
     counts = tuple(column.tally for column in columns)
-    return Imported(curriculum, counts, tuple(ignored), tuple(repeated), tuple(conflicting))
+    return RecordFolder(table, counts, tuple(ignored), tuple(repeated), tuple(conflicting), provenance)
 
 
 def _find_files(folder: Path, *, allow_partial: bool) -> tuple[dict[tuple[int, int], list[Path]], list[str]]:
@@ -174,9 +194,9 @@ def _require_grid(folder: Path, found: Mapping[tuple[int, int], Mapping[str, Pat
 
 
 def _read_column(key: tuple[int, int], paths: list[Path]) -> _Column:
-    halves = [read_losses(path) for path in paths]
+    halves = [read_records(path) for path in paths]
     ids = pa.concat_arrays([half.ids for half in halves])
-    losses_N = np.concatenate([half.losses_N for half in halves])
+    losses_N = np.concatenate([half.values_N for half in halves])
     coded = pc.dictionary_encode(ids)
     code_N = coded.indices.to_numpy()
     # The dictionary is in order of first appearance, and so are the first rows of its codes.

@@ -37,8 +37,9 @@ COLUMNS = {
     "position": pa.int64(),
 }
 """`rank` counts from 0, the easiest; `position` is the place in the training order, -1 if not selected;
-`spread` is the standard deviation of the pair's losses. The losses follow as `loss_seed41_evaluation1` ...
-Pairs that were set aside as not finite (see `quarantine`) have no numbers: null, a count of 0 and rank -1."""
+`spread` is the standard deviation of the pair's losses, null where the difficulty was imported. The losses
+follow as `loss_seed41_evaluation1` ... Pairs that were set aside as not finite (see `quarantine`), and those
+that an imported curriculum does not know (see `outside`), have no numbers: null, a count of 0 and rank -1."""
 
 
 def loss_column(seed: int, evaluation: int) -> str:
@@ -72,7 +73,7 @@ class Curriculum:
 
     @property
     def measured(self) -> Curriculum:
-        """The same without the pairs that were set aside as not finite: all that has a difficulty."""
+        """The same without the pairs that have no difficulty."""
         if not self.table["difficulty"].null_count:
             return self
         return Curriculum(self.table.filter(pc.is_valid(self.table["difficulty"])), self.facts)
@@ -152,6 +153,16 @@ class Curriculum:
         columns = [loss_column(seed, number) for seed in facts["seeds"] for number in facts["evaluations"]]
         require_losses(made.table, columns, facts_path)
         return made
+
+
+def facts_path(path: Path) -> Path:
+    """Where the facts are of a curriculum at `path`, which is as `Curriculum.load` takes it."""
+    return _paths(path)[1]
+
+
+def digest_of_table(path: Path) -> str:
+    """SHA-256 of the table of the curriculum at `path`."""
+    return file_digest(_paths(path)[0])
 
 
 def _read_facts(path: Path) -> dict[str, Any]:

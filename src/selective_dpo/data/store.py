@@ -185,6 +185,11 @@ def load_tokens(folder: Path) -> Dataset:
     )
 
 
+def load_ids(folder: Path) -> pa.Table:
+    """`pair_id` and `prompt_id` of the kept pairs, in input order; `ArtifactError` if it is not complete."""
+    return pq.read_table(_published(folder, TOKENS), columns=["pair_id", "prompt_id"])
+
+
 def load_summary(folder: Path) -> PairsSummary:
     """The counts of a published folder; `ArtifactError` if it is not complete."""
     read_manifest(folder)

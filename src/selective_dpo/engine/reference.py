@@ -27,6 +27,7 @@ from selective_dpo.curriculum.quarantine import (
 from selective_dpo.engine.logprobs import PairLogps, pair_logps
 from selective_dpo.engine.memory import TokenBudget
 from selective_dpo.engine.processes import publish_from_main, this_process
+from selective_dpo.errors import RecordsError, name_some
 
 FILE = "logps.parquet"
 CHOSEN_COLUMN = "ref_chosen_logps"
@@ -106,6 +107,19 @@ def load_reference(folder: Path) -> PairLogps:
         table["chosen"].to_numpy().astype(np.float64),
         table["rejected"].to_numpy().astype(np.float64),
     )
+
+
+def require_finite_reference(folder: Path) -> None:
+    """Refuse to train without pairs that were selected before the reference in `folder` was computed.
+
+    Raises:
+        RecordsError: some were set aside; they are named.
+    """
+    if aside := read_quarantine([folder]):
+        raise RecordsError(
+            f"the log-probability of {len(aside):,} selected pairs under the starting model is not finite: "
+            f"{name_some(aside)}; leave them out with data.exclude"
+        )
 
 
 def without_quarantined(tokens: Dataset, folder: Path) -> Dataset:

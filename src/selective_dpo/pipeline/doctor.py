@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
 from selective_dpo.config import Recipe
+from selective_dpo.data.pairs import Pair
 from selective_dpo.engine.models import load_tokenizer
 from selective_dpo.errors import SelectiveDPOError
 from selective_dpo.evaluation.preflight import check_evaluation
 from selective_dpo.pipeline.checks import environment
 from selective_dpo.pipeline.checks import model as models
 from selective_dpo.pipeline.checks.check import Check, fail, ok
-from selective_dpo.pipeline.checks.data import check_source, check_template
+from selective_dpo.pipeline.checks.data import check_curriculum, check_source, check_template
 from selective_dpo.pipeline.planning.architecture import build_on_meta
 from selective_dpo.pipeline.planning.device import Device, this_device
 from selective_dpo.pipeline.planning.disk import disk_need
@@ -42,7 +43,7 @@ def _diagnose_recipe(recipe: Recipe, device: Device) -> Iterator[Check]:
     yield environment.check_launch(recipe, device)
     yield environment.check_precision(recipe, device)
     yield from environment.check_optional_packages(recipe)
-    for block in ("score", "train"):
+    for block in _trained_blocks(recipe):
         yield _guarded(f"{block}.trainer", models.check_trainer, recipe, block)
     yield _guarded("evaluate", _check_evaluation, recipe)
     yield _guarded("judge", models.check_judge, recipe)
@@ -58,7 +59,7 @@ def _diagnose_recipe(recipe: Recipe, device: Device) -> Iterator[Check]:
 def _diagnose_model(recipe: Recipe, model: Any, device: Device) -> Iterator[Check]:
     yield models.check_weights(recipe, model)
     yield models.check_positions(recipe, model)
-    for block in ("score", "train"):
+    for block in _trained_blocks(recipe):
         yield _guarded(f"{block}.lora", models.check_adapter, recipe, block)
     sizes = _sizes(recipe)
     if sizes is not None:
@@ -66,11 +67,15 @@ def _diagnose_model(recipe: Recipe, model: Any, device: Device) -> Iterator[Chec
 
 
 def _diagnose_data(recipe: Recipe, model: Any) -> Iterator[Check]:
-    pairs = []
+    pairs: list[Pair] = []
+    first_pairs: list[Pair] = []
     for source in (*recipe.data.train, *recipe.data.test):
         first = check_source(source)
         yield first.check
         pairs += list(first.pairs)
+        first_pairs += first.pairs if source in recipe.data.train else ()
+    if recipe.curriculum:
+        yield _guarded("curriculum", check_curriculum, recipe.curriculum, first_pairs)
     tokenizer, problem = _attempt("tokenizer", lambda: load_tokenizer(recipe.model))
     if problem is not None:
         yield problem
@@ -83,6 +88,10 @@ def _diagnose_data(recipe: Recipe, model: Any) -> Iterator[Check]:
             yield from check_template(recipe, tokenizer, pairs, embedded)
         except SelectiveDPOError as error:
             yield fail("template", str(error))
+
+
+def _trained_blocks(recipe: Recipe) -> tuple[str, ...]:
+    return ("train",) if recipe.curriculum else ("score", "train")
 
 
 def _check_evaluation(recipe: Recipe) -> Check:

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow.compute as pc
 
 from selective_dpo.artifacts import verify_folder
 from selective_dpo.core.identity import Text
+from selective_dpo.curriculum.quarantine import REASON as NOT_FINITE
 from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.data.store import PAIRS
 from selective_dpo.errors import ArtifactError, ConfigError, IdentityError, name_some
@@ -72,8 +74,7 @@ def look_at(source: Path, wanted: Wanted, pairs: Path | None = None) -> Look:
         )
     verify_folder(folder)
     measured = curriculum.measured
-    if aside := sorted(set(curriculum.pair_ids) - set(measured.pair_ids)):
-        _refuse_without_difficulty(wanted.pair_ids, aside)
+    _refuse_without_difficulty(wanted.pair_ids, curriculum)
     groups = read_groups(folder / PAIRS, measured, _regions(measured, wanted))
     return Look(groups, len(measured.pair_ids))
 
@@ -103,14 +104,15 @@ def find_ids(beginnings: Sequence[str], pair_ids: Sequence[str]) -> list[str]:
     return list(found)
 
 
-def _refuse_without_difficulty(beginnings: Sequence[str], aside: Sequence[str]) -> None:
+def _refuse_without_difficulty(beginnings: Sequence[str], curriculum: Curriculum) -> None:
+    aside = curriculum.table.filter(pc.is_null(curriculum.table["difficulty"]))
+    reason_of = dict(zip(aside["pair_id"].to_pylist(), aside["reason"].to_pylist(), strict=True))
+    not_finite = "its records are not finite (see quarantine.json in the run's reference and scores folders)"
     for beginning in beginnings:
-        found = [pair_id for pair_id in aside if pair_id.startswith(beginning.lower())]
-        if found:
-            raise IdentityError(
-                f"pair {name_some(found)} has no difficulty: its records are not finite (see quarantine.json "
-                "in the run's reference and scores folders)"
-            )
+        for pair_id, reason in reason_of.items():
+            if pair_id.startswith(beginning.lower()):
+                why = not_finite if reason == NOT_FINITE else reason
+                raise IdentityError(f"pair {pair_id} has no difficulty: {why}")
 
 
 def _regions(curriculum: Curriculum, wanted: Wanted) -> dict[str, list[int]]:

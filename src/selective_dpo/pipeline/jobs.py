@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from selective_dpo.artifacts import content_key, read_manifest
 from selective_dpo.config import SelectConfig
+from selective_dpo.core.identity import ids_digest
 from selective_dpo.curriculum.table import TABLE, Curriculum
 from selective_dpo.data.store import TOKENS
 from selective_dpo.errors import ArtifactError
@@ -24,19 +25,35 @@ if TYPE_CHECKING:
 
 def reference_key(run: Run, pairs: Path) -> str:
     """Key of the reference's log-probs of the prepared pairs in the folder `pairs`."""
+    trained = trained_ids(run) if pairs == run.folder.pairs else None
     return content_key(
         stage="reference",
         tokens=read_manifest(pairs).files[TOKENS],
         **_model_key(run),
-        autocast=str(autocast_dtype(scorer_arguments(run))),
+        autocast=str(autocast_dtype(reference_arguments(run))),
         tokens_per_batch=run.recipe.score.tokens_per_batch,
+        **({} if trained is None else {"pairs": ids_digest(trained)}),
     )
 
 
-def scorer_arguments(run: Run) -> Any:
-    """The scorers' `DPOConfig`, but for their seed and folder; the reference runs in its precision."""
+def trained_ids(run: Run) -> list[str] | None:
+    """The training pairs whose reference is needed: with an imported curriculum those that some arm trains
+    on, sorted; None: all, since all are scored.
+
+    Raises:
+        ArtifactError: an arm's curriculum is not there yet.
+    """
+    if not run.recipe.curriculum:
+        return None
+    return sorted({name for _, folder in run.arms.values() for name in Curriculum.load(folder).order})
+
+
+def reference_arguments(run: Run) -> Any:
+    """The `DPOConfig`, but for seed and folder, in whose precision the reference runs: the scorers', who use
+    it first, or the training's where there are none."""
+    block = run.recipe.train if run.recipe.curriculum else run.recipe.score
     return dpo_arguments(
-        run.recipe.score.trainer,
+        block.trainer,
         model=run.recipe.model,
         max_length=run.recipe.data.max_length,
         output_dir=run.folder.root,
@@ -73,8 +90,13 @@ def record_digests(jobs: Sequence[ScorerJob]) -> dict[str, str]:
     return {job.run.name: read_manifest(job.folder).files[RECORDS] for job in jobs}
 
 
+def imported_inputs(run: Run, digest: str) -> dict[str, str]:
+    """What a curriculum is made from, where its difficulty is imported with this digest of its content."""
+    return {"curriculum": digest, "pairs": read_manifest(run.folder.pairs).files[TOKENS]}
+
+
 def curriculum_key(records: Mapping[str, str], select: SelectConfig) -> str:
-    """Key of the curriculum made from these records (see `record_digests`)."""
+    """Key of the curriculum made from these records (see `record_digests` and `imported_inputs`)."""
     return content_key(stage="curriculum", records=dict(records), select=select.model_dump(mode="json"))
 
 

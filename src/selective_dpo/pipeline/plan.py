@@ -58,7 +58,7 @@ class Plan:
             "config": dump_config(self.recipe),
             "folder": str(self.folder),
             "model": None if self.models is None else self.models.to_json(),
-            "scoring": self.scoring._asdict(),
+            "scoring": None if self.recipe.curriculum else self.scoring._asdict(),
             "training": self.training._asdict(),
             "pairs": None if self.pairs is None else self.pairs._asdict(),
             "test_pairs": None if self.test is None else self.test._asdict(),
@@ -148,7 +148,7 @@ def _unknown_jobs(recipe: Recipe, jobs: tuple[PlannedJob, ...], inputs: Inputs |
         lines.append("time of the answers: sampling waits for memory more than for multiplications")
     if recipe.evaluate.judge == "reward-model":
         lines.append(f"cost of the judge {recipe.evaluate.reward_model}")
-    for block in ("score", "train"):
+    for block in ("train",) if recipe.curriculum else ("score", "train"):
         settings = training_settings(getattr(recipe, block).trainer, recipe.model)
         if settings.unread:
             lines.append(f"{block}: {settings.unread}; counted as not sharded")

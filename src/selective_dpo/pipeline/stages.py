@@ -3,36 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from selective_dpo.artifacts import MANIFEST, is_complete, read_json
+from selective_dpo.artifacts import is_complete
 from selective_dpo.config import Recipe, SelectConfig
-from selective_dpo.core.records import LossTable
-from selective_dpo.curriculum.build import build_curriculum
-from selective_dpo.curriculum.quarantine import read_quarantine
+from selective_dpo.core.identity import positions_of
+from selective_dpo.curriculum.outside import Outside, read_outside
 from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.data.store import load_tokens, require_known
 from selective_dpo.engine.models import load_policy, load_tokenizer, model_digest
 from selective_dpo.engine.processes import making, this_process, wait_for_everyone
-from selective_dpo.engine.reference import publish_reference
-from selective_dpo.errors import ConfigError, RecordsError, name_some
+from selective_dpo.engine.reference import publish_reference, require_finite_reference
+from selective_dpo.errors import ConfigError, name_some
 from selective_dpo.launch.workers import run_in_workers
 from selective_dpo.pipeline import told
-from selective_dpo.pipeline.certify import certificate, certified_runs, ensure_certified
+from selective_dpo.pipeline.certify import certified_runs, ensure_certified
+from selective_dpo.pipeline.curriculum_stage import build_curricula, import_curricula
 from selective_dpo.pipeline.jobs import (
-    curriculum_key,
-    has_curriculum,
-    record_digests,
+    reference_arguments,
     reference_key,
-    scorer_arguments,
     scorer_job,
+    trained_ids,
     training_job,
 )
 from selective_dpo.pipeline.pairs_stage import ensure_prepared
-from selective_dpo.pipeline.provenance import provenance
 from selective_dpo.pipeline.room import require_room_for_evaluations
 from selective_dpo.pipeline.run_directory import RunDirectory
 from selective_dpo.pipeline.unchanged import (
@@ -41,10 +38,9 @@ from selective_dpo.pipeline.unchanged import (
     require_same_inputs,
     require_same_processes,
 )
-from selective_dpo.reporting.tables import label_for
 from selective_dpo.scoring.plan import ScorerRun, planned_runs
-from selective_dpo.scoring.score import collect_losses, run_scorers
-from selective_dpo.scoring.scorer import COST, ScorerJob
+from selective_dpo.scoring.score import run_scorers
+from selective_dpo.scoring.scorer import ScorerJob
 from selective_dpo.training.arguments import autocast_dtype
 from selective_dpo.training.checkpoints import discard_checkpoints
 from selective_dpo.training.train import TrainingJob, train_policy
@@ -76,9 +72,16 @@ class Run:
         """The starting policy's tokenizer."""
         return load_tokenizer(self.recipe.model)
 
+    @cached_property
+    def outside(self) -> Outside | None:
+        """The difficulties that replace scoring; None: they are measured."""
+        return read_outside(self.recipe.curriculum) if self.recipe.curriculum else None
+
     @property
     def scorer_runs(self) -> tuple[ScorerRun, ...]:
         """The protocol's scorers; of `certified`, those that are known to be needed."""
+        if self.recipe.curriculum:
+            return ()
         if self.recipe.score.protocol == "certified":
             return certified_runs(self)
         return planned_runs(self.recipe.score)
@@ -129,6 +132,10 @@ def ensure_pairs(run: Run) -> None:
 def ensure_reference(run: Run) -> None:
     """The starting policy's log-probs of all prepared pairs, once for everything that follows."""
     ensure_pairs(run)
+    _ensure_references(run)
+
+
+def _ensure_references(run: Run) -> None:
     _ensure_reference_of(run, run.folder.pairs, run.folder.reference)
     if run.recipe.data.test:
         _ensure_reference_of(run, run.folder.test_pairs, run.folder.test_reference)
@@ -138,8 +145,13 @@ def ensure_scores(run: Run, *, only: tuple[str, ...] = ()) -> None:
     """Run the protocol's scorers that are missing; `only` names some of them.
 
     Raises:
-        ConfigError: `only` names a scorer that the protocol does not have.
+        ConfigError: `only` names a scorer that the protocol does not have, or there are none.
     """
+    if run.recipe.curriculum:
+        raise ConfigError(
+            f"nothing to score: the difficulty comes from {run.recipe.curriculum}; use `run`, or leave the "
+            "recipe's curriculum out"
+        )
     planned = planned_runs(run.recipe.score)
     unknown = sorted(set(only) - {scorer.name for scorer in planned})
     if unknown:
@@ -172,57 +184,21 @@ def ensure_curriculum(run: Run) -> Curriculum:
 
     Raises:
         RecordsError: scorers are missing and the recipe does not allow a partial set.
+        IdentityError: no pair has a difficulty in the recipe's `curriculum`.
     """
+    if run.outside is not None:
+        ensure_pairs(run)
+        return import_curricula(run, run.outside)
     ensure_scores(run)
     return build_curricula(run)
-
-
-def build_curricula(run: Run) -> Curriculum:
-    """Build each arm's curriculum from the records that are there, without running a scorer."""
-    if not (run.folder.reference / MANIFEST).is_file():
-        raise RecordsError(f"nothing was scored yet in {run.folder.root}: run `selective-dpo score` first")
-    complete: list[ScorerJob] = []
-    missing: list[ScorerJob] = []
-    for scorer in run.scorer_runs:
-        job = scorer_job(run, scorer)
-        (complete if is_complete(job.folder, key=job.key) else missing).append(job)
-    if missing and not (run.recipe.select.allow_partial and complete):
-        names = name_some(job.run.name for job in missing)
-        raise RecordsError(f"records are missing of {names}: score them, or pass --select.allow_partial true")
-    run.claim()
-    inputs = record_digests(complete)
-    losses: LossTable | None = None
-    for name, (select, folder) in run.arms.items():
-        key = curriculum_key(inputs, select)
-        if has_curriculum(folder, key):
-            continue
-        if this_process().is_main_process:
-            # All arms accept partial records, or none does.
-            folders = [job.folder for job in complete]
-            losses = losses or collect_losses(folders, allow_partial=select.allow_partial)
-            cost = {job.run.name: read_json(job.folder / COST) for job in complete}
-            origin = provenance(run.recipe, inputs={"model": run.model_digest, **inputs})
-            made = build_curriculum(
-                losses,
-                select,
-                provenance=origin,
-                cost={"scorers": cost},
-                key=key,
-                quarantined=read_quarantine([run.folder.reference, *folders]),
-            )
-            absent = [job.run.name for job in missing]
-            more = {"certificate": certificate(run), "missing_scorers": absent}
-            made = replace(made, facts={**made.facts, **more})
-            made.save(folder)
-            if name == SELECTED:
-                run.tell(f"curriculum: {told.selected(made, label_for(select))}")
-    wait_for_everyone()
-    return Curriculum.load(run.folder.curriculum)
 
 
 def ensure_policy(run: Run) -> None:
     """Train the run's policy, and its controls', where they are missing."""
     ensure_curriculum(run)
+    if run.recipe.curriculum:
+        _ensure_references(run)
+        require_finite_reference(run.folder.reference)
     jobs = [training_job(run, name) for name in run.arms]
     complete, missing = _by_completeness(jobs)
     if not missing:
@@ -267,6 +243,9 @@ def _ensure_reference_of(run: Run, pairs: Path, folder: Path) -> None:
             return
         wait_for_everyone()
         tokens = load_tokens(pairs)
+        trained = trained_ids(run) if pairs == run.folder.pairs else None
+        if trained is not None:
+            tokens = tokens.select(positions_of(trained, list(tokens["pair_id"]), what="reference"))
         publish_reference(
             folder,
             key=key,
@@ -274,7 +253,7 @@ def _ensure_reference_of(run: Run, pairs: Path, folder: Path) -> None:
             tokens=tokens,
             tokens_per_batch=recipe.score.tokens_per_batch,
             pad_token_id=run.tokenizer.pad_token_id,
-            autocast_dtype=autocast_dtype(scorer_arguments(run)),
+            autocast_dtype=autocast_dtype(reference_arguments(run)),
         )
         run.tell(told.referenced(folder, len(tokens)))
 

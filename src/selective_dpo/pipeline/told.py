@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from selective_dpo.artifacts import read_json
+from selective_dpo.curriculum.outside import imported_from, imported_in_words
 from selective_dpo.curriculum.quarantine import read_quarantine
 from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.errors import name_some
@@ -30,9 +31,11 @@ def selected(curriculum: Curriculum, label: str) -> str:
     """Of a curriculum; `label` is its selection in words."""
     facts = curriculum.facts
     parts = [f"{facts['selected']:,} of {facts['pairs']:,} pairs, {label}"]
+    if imported := imported_from(facts):
+        parts.append(imported_in_words(imported))
     if facts["quarantined"]:
         parts.append(f"{facts['quarantined']:,} more not finite, not selected")
-    if facts["missing_scorers"]:
+    if facts.get("missing_scorers"):
         parts.append(f"WITHOUT the records of {name_some(facts['missing_scorers'], limit=12)}")
     return "; ".join(parts)
 

@@ -47,6 +47,7 @@ def input_digests(run: Run) -> dict[str, str]:
             for key, listed in sources.items()
             for number, source in enumerate(listed)
         },
+        **({f"curriculum {recipe.curriculum}": run.outside.digest} if run.outside else {}),
     }
 
 

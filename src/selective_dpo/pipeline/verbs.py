@@ -19,12 +19,12 @@ from selective_dpo.engine.processes import leave_group, this_process, wait_for_e
 from selective_dpo.evaluation.preflight import check_evaluation
 from selective_dpo.launch.processes import relaunch, under_a_launcher
 from selective_dpo.pass_through import check_recipe_options
+from selective_dpo.pipeline.curriculum_stage import build_curricula
 from selective_dpo.pipeline.evaluation_stage import ensure_evaluation
 from selective_dpo.pipeline.lock import alone, beside_others
 from selective_dpo.pipeline.run_directory import RunDirectory
 from selective_dpo.pipeline.stages import (
     Run,
-    build_curricula,
     ensure_curriculum,
     ensure_pairs,
     ensure_policy,

@@ -16,7 +16,8 @@ import yaml
 
 from selective_dpo.artifacts import read_json
 from selective_dpo.config import Recipe
-from selective_dpo.curriculum.table import TABLE
+from selective_dpo.curriculum.outside import Outside, imported_from, read_outside
+from selective_dpo.curriculum.table import TABLE, Curriculum
 from selective_dpo.engine.logprobs import PairLogps
 from selective_dpo.engine.reference import load_reference
 from selective_dpo.errors import ArtifactError
@@ -82,14 +83,21 @@ def verify_run(root: str | Path) -> Verification:
     check_files(checks, folder.root)
     recipe = _check_recipe(checks, folder)
     kept = check_pairs(checks, folder.root, folder.pairs)
-    check_reference(checks, folder.root, folder.reference, kept)
+    arms = _arms(folder, recipe)
+    imported = _trained(arms)
+    if imported is None:
+        is_imported = recipe is not None and bool(recipe.curriculum)
+        ids = None if kept is None or is_imported else kept.pair_ids
+        check_reference(checks, folder.root, folder.reference, ids)
+    else:
+        check_reference(checks, folder.root, folder.reference, imported, "those that are trained on")
     held_out = _check_held_out(checks, folder)
     scorers = _scorers(folder, recipe)
     check_scores(checks, folder, scorers, Inputs(recipe, kept, _reference(folder)))
-    arms = _arms(folder, recipe)
+    outside = _outside(recipe)
     curricula: dict[str, Written | None] = {}
     for arm in arms:
-        curricula[arm.name] = check_curriculum(checks, folder, arm, kept)
+        curricula[arm.name] = check_curriculum(checks, folder, arm, kept, outside)
         check_policy(checks, folder.root, arm, curricula[arm.name])
     run = None if recipe is None else _run(folder, recipe, curricula)
     check_evaluation(checks, folder.evaluation, arms, curricula, held_out, _prompts(run))
@@ -120,7 +128,9 @@ def _check_held_out(checks: Checks, folder: RunDirectory) -> Kept | None:
     if not folder.test_pairs.is_dir():
         return None
     held_out = check_pairs(checks, folder.root, folder.test_pairs)
-    check_reference(checks, folder.root, folder.test_reference, held_out)
+    check_reference(
+        checks, folder.root, folder.test_reference, held_out.pair_ids if held_out is not None else None
+    )
     check_apart(checks, folder.root, folder.pairs, folder.test_pairs)
     return held_out
 
@@ -138,6 +148,8 @@ def _scorers(folder: RunDirectory, recipe: Recipe | None) -> tuple[ScorerRun, ..
         names = sorted(path.name for path in (folder.root / "scores").glob("seed*-fold*"))
         found = [match for match in map(_SCORER.fullmatch, names) if match]
         return tuple(ScorerRun(int(match[1]), int(match[2])) for match in found)
+    if recipe.curriculum:
+        return ()
     planned = planned_runs(recipe.score)
     if recipe.score.protocol == "certified" and folder.certificate.is_file():
         try:
@@ -152,6 +164,26 @@ def _arms(folder: RunDirectory, recipe: Recipe | None) -> list[Arm]:
         names = sorted(path.name for path in (folder.root / "controls").glob("*") if path.is_dir())
         return [Arm(SELECTED, folder.root, None), *(Arm(name, folder.control(name), None) for name in names)]
     return [Arm(name, place, select) for name, (select, place) in Run(recipe, folder).arms.items()]
+
+
+def _trained(arms: Sequence[Arm]) -> list[str] | None:
+    """The pairs that some arm trains on, where difficulty was imported: no others need a reference. None: it
+    was measured, or a curriculum cannot be read, which is said elsewhere."""
+    try:
+        curricula = [Curriculum.load(arm.folder) for arm in arms]
+    except DAMAGE:
+        return None
+    if not all(imported_from(each.facts) for each in curricula):
+        return None
+    return sorted({pair_id for each in curricula for pair_id in each.order})
+
+
+def _outside(recipe: Recipe | None) -> Outside | None:
+    """What the difficulty was imported from, if it is still there."""
+    try:
+        return read_outside(recipe.curriculum) if recipe is not None and recipe.curriculum else None
+    except DAMAGE:
+        return None
 
 
 def _run(folder: RunDirectory, recipe: Recipe, curricula: Mapping[str, Written | None]) -> Run | None:

@@ -18,6 +18,7 @@ from selective_dpo.config import SelectConfig
 from selective_dpo.core.estimates import Estimate
 from selective_dpo.core.results import EvaluationResults, estimate_from_json, estimate_to_json, from_json
 from selective_dpo.curriculum.arrow_columns import id_positions
+from selective_dpo.curriculum.outside import imported_from
 from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.data.pairs import KEPT
 from selective_dpo.errors import ArtifactError
@@ -82,7 +83,14 @@ class ReportContent:
     @property
     def is_loss(self) -> bool:
         """Whether difficulty is in nats, so that ln 2 means chance; mean ranks are not."""
+        if self.imported is not None:
+            return bool(self.imported["nats"])
         return self.select.aggregate != "rank-mean"
+
+    @property
+    def imported(self) -> Mapping[str, Any] | None:
+        """Where the difficulty was imported from; None: it was measured in this run."""
+        return imported_from(self.curriculum.facts)
 
 
 def load_report_content(run_folder: Path) -> ReportContent:

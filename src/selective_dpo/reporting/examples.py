@@ -31,7 +31,7 @@ class ExamplePair(NamedTuple):
     pair_id: str
     rank: int
     difficulty: float
-    spread: float
+    spread: float | None
     selected: bool
     reason: str
     prompt: Text

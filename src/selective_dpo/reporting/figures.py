@@ -86,12 +86,18 @@ def draw_difficulty(axes: Any, content: ReportContent) -> None:
     if content.is_loss and edges[0] <= LN2 <= edges[-1]:
         axes.axvline(LN2, color=VERMILLION, linestyle=(0, (4, 2)), linewidth=1.4, label="ln 2 (chance)")
     axes.set_title(title)
-    axes.set_xlabel(f"difficulty: {_DIFFICULTY_IS[content.select.aggregate]}")
+    axes.set_xlabel(f"difficulty: {_meaning(content)}")
     axes.set_ylabel("pairs")
     axes.margins(x=0.01)
     axes.set_ylim(0, 1.08 * max(selected + others))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.legend(loc="best", handlelength=1.4)
+
+
+def _meaning(content: ReportContent) -> str:
+    if content.imported is not None:
+        return f"as imported{' (nats)' if content.is_loss else ''}"
+    return _DIFFICULTY_IS[content.select.aggregate]
 
 
 def agreement_svg(content: ReportContent) -> str | None:
@@ -179,7 +185,8 @@ def length_svg(content: ReportContent) -> str | None:
         _draw_length(
             difference, content, longer_P, "chosen minus rejected (tokens)", "Length of chosen over rejected"
         )
-        whole.set_ylabel("difficulty (nats)" if content.is_loss else "difficulty (mean rank)")
+        unit = " (nats)" if content.is_loss else "" if content.imported else " (mean rank)"
+        whole.set_ylabel(f"difficulty{unit}")
         titles = "; ".join(axes.get_title(loc="left") for axes in (whole, difference))
         return to_svg(figure, name="length", description=f"Difficulty against length. {titles}")
 

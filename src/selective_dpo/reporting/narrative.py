@@ -16,6 +16,7 @@ from selective_dpo.core.results import (
     estimate_from_json,
     main_measure,
 )
+from selective_dpo.curriculum.outside import imported_in_words
 from selective_dpo.reporting.content import ReportContent
 from selective_dpo.reporting.tables import label_for
 
@@ -37,7 +38,8 @@ class Tile(NamedTuple):
 def tiles(content: ReportContent) -> list[Tile]:
     """Up to four headline numbers, each with what is needed to read it."""
     selected, pairs = _counts(content)
-    shown = [Tile("Pairs kept", f"{selected:,}", f"of {pairs:,} scored: {label_for(content.select)}")]
+    scored = "with a difficulty" if content.imported else "scored"
+    shown = [Tile("Pairs kept", f"{selected:,}", f"of {pairs:,} {scored}: {label_for(content.select)}")]
     measure = main_measure(content.results) if content.results else None
     own = measure.values.get(SELECTED) if measure else None
     if measure and own:
@@ -64,10 +66,14 @@ def tiles(content: ReportContent) -> list[Tile]:
 def headline(content: ReportContent) -> list[str]:
     """What was run and what was measured, a sentence each, with 95% intervals."""
     selected, pairs = _counts(content)
-    sentences = [
-        f"{pairs:,} pairs were scored by models that were not trained on them; "
-        f"{selected:,} were kept ({label_for(content.select)})."
-    ]
+    kept = f"{selected:,} were kept ({label_for(content.select)})."
+    if content.imported is not None:
+        sentences = [
+            f"Difficulty was imported: {imported_in_words(content.imported)}.",
+            f"Of {pairs:,}, {kept}",
+        ]
+    else:
+        sentences = [f"{pairs:,} pairs were scored by models that were not trained on them; {kept}"]
     quarantined = int(content.curriculum.facts.get("quarantined") or 0)
     if quarantined:
         sentences.append(

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from selective_dpo.config import Recipe, SourceConfig
+from selective_dpo.curriculum.outside import imported_from
 from selective_dpo.training.order import ConsumedOrder
 
 
@@ -44,8 +45,7 @@ def model_card(
 # {recipe.name}
 
 {model} trained with DPO on {order.pairs:,} of {facts.get("pairs", order.pairs):,} scored
-preference pairs: {label}. Difficulty is the mean held-out DPO loss of scorers trained on the other half of
-the pairs (seeds {facts.get("seeds")}, evaluations {facts.get("evaluations")}), after
+preference pairs: {label}. {_difficulty(facts)}, after
 [Selective DPO](https://arxiv.org/abs/2502.09650).
 
 Preference pairs:
@@ -63,6 +63,21 @@ Rows consumed: {order.consumed:,}; SHA-256 of their order `{order.consumed_diges
 
 {code_block(provenance, "json")}
 """
+
+
+def _difficulty(facts: Mapping[str, Any]) -> str:
+    """What difficulty is, in words."""
+    if imported := imported_from(facts):
+        by = imported.get("made_by", {})
+        model = f", measured with {code_span(by['model'])}" if "model" in by else ""
+        return (
+            f"Difficulty was imported from the {imported['kind']} {code_span(imported['name'])}{model}\n"
+            f"(SHA-256 `{imported['sha256']}`, joined by {imported['joined_by']})"
+        )
+    return (
+        "Difficulty is the mean held-out DPO loss of scorers trained on the other half of\nthe pairs "
+        f"(seeds {facts.get('seeds')}, evaluations {facts.get('evaluations')})"
+    )
 
 
 def code_span(text: str) -> str:

@@ -6,10 +6,9 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datasets import Dataset
-
 from selective_dpo.artifacts import write_atomic, write_json
 from selective_dpo.config import Recipe
+from selective_dpo.core.identity import positions_of
 from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.data.store import load_tokens
 from selective_dpo.engine.models import load_policy, load_tokenizer
@@ -108,8 +107,10 @@ def train_policy(job: TrainingJob) -> None:
 
 def _make_trainer(job: TrainingJob, curriculum: Curriculum, folder: Path) -> Any:
     recipe = job.recipe
-    rows = _referenced(job.pairs, job.reference)
-    _require_same_pairs(curriculum, list(rows["pair_id"]))
+    tokens = load_tokens(job.pairs)
+    _require_same_pairs(curriculum, list(tokens["pair_id"]))
+    at = positions_of(curriculum.order, list(tokens["pair_id"]), what="prepared pairs")
+    rows = with_reference(tokens.select(at), load_reference(job.reference))
     args = dpo_arguments(
         {"run_name": f"{recipe.name}-{job.name}", **recipe.train.trainer},
         model=recipe.model,
@@ -146,8 +147,5 @@ def _require_same_pairs(curriculum: Curriculum, ids: list[str]) -> None:
 def _held_out(job: TrainingJob) -> Any:
     if job.test_pairs is None or job.test_reference is None:
         return None
-    return _referenced(job.test_pairs, job.test_reference)
-
-
-def _referenced(pairs: Path, reference: Path) -> Dataset:
-    return with_reference(without_quarantined(load_tokens(pairs), reference), load_reference(reference))
+    tokens = without_quarantined(load_tokens(job.test_pairs), job.test_reference)
+    return with_reference(tokens, load_reference(job.test_reference))

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
+import pyarrow as pa
+
 from selective_dpo.config import Recipe, SourceConfig
+from selective_dpo.curriculum.outside import pairs_joined, read_outside
 from selective_dpo.data.pairs import KEPT, Pair, parse_row
 from selective_dpo.data.readers import Malformed
 from selective_dpo.data.sources import open_source, source_label
 from selective_dpo.data.tokenize import PairTokens, fit_length, tokenize_pairs
-from selective_dpo.errors import SelectiveDPOError
+from selective_dpo.errors import IdentityError, SelectiveDPOError
 from selective_dpo.pipeline.checks.check import Check, fail, ok, warn
 
 ROWS = 100
@@ -47,6 +50,28 @@ def check_source(source: SourceConfig) -> FirstRows:
     if len(pairs) < len(parsed) / 2:
         return FirstRows(warn(name, found, "more than half would be dropped"), pairs)
     return FirstRows(ok(name, found), pairs)
+
+
+def check_curriculum(path: str, pairs: Sequence[Pair]) -> Check:
+    """The difficulties that a recipe imports, and whether the first training rows have any.
+
+    Raises:
+        SelectiveDPOError: as for a run: they cannot be read.
+    """
+    outside = read_outside(path)
+    found = f"{outside.facts['kind']} of {len(outside.ids):,} difficulties by {outside.names}"
+    if not pairs:
+        return warn("curriculum", found, "no rows to join it with were found")
+    ids, prompt_ids = (
+        pa.chunked_array([[getattr(pair, name) for pair in pairs]]) for name in ("pair_id", "prompt_id")
+    )
+    try:
+        without = pairs_joined(outside, ids, prompt_ids).counts["pairs_without_difficulty"]
+    except IdentityError as error:  # later rows may have some
+        return warn(
+            "curriculum", f"{found}; of the first rows, {error}", "a run with no pair joined is refused"
+        )
+    return ok("curriculum", f"{found}; {len(pairs) - without:,} of the first {len(pairs):,} pairs have one")
 
 
 def check_template(

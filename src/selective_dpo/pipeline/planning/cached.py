@@ -12,6 +12,7 @@ from selective_dpo.pipeline.evaluation_stage import evaluation_key
 from selective_dpo.pipeline.jobs import (
     curriculum_key,
     has_curriculum,
+    imported_inputs,
     record_digests,
     reference_key,
     scorer_job,
@@ -39,23 +40,34 @@ def complete_results(run: Run) -> frozenset[Path]:
     found: set[Path] = set()
     if not _has_pairs(run, found):
         return frozenset(found)
-    if not _has_references(run, found):
+    inputs = _curriculum_inputs(run, found)
+    if inputs is None:
         return frozenset(found)
+    built = {
+        name: folder
+        for name, (select, folder) in run.arms.items()
+        if has_curriculum(folder, curriculum_key(inputs, select))
+    }
+    found |= set(built.values())
+    # Where difficulty is imported, the reference comes after the curricula: it is that of the selected pairs.
+    if run.recipe.curriculum and (len(built) < len(run.arms) or not _has_references(run, found)):
+        return frozenset(found)
+    jobs = [training_job(run, name) for name in built]
+    if sum(_note(found, job.folder, lambda key: key, job.key) for job in jobs) == len(run.arms):
+        _note(found, run.folder.evaluation, evaluation_key, run)
+    return frozenset(found)
+
+
+def _curriculum_inputs(run: Run, found: set[Path]) -> dict[str, str] | None:
+    """What the curricula are made from; None while it is not complete."""
+    if run.outside is not None:
+        return imported_inputs(run, run.outside.digest)
+    if not _has_references(run, found):
+        return None
     jobs = [scorer_job(run, scorer) for scorer in run.scorer_runs]
     complete = [job for job in jobs if is_complete(job.folder, key=job.key)]
     found |= {job.folder for job in complete}
-    if len(complete) < len(jobs):
-        return frozenset(found)
-    records = record_digests(complete)
-    trained = 0
-    for name, (select, folder) in run.arms.items():
-        if has_curriculum(folder, curriculum_key(records, select)):
-            found.add(folder)
-            job = training_job(run, name)
-            trained += _note(found, job.folder, lambda key: key, job.key)
-    if trained == len(run.arms):
-        _note(found, run.folder.evaluation, evaluation_key, run)
-    return frozenset(found)
+    return record_digests(complete) if len(complete) == len(jobs) else None
 
 
 def _has_pairs(run: Run, found: set[Path]) -> bool:

@@ -12,6 +12,7 @@ from selective_dpo.config import Recipe
 from selective_dpo.pipeline.planning.costs import checkpoint_bytes, saved_bytes
 from selective_dpo.pipeline.planning.pricing import Models
 from selective_dpo.pipeline.planning.settings import training_settings
+from selective_dpo.scoring.plan import planned_runs
 from selective_dpo.training.checkpoints import KEPT
 
 
@@ -37,7 +38,8 @@ def disk_need(recipe: Recipe, models: Models | None) -> Disk | None:
     """What a run with these models takes; None if they are not known."""
     if models is None:
         return None
-    policies, scorers = 1 + len(recipe.evaluate.controls), 2 * len(recipe.score.seeds)
+    policies = 1 + len(recipe.evaluate.controls)
+    scorers = 0 if recipe.curriculum else len(planned_runs(recipe.score))
     dtype = recipe.model.dtype
     results = policies * saved_bytes(models.sizes, adapter=models.policy_adapter, dtype=dtype)
     if recipe.score.keep_scorers:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from selective_dpo.config import ModelConfig, SourceConfig
+from selective_dpo.core.identity import positions_of
+from selective_dpo.curriculum.outside import outside_curriculum
 from selective_dpo.data.sources import open_source
 from selective_dpo.data.store import PairsSummary, load_summary, load_tokens
 from selective_dpo.engine.models import load_tokenizer
@@ -68,6 +73,16 @@ class Inputs(NamedTuple):
     test: KeptPairs | None
     prompt_lengths_G: NDArray[np.int64]
     """Tokens of each prompt that would be answered."""
+    orders: Mapping[str, list[str]] = MappingProxyType({})
+    """Where difficulty is imported: the pairs that each arm trains on, in order."""
+
+    @property
+    def referenced(self) -> KeptPairs:
+        """The training pairs whose reference is computed: all, or those of the known `orders`."""
+        if not self.orders:
+            return self.pairs
+        trained = sorted({pair_id for order in self.orders.values() for pair_id in order})
+        return self.pairs.rows(positions_of(trained, self.pairs.pair_ids, what="plan"))
 
 
 def read_inputs(run: Run, *, use_published: bool) -> Inputs | Unknown:
@@ -98,6 +113,8 @@ def why_unreachable(run: Run) -> str:
         if is_local(run.recipe.model):
             raise
         return str(error)
+    if run.recipe.curriculum and not Path(run.recipe.curriculum).exists():
+        return f"{run.recipe.curriculum}, the recipe's curriculum, is not here"
     for source in (*run.recipe.data.train, *run.recipe.data.test):
         try:
             open_source(source)
@@ -119,7 +136,18 @@ def _exists(source: SourceConfig) -> bool:
 
 def _read(run: Run) -> Inputs:
     test = _kept(run.folder.test_pairs) if run.recipe.data.test else None
-    return Inputs(_kept(run.folder.pairs), test, _prompt_lengths(run))
+    pairs = _kept(run.folder.pairs)
+    return Inputs(pairs, test, _prompt_lengths(run), _orders(run, pairs))
+
+
+def _orders(run: Run, pairs: KeptPairs) -> dict[str, list[str]]:
+    if run.outside is None:
+        return {}
+    ids, prompt_ids = (pa.chunked_array([names]) for names in (pairs.pair_ids, pairs.prompt_ids))
+    return {
+        name: outside_curriculum(run.outside, ids, prompt_ids, select).order
+        for name, (select, _) in run.arms.items()
+    }
 
 
 def _kept(folder: Path) -> KeptPairs:

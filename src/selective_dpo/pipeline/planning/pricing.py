@@ -96,9 +96,13 @@ def models_of(recipe: Recipe) -> Models:
     """
     model = build_on_meta(recipe.model)
     sizes = architecture_of(model)
+    adapters = {
+        "score.lora": None if recipe.curriculum else recipe.score.lora,
+        "train.lora": recipe.train.lora,
+    }
     score, train = (
-        adapter_parameters(build_on_meta(recipe.model), block.lora, where) if block.lora is not None else 0
-        for block, where in ((recipe.score, "score.lora"), (recipe.train, "train.lora"))
+        adapter_parameters(build_on_meta(recipe.model), lora, where) if lora is not None else 0
+        for where, lora in adapters.items()
     )
     return Models(sizes, score, train, forwarding_of(recipe, model))
 
@@ -108,8 +112,11 @@ class Pricing:
 
     def __init__(self, recipe: Recipe, models: Models | None, device: Device) -> None:
         self._recipe, self._models, self._device = recipe, models, device
-        self.scoring = training_settings(recipe.score.trainer, recipe.model)
         self.training = training_settings(recipe.train.trainer, recipe.model)
+        # Where difficulty is imported the reference, the only job of the two left, runs as the training does.
+        self.scoring = self.training
+        if not recipe.curriculum:
+            self.scoring = training_settings(recipe.score.trainer, recipe.model)
         launch = recipe.launch
         # Processes on one CPU share its cores, so more of them are not faster.
         self.devices = max(launch.processes, launch.workers) if device.kind == "cuda" else 1

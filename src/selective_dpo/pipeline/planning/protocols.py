@@ -97,11 +97,13 @@ def compared(recipe: Recipe) -> tuple[Scoring, ...]:
 def planned_protocols(
     recipe: Recipe, pairs: KeptPairs | None, models: Models | None, forwarding: Forwarding
 ) -> tuple[PlannedProtocol, ...]:
-    """What each of the protocols takes and keeps.
+    """What each of the protocols takes and keeps; nothing where the difficulty is imported.
 
     Raises:
         DataError: too few prompts to halve.
     """
+    if recipe.curriculum:
+        return ()
     comparison = None if pairs is None else _Comparison(recipe, pairs, models, forwarding)
     fraction = easiest_fraction(recipe.select, None if pairs is None else len(pairs.pair_ids))
     epochs = training_settings(recipe.score.trainer, recipe.model).epochs

@@ -38,15 +38,30 @@ def plan_text(plan: Plan) -> str:
         *_pairs_parts(plan),
         _jobs_table(plan.jobs),
         "\n".join(_assumption_lines(plan)),
-        protocols_text(plan.protocols, plan.recipe.select, plan.pairs.kept if plan.pairs else None),
+        *_protocol_parts(plan),
         "\n".join(_end_lines(plan)),
     ]
     return "\n\n".join(part for part in parts if part)
 
 
+def _protocol_parts(plan: Plan) -> list[str]:
+    pairs = plan.pairs.kept if plan.pairs else None
+    return [protocols_text(plan.protocols, plan.recipe.select, pairs)] if plan.protocols else []
+
+
+def _scoring_rows(plan: Plan, adapter: int | None) -> list[tuple[str, str]]:
+    recipe = plan.recipe
+    if recipe.curriculum:
+        return [("difficulty", f"imported from {recipe.curriculum}: nothing is scored")]
+    return [
+        ("scoring", _protocol_words(recipe.score)),
+        ("scorers", _training_words(recipe.score.lora, adapter, plan.scoring, recipe)),
+    ]
+
+
 def _decisive_lines(plan: Plan) -> list[str]:
     recipe = plan.recipe
-    model, score, generation = recipe.model, recipe.score, recipe.evaluate.generation
+    model, generation = recipe.model, recipe.evaluate.generation
     size = f"{readable_count(plan.models.sizes.parameters)} parameters" if plan.models else "size unknown"
     adapters = (plan.models.scorer_adapter, plan.models.policy_adapter) if plan.models else (None, None)
     answers = f"{generation.prompts:,} prompts x {generation.samples} answers" if generation.prompts else ""
@@ -55,11 +70,7 @@ def _decisive_lines(plan: Plan) -> list[str]:
     rows = [
         ("model", f"{model.path}: {size}, {model.dtype}, {model.attention} attention"),
         ("template", model.chat_template or "the tokenizer's own"),
-        (
-            "scoring",
-            _protocol_words(score),
-        ),
-        ("scorers", _training_words(score.lora, adapters[0], plan.scoring, recipe)),
+        *_scoring_rows(plan, adapters[0]),
         ("selection", label_for(recipe.select)),
         ("training", _training_words(recipe.train.lora, adapters[1], plan.training, recipe)),
         ("controls", ", ".join(recipe.evaluate.controls) or "none"),

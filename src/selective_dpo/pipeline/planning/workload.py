@@ -63,10 +63,11 @@ def workloads(
     """
     pairs, test = (inputs.pairs, inputs.test) if inputs else (None, None)
     has_test = bool(run.recipe.data.test)
-    jobs = [_reference(run, run.folder.reference, pairs, cached, forwarding)]
+    referenced = inputs.referenced if inputs else None
+    jobs = [_reference(run, run.folder.reference, referenced, cached, forwarding)]
     jobs += [_reference(run, run.folder.test_reference, test, cached, forwarding)] if has_test else []
     jobs += [_scorer(run, scorer, pairs, cached, forwarding) for scorer in run.scorer_runs]
-    jobs += [_policy(run, select, folder, inputs, cached, forwarding) for select, folder in run.arms.values()]
+    jobs += [_policy(run, name, inputs, cached, forwarding) for name in run.arms]
     jobs += [_held_out(run, test, cached, forwarding)] if has_test else []
     if run.recipe.evaluate.generation.prompts:
         jobs.append(_answers(run, inputs, cached))
@@ -127,13 +128,9 @@ def _scorer(
 
 
 def _policy(
-    run: Run,
-    select: SelectConfig,
-    folder: Path,
-    inputs: Inputs | None,
-    cached: Collection[Path],
-    forwarding: Forwarding,
+    run: Run, name: str, inputs: Inputs | None, cached: Collection[Path], forwarding: Forwarding
 ) -> Workload:
+    select, folder = run.arms[name]
     dealing = dealing_of(run.recipe, "train", forwarding)
     place = folder / "policy"
     job = Workload("policy", place, place in cached, rows_per_pair=dealing.rows_per_pair)
@@ -141,8 +138,8 @@ def _policy(
         return job
     pairs, test = inputs.pairs, inputs.test
     job = job._replace(longest=pairs.longest_row(dealing.rows_per_pair))
-    if folder in cached:
-        order = Curriculum.load(folder).order
+    order = Curriculum.load(folder).order if folder in cached else inputs.orders.get(name)
+    if order is not None:
         count = len(order)
         at = positions_of(order, pairs.pair_ids, what=f"curriculum in {folder}")
         epoch = ordered_work(pairs.rows(at).parts, dealing)

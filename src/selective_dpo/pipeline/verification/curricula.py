@@ -19,8 +19,10 @@ from selective_dpo.core.order import training_positions
 from selective_dpo.core.records import LossTable
 from selective_dpo.core.selection import select as apply_rule
 from selective_dpo.curriculum.build import resolved_selection, rule_of
+from selective_dpo.curriculum.outside import Outside, imported_from, pairs_joined
 from selective_dpo.curriculum.quarantine import read_quarantine
 from selective_dpo.curriculum.table import FACTS, TABLE, Curriculum, loss_column
+from selective_dpo.data.store import TOKENS
 from selective_dpo.pipeline.jobs import curriculum_key
 from selective_dpo.pipeline.run_directory import RunDirectory
 from selective_dpo.pipeline.verification.check import DAMAGE, Check, Checks
@@ -67,8 +69,11 @@ class Arm(NamedTuple):
     """As the recipe has it, where there is a recipe."""
 
 
-def check_curriculum(checks: Checks, folder: RunDirectory, arm: Arm, kept: Kept | None) -> Written | None:
-    """An arm's curriculum; returns it where it can be read."""
+def check_curriculum(
+    checks: Checks, folder: RunDirectory, arm: Arm, kept: Kept | None, outside: Outside | None
+) -> Written | None:
+    """An arm's curriculum; returns it where it can be read. `outside` is what it was imported from, if that
+    is still there."""
     name = artifact_name(folder.root, arm.folder / TABLE)
     written = None
     with checks.of(f"curriculum {arm.name}", name) as check:
@@ -89,9 +94,16 @@ def check_curriculum(checks: Checks, folder: RunDirectory, arm: Arm, kept: Kept 
             check.equal(artifact_name(folder.root, arm.folder / FACTS), "select", select, wanted)
         if kept is not None:
             _check_ids(check, name, written, kept, select)
-        _check_inputs(check, folder, arm, facts)
         losses = _own_losses(measured)
-        _check_against_records(check, folder, name, written, losses)
+        if imported_from(facts):
+            _check_import(check, folder, name, written, outside)
+        else:
+            _check_records(check, folder, arm, facts)
+            _check_against_records(check, folder, name, written, losses)
+            _check_measured(check, name, measured, losses, select)
+        if arm.select is not None:
+            facts_name = artifact_name(folder.root, arm.folder / FACTS)
+            check.equal(facts_name, "key", facts["key"], curriculum_key(record_inputs(facts), arm.select))
         _check_rows(check, name, measured, losses, select)
     return written
 
@@ -108,12 +120,33 @@ def _check_ids(check: Check, name: str, curriculum: Written, kept: Kept, select:
 
 
 def record_inputs(facts: Mapping[str, Any]) -> dict[str, str]:
-    """Digest of each scorer's records, as the curriculum's provenance says."""
+    """Digest of each scorer's records (or of what was imported, and of the pairs), as the curriculum's
+    provenance says."""
     inputs = (facts.get("provenance") or {}).get("inputs") or {}
     return {name: digest for name, digest in inputs.items() if name != MODEL}
 
 
-def _check_inputs(check: Check, folder: RunDirectory, arm: Arm, facts: Mapping[str, Any]) -> None:
+def _check_import(
+    check: Check, folder: RunDirectory, name: str, written: Written, outside: Outside | None
+) -> None:
+    """The join, as far as it can be made again: pairs to their difficulties, and which have none."""
+    inputs, imported = record_inputs(written.facts), imported_from(written.facts) or {}
+    if (folder.pairs / MANIFEST).is_file():
+        pairs = read_manifest(folder.pairs).files.get(TOKENS)
+        check.equal(name, "digest of the pairs joined", inputs.get("pairs"), pairs)
+    check.equal(name, "digest of what was imported", imported.get("sha256"), inputs.get("curriculum"))
+    if outside is None or outside.digest != inputs.get("curriculum"):
+        check.counted += f"; {imported.get('name')} is not here to compare"
+        return
+    check.counted += f"; compared with {imported.get('name')}"
+    table = written.table
+    again_P = pairs_joined(outside, table["pair_id"], table["prompt_id"]).difficulty_P
+    found_P = np.asarray(table["difficulty"].to_numpy(), dtype=np.float64)
+    is_same_P = (found_P == again_P) | (np.isnan(found_P) & np.isnan(again_P))
+    check.at_no_row(name, written.pair_ids, ~is_same_P, "difficulty is not that of what was imported")
+
+
+def _check_records(check: Check, folder: RunDirectory, arm: Arm, facts: Mapping[str, Any]) -> None:
     name = artifact_name(folder.root, arm.folder / FACTS)
     inputs = record_inputs(facts)
     for scorer, digest in inputs.items():
@@ -122,8 +155,6 @@ def _check_inputs(check: Check, folder: RunDirectory, arm: Arm, facts: Mapping[s
             check.wrong(name, f"made from the records of {scorer}, which are not there")
         elif read_manifest(place).files.get(RECORDS) != digest:
             check.wrong(name, f"made from other records than those in scores/{scorer}")
-    if arm.select is not None:
-        check.equal(name, "key", facts["key"], curriculum_key(inputs, arm.select))
 
 
 def _own_losses(curriculum: Written) -> LossTable:
@@ -133,7 +164,8 @@ def _own_losses(curriculum: Written) -> LossTable:
     columns = [
         [table[loss_column(seed, evaluation)].to_numpy() for evaluation in evaluations] for seed in seeds
     ]
-    losses_PSE = np.moveaxis(np.array(columns, dtype=np.float64), 2, 0)
+    losses_SEP = np.array(columns, dtype=np.float64).reshape(len(seeds), len(evaluations), len(table))
+    losses_PSE = np.moveaxis(losses_SEP, 2, 0)
     ids = np.asarray(curriculum.pair_ids, dtype=np.str_)
     prompts = np.asarray(table["prompt_id"].to_pylist(), dtype=np.str_)
     return LossTable(ids, prompts, seeds, evaluations, losses_PSE)
@@ -163,11 +195,11 @@ def _check_against_records(
     check.at_no_row(name, ids, ~is_same.all(axis=(1, 2)), "losses are not those of the records")
 
 
-def _check_rows(
+def _check_measured(
     check: Check, name: str, curriculum: Written, losses: LossTable, select: SelectConfig
 ) -> None:
-    """Difficulty, spread and count from the losses; rank, selection and order from the difficulty."""
-    table, facts, ids = curriculum.table, curriculum.facts, curriculum.pair_ids
+    """Difficulty, spread and count from the losses."""
+    table, ids = curriculum.table, curriculum.pair_ids
     measured = difficulty(losses, select.aggregate, allow_partial=select.allow_partial)
     by_measurement: dict[str, NDArray[Any]] = {
         "difficulty": measured.difficulty_P,
@@ -176,6 +208,13 @@ def _check_rows(
     }
     for column, wanted_P in by_measurement.items():
         _compare(check, name, ids, column, np.asarray(table[column].to_numpy()), wanted_P, "the records'")
+
+
+def _check_rows(
+    check: Check, name: str, curriculum: Written, losses: LossTable, select: SelectConfig
+) -> None:
+    """Rank, selection and order from the difficulty."""
+    table, facts, ids = curriculum.table, curriculum.facts, curriculum.pair_ids
     difficulty_P = np.asarray(table["difficulty"].to_numpy(), dtype=np.float64)
     chosen = apply_rule(difficulty_P, losses.pair_ids_P, rule_of(select))
     positions_P = training_positions(chosen, losses.pair_ids_P, select.order, select.seed or 0)
@@ -191,7 +230,7 @@ def _check_rows(
     counted = {
         "pairs": len(ids),
         "selected": int(np.asarray(table["selected"]).sum()),
-        "partial": int((measured.count_P < losses.losses_PSE[0].size).sum()),
+        "partial": int((losses.counts_P < losses.losses_PSE[0].size).sum()),
     }
     for key, wanted in counted.items():
         check.equal(str(Path(name).with_suffix(".json")), key, facts[key], wanted)

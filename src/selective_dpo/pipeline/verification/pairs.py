@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,8 +75,10 @@ def check_pairs(checks: Checks, root: Path, folder: Path) -> Kept | None:
     return kept
 
 
-def check_reference(checks: Checks, root: Path, folder: Path, kept: Kept | None) -> None:
-    """The log-probs of the kept pairs under the starting policy."""
+def check_reference(
+    checks: Checks, root: Path, folder: Path, pair_ids: Sequence[str] | None, of: str = "the kept pairs"
+) -> None:
+    """The log-probs of these pairs (None: not known) under the starting policy; `of` says which they are."""
     name = artifact_name(root, folder)
     with checks.of(name) as check:
         if not (folder / LOGPS).is_file():
@@ -87,9 +90,8 @@ def check_reference(checks: Checks, root: Path, folder: Path, kept: Kept | None)
         check.at_no_row(f"{name}/{LOGPS}", logps.pair_ids, ~is_finite, "log-probs are not finite")
         aside = read_quarantine([folder])
         check.counted += f", {len(aside):,} more set aside as not finite" if aside else ""
-        if kept is not None:
-            ids = [*logps.pair_ids, *aside]
-            check.same_ids(f"{name}/{LOGPS}", ids, kept.pair_ids, "the kept pairs")
+        if pair_ids is not None:
+            check.same_ids(f"{name}/{LOGPS}", [*logps.pair_ids, *aside], pair_ids, of)
 
 
 def check_apart(checks: Checks, root: Path, train: Path, test: Path) -> None:
