@@ -37,7 +37,7 @@ def export_curriculum(
 
     - `csv`: every pair with a difficulty, in the columns of the original repository: `prompt_id`,
       `loss_step00_seed41` ..., `learning_order` (the mean loss, or the difficulty that was imported); then
-      `pair_id`, where it differs;
+      `difficulty`, where another criterion makes it, and `pair_id`, where it differs;
     - `parquet`: every scored pair, the table as it is;
     - `jsonl`: the selected pairs in training order: ids, difficulty, prompt, chosen, rejected;
     - `datasets`: the same as a folder for `datasets.load_from_disk`, in the columns TRL reads.
@@ -104,6 +104,8 @@ def _original_columns(curriculum: Curriculum) -> pa.Table:
         **losses,
         "learning_order": _means(list(losses.values())) if losses else table["difficulty"],
     }
+    if (facts.get("select") or {}).get("aggregate", "mean") != "mean":
+        columns["difficulty"] = table["difficulty"]
     if table["pair_id"] != table["prompt_id"]:
         columns["pair_id"] = table["pair_id"]
     return pa.table(columns)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from selective_dpo.artifacts import MANIFEST, is_complete, read_json
 from selective_dpo.config import SelectConfig
+from selective_dpo.core.losses import chance_loss
 from selective_dpo.core.records import LossTable
 from selective_dpo.core.results import SELECTED
 from selective_dpo.curriculum.build import build_curriculum
@@ -31,6 +32,7 @@ from selective_dpo.pipeline.provenance import provenance
 from selective_dpo.reporting.tables import label_for
 from selective_dpo.scoring.score import collect_losses
 from selective_dpo.scoring.scorer import COST, ScorerJob
+from selective_dpo.training.arguments import ORIGINAL_DEFAULTS
 
 if TYPE_CHECKING:
     from selective_dpo.pipeline.stages import Run
@@ -64,6 +66,7 @@ def build_curricula(run: Run) -> Curriculum:
             cost={"scorers": {job.run.name: read_json(job.folder / COST) for job in complete}},
             key=key,
             quarantined=read_quarantine([run.folder.reference, *folders]),
+            chance_loss=chance_loss({**ORIGINAL_DEFAULTS, **run.recipe.score.trainer}),
         )
         absent = [job.run.name for job in missing]
         more = {"certificate": certificate(run), "missing_scorers": absent}
