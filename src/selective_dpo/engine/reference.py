@@ -27,8 +27,11 @@ from selective_dpo.curriculum.quarantine import (
 from selective_dpo.engine.logprobs import PairLogps, pair_logps
 from selective_dpo.engine.memory import TokenBudget
 from selective_dpo.engine.processes import publish_from_main, this_process
+from selective_dpo.errors import ModelError
 
 FILE = "logps.parquet"
+TRIED = 4
+"""Pairs whose log-probs are tried before those of all."""
 CHOSEN_COLUMN = "ref_chosen_logps"
 REJECTED_COLUMN = "ref_rejected_logps"
 """The columns that TRL's `DPOTrainer` reads precomputed reference log-probs from."""
@@ -51,10 +54,12 @@ def publish_reference(
     a reference they have no loss, so nothing is trained on them or measured of them.
 
     Raises:
+        ModelError: as `require_finite_start`.
         RecordsError: more than 1% of the pairs are not finite.
     """
     add_fused_lm_head(model)
     model.to(this_process().device)
+    require_finite_start(model, tokens, pad_token_id=pad_token_id, autocast_dtype=autocast_dtype)
     logps = pair_logps(
         model,
         tokens,
@@ -80,6 +85,30 @@ def publish_reference(
     with publish_from_main(folder, kind="reference", key=key) as partial:
         pq.write_table(table.filter(_is_finite(logps)), partial / FILE)
         write_quarantine(partial, quarantined, pairs=len(tokens))
+
+
+def require_finite_start(
+    model: Any, tokens: Dataset, *, pad_token_id: int, autocast_dtype: torch.dtype | None = None
+) -> None:
+    """Try the first few pairs under the starting policy, before the time of all of them is spent.
+
+    Raises:
+        ModelError: none of them has finite log-probabilities.
+    """
+    first = tokens.select(range(min(TRIED, len(tokens))))
+    logps = pair_logps(
+        model,
+        first,
+        tokens_per_batch=1,
+        pad_token_id=pad_token_id,
+        autocast_dtype=autocast_dtype,
+        what="first pairs",
+    )
+    if not _is_finite(logps).any():
+        raise ModelError(
+            f"the starting model gives none of the first {len(first)} pairs a finite log-probability: check "
+            "its weights for NaN, or use bfloat16 or float32 instead of float16"
+        )
 
 
 def _is_finite(logps: PairLogps) -> NDArray[np.bool_]:
