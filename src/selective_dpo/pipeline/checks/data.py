@@ -66,7 +66,7 @@ def check_pairs(recipe: Recipe) -> Check:
         run = Run(recipe, RunDirectory(Path(scratch) / "run"), say=lambda line: None)
         prepare(run)
         summary = load_summary(run.folder.pairs)
-    return ok("pairs", f"{summary.kept:,} kept of {summary.rows:,} rows, enough for {recipe.score.protocol}")
+    return ok("pairs", f"{summary.kept:,} of {summary.rows:,} rows kept, enough for {recipe.score.protocol}")
 
 
 def check_template(
