@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from selective_dpo import score_difficulty
 from selective_dpo.cli.main import main
 from selective_dpo.config import Recipe
+from selective_dpo.data.pairs import Pair, parse_row
 from selective_dpo.errors import ConfigError
 from selective_dpo.pipeline import doctor, pairs_stage, verbs
 from selective_dpo.pipeline.checks import data, environment
@@ -194,6 +195,25 @@ def test_missing_weights_are_found_before_anything_is_tokenized(
     monkeypatch.setattr(pairs_stage, "prepare_pairs", lambda *_, **__: pytest.fail("tokenized"))
     assert main(["run", str(recipe_file(recipe, tmp_path / "recipe.yaml"))]) == 2
     assert f"lack {name}" in capsys.readouterr().err
+
+
+def test_a_token_without_a_row_in_the_model(
+    things: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """transformers' class for Qwen2 brings a token of its own, number 260, beyond the model's."""
+    rows = (things / "pairs.jsonl").read_text("utf-8").splitlines()
+    rows[20] = rows[20].replace('"chosen": "', '"chosen": "<|endoftext|>')
+    (tmp_path / "pairs.jsonl").write_text("\n".join(rows), "utf-8")
+    shutil.copytree(things / "model", tmp_path / "model")
+    recipe = tiny_recipe(tmp_path)
+    assert failures(recipe)["token ids"].startswith("FAIL  token ids: up to 260, the model embeds 260 tokens")
+    assert main(["run", str(recipe_file(recipe, tmp_path / "recipe.yaml"))]) == 2
+    pair = parse_row(json.loads(rows[20]))
+    assert isinstance(pair, Pair)
+    expected = (
+        f"1 pair(s) hold tokens beyond the 260 that the model embeds ({pair.pair_id}): use the tokenizer"
+    )
+    assert expected in capsys.readouterr().err
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
