@@ -16,6 +16,7 @@ from selective_dpo.engine.models import damaged_weights, load_policy
 from selective_dpo.engine.processes import this_process
 from selective_dpo.engine.reference import TRIED, require_finite_start
 from selective_dpo.evaluation.judges import judge_for
+from selective_dpo.pass_through import under_deepspeed
 from selective_dpo.pipeline.checks.check import Check, fail, ok, warn
 from selective_dpo.pipeline.checks.environment import check_attention
 from selective_dpo.pipeline.planning.architecture import (
@@ -147,7 +148,7 @@ def check_trainer(recipe: Recipe, block: str) -> Check:
     """Whether TRL accepts the trainer settings on this machine (mixed precision, for one)."""
     settings = getattr(recipe, block).trainer
     name = f"{block}.trainer"
-    if settings.get("deepspeed") or settings.get("fsdp"):
+    if settings.get("deepspeed") or settings.get("fsdp") or under_deepspeed():
         return ok(name, "options are known; sharding is set up by the launched processes")
     with tempfile.TemporaryDirectory() as scratch:
         dpo_arguments(
