@@ -123,11 +123,13 @@ def test_the_policy_is_complete_and_loads_back(workplace: Path, lora: bool) -> N
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_no_path_of_this_machine_is_in_what_is_pushed(workplace: Path, lora: bool) -> None:
-    """All of `policy/` goes to the hub. Its adapter still finds a base that lies beside."""
-    options = [] if lora else ["--train.lora", "null"]
+    """All of `policy/` goes to the hub. Its adapter still finds a base that lies beside. So do scorers."""
+    options = ["--score.keep_scorers", "true"] if lora else ["--train.lora", "null"]
     assert train(workplace, *options, "--model.path", str(workplace / "model")) == 0
     policy = policy_of(workplace)
-    for path in policy.rglob("*"):
+    scorers = list((policy.parent / "scores").glob("*/scorer/*"))
+    assert bool(scorers) == lora
+    for path in [*policy.rglob("*"), *scorers]:
         content = path.read_bytes()
         assert str(workplace).encode() not in content and str(Path.home()).encode() not in content, path.name
         assert sys.executable.encode() not in content and b"selective-dpo train" not in content, path.name

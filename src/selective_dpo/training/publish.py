@@ -21,7 +21,7 @@ def save_policy(trainer: Any, folder: Path) -> None:
     """Write the trained weights (or adapter) and tokenizer into `folder`, all processes taking part.
 
     transformers puts its training arguments beside them as a pickle, which nobody needs for using the
-    model and nobody should have to trust: it is removed.
+    model and nobody should have to trust, and PEFT a card with the base's path: both are removed.
 
     Raises:
         OSError: the disk is full, or refuses in another way.
@@ -32,7 +32,8 @@ def save_policy(trainer: Any, folder: Path) -> None:
         if is_of_the_disk(error) and not isinstance(error, OSError):
             raise OSError(errno.ENOSPC, in_short(error), str(folder)) from error
         raise
-    (folder / "training_args.bin").unlink(missing_ok=True)
+    for name in ("training_args.bin", "README.md"):
+        (folder / name).unlink(missing_ok=True)
     _tidy(folder / "adapter_config.json")
 
 
