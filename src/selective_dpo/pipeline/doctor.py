@@ -41,11 +41,11 @@ def diagnose(recipe: Recipe | None = None) -> Iterator[Check]:
     yield environment.check_hub()
     if recipe is None:
         return
-    sizes = _sizes(recipe)
     sound = True
-    for check in _checks(recipe, device, sizes):
+    for check in _checks(recipe, device):
         sound = sound and check.status != "FAIL"
         yield check
+    sizes = _sizes(recipe)
     yield environment.check_disk(recipe, disk_need(recipe, sizes))
     if sizes is not None:
         yield models.check_memory(recipe, sizes, device)
@@ -60,17 +60,17 @@ def require_sound(run: Run) -> None:
     Raises:
         SelectiveDPOError: the first check that fails.
     """
-    recipe, device = run.recipe, this_device()
-    sizes = _sizes(recipe)
-    for check in _checks(recipe, device, sizes):
+    recipe = run.recipe
+    checks = list(_checks(recipe, this_device()))
+    if not run.folder.is_claimed:
+        checks.append(environment.check_disk(recipe, disk_need(recipe, _sizes(recipe))))
+    for check in checks:
         if check.status == "FAIL":
             raise check.error()
-    disk = environment.check_disk(recipe, disk_need(recipe, sizes))
-    if disk.status == "FAIL" and not run.folder.is_claimed:
-        raise disk.error()
 
 
-def _checks(recipe: Recipe, device: Device, sizes: Models | None) -> Iterator[Check]:
+def _checks(recipe: Recipe, device: Device) -> Iterator[Check]:
+    """What `doctor` and a run look at alike."""
     yield environment.check_launch(recipe, device)
     yield environment.check_precision(recipe, device)
     yield from environment.check_optional_packages(recipe)
@@ -96,6 +96,7 @@ def _checks(recipe: Recipe, device: Device, sizes: Models | None) -> Iterator[Ch
 def _diagnose_data(recipe: Recipe, sizes: Models | None, device: Device, *, sound: bool) -> Iterator[Check]:
     sources = [check_source(source) for source in (*recipe.data.train, *recipe.data.test)]
     yield from (source.check for source in sources)
+    sound = sound and all(source.check.status != "FAIL" for source in sources)
     pairs = [pair for source in sources for pair in source.pairs]
     tokenizer, problem = _attempt("tokenizer", lambda: load_tokenizer(recipe.model))
     if problem is not None or not pairs:
