@@ -65,10 +65,15 @@ def check_dpo_options(settings: Settings, where: str, stage: Stage) -> None:
     _check_loss(settings, where, stage)
     if stage == "train":
         _check_training(settings, where)
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("1", "true", "yes"):
-        return  # a launched process: a config would set DeepSpeed up here, and the launcher has checked it
+    if under_deepspeed():
+        return
     _try_dpo_config(settings, where)
     _check_trackers(settings.get("report_to"), where)
+
+
+def under_deepspeed() -> bool:
+    """Whether this process was launched with DeepSpeed: a `DPOConfig` made here would set it up."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("1", "true", "yes")
 
 
 def check_lora_options(settings: Settings | None, where: str) -> None:

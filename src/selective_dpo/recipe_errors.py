@@ -122,7 +122,9 @@ def _unknown_key(key: str, given: object, block: Any, model: type[BaseModel]) ->
     known = list(block.model_fields)
     elsewhere = [place for place in dotted_keys(model) if place.rpartition(".")[2] == leaf]
     hint = f"; did you mean {elsewhere[0]!r}?" if elsewhere else did_you_mean(leaf, known)
-    if not hint and "trainer" in known:
+    if "quant" in leaf or leaf.startswith("load_in_"):
+        hint = "; quantization is not supported yet"
+    elif not hint and "trainer" in known:
         hint = f"; TRL's DPOConfig keys go below {parent}.trainer"
     place = f"known in {parent}" if parent else "known"
     return f"{key}: unknown key{_given(key, given)}{hint} ({place}: {', '.join(known)})"

@@ -31,7 +31,9 @@ SCORE: dict[str, Any] = {
 @pytest.fixture(autouse=True)
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    tiny_model_folder(tmp_path / "my-sft-model")
+    config = tiny_model_folder(tmp_path / "my-sft-model") / "config.json"
+    # Positions enough for the default of `data.max_length`.
+    config.write_text(json.dumps({**json.loads(config.read_text()), "max_position_embeddings": 1024}))
     return tmp_path
 
 

@@ -45,7 +45,7 @@ def test_a_run_says_what_is_needed_to_repeat_it(runs: list[Path]) -> None:
     origin = facts[0]["provenance"]
     assert {"python", "torch", "transformers", "trl", "peft"} <= set(origin["versions"])
     assert origin["hardware"]["cpus"] == os.cpu_count()
-    assert "git" in origin and origin["command"][:2] == ["selective-dpo", "run"]
+    assert "git" in origin
     # The inputs by content: weights and records, the same in both places.
     assert {"model", "seed41-fold0", "seed41-fold1"} <= set(origin["inputs"])
     assert origin["inputs"] == facts[1]["provenance"]["inputs"]

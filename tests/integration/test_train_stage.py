@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from torch.utils.data import RandomSampler
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -118,6 +119,23 @@ def test_the_policy_is_complete_and_loads_back(workplace: Path, lora: bool) -> N
     assert moved > 1e-3
     for weight in load_file(policy / weights).values():
         assert torch.isfinite(weight).all()
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_no_path_of_this_machine_is_in_what_is_pushed(workplace: Path, lora: bool) -> None:
+    """All of `policy/` goes to the hub. Its adapter still finds a base that lies beside. So do scorers."""
+    options = ["--score.keep_scorers", "true"] if lora else ["--train.lora", "null"]
+    assert train(workplace, *options, "--model.path", str(workplace / "model")) == 0
+    policy = policy_of(workplace)
+    scorers = list((policy.parent / "scores").glob("*/scorer/*"))
+    assert bool(scorers) == lora
+    for path in [*policy.rglob("*"), *scorers]:
+        content = path.read_bytes()
+        assert str(workplace).encode() not in content and str(Path.home()).encode() not in content, path.name
+        assert sys.executable.encode() not in content and b"selective-dpo train" not in content, path.name
+    if lora:
+        assert read_json(policy / "adapter_config.json")["base_model_name_or_path"] == "./model"
+        assert AutoPeftModelForCausalLM.from_pretrained(policy).active_adapter == "default"
 
 
 def test_order_log_cost_and_card_say_what_was_done(workplace: Path) -> None:

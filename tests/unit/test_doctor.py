@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
+from safetensors.torch import load_file, save_file
 
+from selective_dpo import score_difficulty
 from selective_dpo.cli.main import main
 from selective_dpo.config import Recipe
-from selective_dpo.pipeline.checks import environment
+from selective_dpo.data.pairs import Pair, parse_row
+from selective_dpo.errors import ConfigError
+from selective_dpo.pipeline import doctor, pairs_stage, verbs
+from selective_dpo.pipeline.checks import data, environment
 from selective_dpo.pipeline.checks.check import Check
 from selective_dpo.pipeline.checks.data import check_source
 from selective_dpo.pipeline.doctor import diagnose
 from selective_dpo.pipeline.planning.device import Device
 from selective_dpo.pipeline.planning.disk import Disk
+from selective_dpo.pipeline.run_directory import RunDirectory
+from selective_dpo.pipeline.stages import Run
+from selective_dpo.recipe_io import make_recipe
 from tests.fixtures.models import TRAINER, recipe_file, tiny_model_folder, tiny_pairs_file, tiny_recipe
 
 CPU = Device("cpu", "CPU", 1, 1 << 30)
@@ -122,6 +131,148 @@ def test_a_model_that_is_not_whole(things: Path, tmp_path: Path) -> None:
     assert faults["token ids"].startswith("FAIL  token ids: up to 259, the model embeds 257 tokens; use")
     (tmp_path / "model" / "config.json").unlink()
     assert "cannot load model" in failures(tiny_recipe(tmp_path))["model"]
+
+
+def test_the_shipped_template_with_too_few_pairs(things: Path, tmp_path: Path) -> None:
+    """48 pairs are halves of 24, which its updates of 32 pairs take at once: no room for two evaluations."""
+    pairs = str(tiny_pairs_file(tmp_path / "pairs.jsonl", 48, prompts=48))
+    raw = yaml.safe_load((RECIPES / "local-small.yaml").read_text("utf-8"))
+    raw["model"]["path"], raw["data"]["train"] = str(things / "model"), [{"path": pairs}]
+    raw["data"] |= {"max_length": 128, "max_prompt_length": 64}
+    faults = failures(make_recipe(raw))
+    assert list(faults) == ["pairs"]
+    assert "seed41-fold0: 1 optimizer steps have no room for 2 evaluations: lower" in faults["pairs"]
+    raw["data"]["train"] = [{"path": str(tiny_pairs_file(tmp_path / "more.jsonl", 66, prompts=66))}]
+    assert found(make_recipe(raw))["pairs"].line() == "ok    pairs: 66 of 66 rows kept, enough for custom"
+
+
+def test_all_of_few_rows_are_prepared(things: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first hundred rows may be sound, and the share of them that a recipe takes too small."""
+    pairs = {"train": [{"path": str(tiny_pairs_file(tmp_path / "p.jsonl", 300)), "fraction": 0.02}]}
+    assert "no room for" in failures(tiny_recipe(things, data=pairs, score={"evaluations": 4}))["pairs"]
+    monkeypatch.setattr(data, "FEW_ROWS", 299)
+    monkeypatch.setattr(doctor, "FEW_ROWS", 299)
+    assert "pairs" not in found(tiny_recipe(things, data=pairs))
+
+
+def spoilt(things: Path, to: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> dict[str, Any]:
+    """The recipe's `model` block for a copy of the model with other weights."""
+    shutil.copytree(things / "model", to)
+    weights = load_file(to / "model.safetensors")
+    change(weights)
+    save_file(weights, to / "model.safetensors", metadata={"format": "pt"})
+    return {"path": str(to)}
+
+
+def test_weights_of_nan_are_found_by_a_forward_pass(
+    things: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert found(tiny_recipe(things))["forward pass"].found == "log-probabilities of 4 pairs are finite"
+
+    def spoil(weights: dict[str, torch.Tensor]) -> None:
+        weights["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
+
+    recipe = tiny_recipe(things, model=spoilt(things, tmp_path / "nan", spoil), output_dir=str(tmp_path))
+    faults = failures(recipe)
+    assert list(faults) == ["forward pass"]
+    assert (
+        "none of the first 4 pairs a finite log-probability: check its weights for NaN"
+        in faults["forward pass"]
+    )
+    assert main(["run", str(recipe_file(recipe, tmp_path / "recipe.yaml"))]) == 2
+    assert "none of the first 4 pairs a finite log-probability" in capsys.readouterr().err
+    assert not (tmp_path / "tiny" / "reference").exists()
+
+
+def test_missing_weights_are_found_before_anything_is_tokenized(
+    things: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    model = spoilt(things, tmp_path / "lacking", lambda weights: weights.pop(name))
+    recipe = tiny_recipe(things, model=model, output_dir=str(tmp_path))
+    faults = failures(recipe)
+    assert list(faults) == ["model"] and f"lack {name}, which would be random numbers" in faults["model"]
+    monkeypatch.setattr(pairs_stage, "prepare_pairs", lambda *_, **__: pytest.fail("tokenized"))
+    assert main(["run", str(recipe_file(recipe, tmp_path / "recipe.yaml"))]) == 2
+    assert f"lack {name}" in capsys.readouterr().err
+
+
+def test_a_token_without_a_row_in_the_model(
+    things: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """transformers' class for Qwen2 brings a token of its own, number 260, beyond the model's."""
+    rows = (things / "pairs.jsonl").read_text("utf-8").splitlines()
+    rows[20] = rows[20].replace('"chosen": "', '"chosen": "<|endoftext|>')
+    (tmp_path / "pairs.jsonl").write_text("\n".join(rows), "utf-8")
+    shutil.copytree(things / "model", tmp_path / "model")
+    recipe = tiny_recipe(tmp_path)
+    assert failures(recipe)["token ids"].startswith("FAIL  token ids: up to 260, the model embeds 260 tokens")
+    assert main(["run", str(recipe_file(recipe, tmp_path / "recipe.yaml"))]) == 2
+    pair = parse_row(json.loads(rows[20]))
+    assert isinstance(pair, Pair)
+    expected = (
+        f"1 pair(s) hold tokens beyond the 260 that the model embeds ({pair.pair_id}): use the tokenizer"
+    )
+    assert expected in capsys.readouterr().err
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"data": {"max_length": 600}}, "length: sequences of up to 600 tokens, the model has 512 positions"),
+    ({"train": {"lora": {"target_modules": ["nope"]}}}, "train.lora does not fit the model"),
+    ({"model": {"attention": "flash_attention_3"}}, "attention: flash_attention_3 is not available here"),
+    ({"train": {"trainer": {"optim": "paged_adamw_32bit"}}}, "bitsandbytes is not installed"),
+]
+
+
+@pytest.mark.parametrize(("blocks", "expected"), REFUSED)
+def test_what_doctor_refuses_all_that_spends_refuses(
+    things: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], blocks: dict[str, Any], expected: str
+) -> None:
+    """With the same words, before anything is written."""
+    recipe = tiny_recipe(things, output_dir=str(tmp_path / "runs"), **blocks)
+    (line,) = failures(recipe).values()
+    assert expected in line
+    path = str(recipe_file(recipe, tmp_path / "recipe.yaml"))
+    for verb in ("run", "score", "train", "evaluate", "curriculum"):
+        assert main([verb, path]) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1].removeprefix("selective-dpo: error: ")
+        assert line.endswith(error)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_score_difficulty_refuses_it_too(things: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match="length: sequences of up to 1,024 tokens, the model has 512 positi"
+    ):
+        score_difficulty(
+            things / "model", things / "pairs.jsonl", output_dir=tmp_path / "out", dtype="float32"
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_checks_are_made_once_before_the_first_result(
+    things: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny_recipe(things, output_dir=str(tmp_path / "runs"), score={"evaluations": 1})
+    path = str(recipe_file(recipe, tmp_path / "recipe.yaml"))
+    checked: list[Path] = []
+    monkeypatch.setattr(verbs, "require_sound", lambda run: checked.append(run.folder.pairs))
+    assert main(["curriculum", path]) == 0
+    assert checked == [tmp_path / "runs" / "tiny" / "pairs"]
+    # What is complete is not asked about: a machine without the run's GPU may select again.
+    assert main(["curriculum", path, "--fresh", "--select.fraction", "0.2"]) == 0
+    assert len(checked) == 1
+
+
+def test_a_full_disk_is_refused_before_a_run_and_not_in_the_middle(
+    things: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny_recipe(things, output_dir=str(tmp_path))
+    monkeypatch.setattr(doctor, "disk_need", lambda *_: Disk(1.0, 900.0 * (1 << 40)))
+    with pytest.raises(ConfigError, match=r"disk: .* the run needs about 900 TiB .*; free some"):
+        doctor.require_sound(Run(recipe, RunDirectory.of(recipe)))
+    RunDirectory.of(recipe).claim(recipe)
+    doctor.require_sound(Run(recipe, RunDirectory.of(recipe)))
 
 
 def test_a_prompt_that_runs_into_the_answer(tmp_path: Path) -> None:

@@ -47,13 +47,12 @@ def test_provenance_names_versions_inputs_and_the_recipe() -> None:
     canonical_json(found)  # JSON values only
 
 
-def test_provenance_keeps_the_environment_and_the_programs_path_to_itself(
+def test_provenance_keeps_the_environment_and_the_command_to_itself(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    monkeypatch.setattr(sys, "argv", ["/home/ann/bin/selective-dpo", "run", "recipe.yaml"])
+    monkeypatch.setattr(sys, "argv", ["/home/ann/bin/selective-dpo", "run", "/home/ann/recipe.yaml"])
     found = provenance(RECIPE, inputs={})
-    assert found["command"] == ["selective-dpo", "run", "recipe.yaml"]
     text = canonical_json(found)
     assert "hf_secret" not in text
     assert "/home/ann" not in text
@@ -123,3 +122,29 @@ def test_the_card_tells_of_another_order_and_of_an_adapter() -> None:
     assert "which DIFFERS FROM the curriculum's" in " ".join(card(consumed="d2").split())
     adapter = make_recipe({**dump_config(RECIPE), "train": {"lora": {"r": 8}}})
     assert "library_name: peft\n" in card(adapter)
+
+
+def test_the_card_holds_no_path_of_the_machine(tmp_path: Path) -> None:
+    """Local files by their names; a model in the hub's cache by its name on the hub."""
+    model, pairs = tmp_path / "my-sft", tmp_path / "pairs.jsonl"
+    model.mkdir()
+    pairs.touch()
+    raw = {
+        **dump_config(RECIPE),
+        "model": {"path": str(model)},
+        "data": {"train": [{"path": str(pairs)}, {"path": "org/pairs", "split": "train"}]},
+        "train": {"trainer": {"deepspeed": str(tmp_path / "zero.json")}},
+    }
+    facts = {**FACTS, "provenance": {"git": "abc123", "command": ["selective-dpo", "run", str(pairs)]}}
+    order = ConsumedOrder(3000, 3000, 0, expected_digest="d1", consumed_digest="d1")
+    text = model_card(make_recipe(raw), label="x", facts=facts, order=order, key="k")
+    assert str(tmp_path) not in text and "command" not in text and "base_model" not in text
+    assert "`./my-sft` trained with DPO" in text and "- `./pairs.jsonl`\n" in text
+    assert "- `org/pairs` `train`\n" in text and "deepspeed: ./zero.json\n" in text
+
+    snapshot = tmp_path / "hub" / "models--org--model" / "snapshots" / "0123abcd"
+    snapshot.mkdir(parents=True)
+    text = card(make_recipe({**raw, "model": {"path": str(snapshot)}}))
+    assert "base_model: org/model\n" in text and str(tmp_path) not in text
+    text = card(make_recipe({**raw, "model": {"path": "org/model", "revision": "v2"}}))
+    assert "base_model: org/model\n" in text and "`org/model` (revision `v2`) trained" in text

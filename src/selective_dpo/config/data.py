@@ -16,7 +16,7 @@ class ModelConfig(Block):
     """The starting (SFT) policy. It is also the reference."""
 
     path: PathText
-    """Hub name or local folder of the weights."""
+    """Hub name or local folder of the weights: safetensors, not quantized, no adapter (merge it first)."""
     revision: str = "main"
     """Branch, tag or commit; hub models only."""
     tokenizer: PathText = ""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import logging
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.peft_utils import find_adapter_config_file
 
-from selective_dpo.artifacts import file_digest
+from selective_dpo.artifacts import file_digest, read_json
 from selective_dpo.config import ModelConfig
 from selective_dpo.data.templates import apply_template
 from selective_dpo.digests import digest
@@ -23,6 +26,8 @@ from selective_dpo.errors import ModelError, SelectiveDPOError, name_some
 
 _LOCAL_PATH = re.compile(r"[/~.\\]|[^/]*/[^/]*/")
 """What no hub name looks like: a leading slash, tilde or dot, or two slashes."""
+_CACHED = re.compile(r"/models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/")
+"""In the path of a model that the hub's client has downloaded."""
 logger = logging.getLogger(__name__)
 
 _TELL_ENOUGH = (OSError, ValueError, ImportError, SafetensorError)
@@ -46,13 +51,15 @@ def loading(what: str, path: str) -> Iterator[None]:
         raise ModelError(_explain(what, path, error)) from error
 
 
-def load_policy(config: ModelConfig) -> Any:
+def load_policy(config: ModelConfig, *, device_map: str | None = None) -> Any:
     """The starting policy, in training precision, on the CPU or wherever a trainer will move it.
 
+    With `device_map="meta"` the names and shapes of its weights are read, and no numbers.
+
     Raises:
-        ModelError: it cannot be loaded, or lacks weights; only safetensors are read.
+        ModelError: it cannot be loaded, or lacks weights; only safetensors are read. As `load_model_config`.
     """
-    _announce_remote_code(config)
+    load_model_config(config)
     with loading("model", config.path):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             config.path,
@@ -61,6 +68,7 @@ def load_policy(config: ModelConfig) -> Any:
             attn_implementation=config.attention,
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,
+            device_map=device_map,
             output_loading_info=True,
         )
     model, found = loaded
@@ -126,17 +134,75 @@ def damaged_weights(folder: Path) -> str:
             with safe_open(path, framework="pt"):
                 pass
         except (OSError, SafetensorError) as error:
-            return f"{path.name} is damaged or not whole ({' '.join(str(error).split())[:200]})"
+            return f"{path} is damaged or not whole ({' '.join(str(error).split())[:200]})"
     return ""
 
 
 def load_model_config(config: ModelConfig) -> Any:
-    """The architecture's configuration, without weights. `ModelError` if it cannot be had."""
+    """The architecture's configuration, without weights.
+
+    Raises:
+        ModelError: it cannot be had, or is that of a quantized model. As `require_full_model`.
+    """
     _announce_remote_code(config)
+    require_full_model(config.path, config.revision)
     with loading("model", config.path):
-        return AutoConfig.from_pretrained(
+        found = AutoConfig.from_pretrained(
             config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
+    if getattr(found, "quantization_config", None):
+        raise ModelError(
+            f"model {config.path!r} is quantized, and quantization is not supported yet: name its weights "
+            "in bfloat16, float16 or float32"
+        )
+    return found
+
+
+def require_full_model(path: str, revision: str = "main") -> None:
+    """Refuse what transformers takes for a model of its own kind, and is none.
+
+    A PEFT adapter is one: transformers loads its base and the adapter, and the adapter to be trained then
+    takes that one's place, so that the reference would be another model than the policy's start.
+
+    Raises:
+        ModelError: a PEFT adapter, with the command that merges it into its base; or GGUF.
+    """
+    folder = Path(path)
+    if path.lower().endswith(".gguf") or (
+        any(folder.glob("*.gguf")) and not any(folder.glob("*.safetensors"))
+    ):
+        raise ModelError(
+            f"model {path!r} is GGUF, which is not supported: convert it to a folder of safetensors weights "
+            "(transformers reads it with gguf_file=, save_pretrained writes the folder)"
+        )
+    with loading("model", path):
+        adapter = find_adapter_config_file(path, revision=revision)
+        if adapter is None:
+            return
+        base = str(read_json(Path(adapter)).get("base_model_name_or_path"))
+    merged = f"{folder if folder.is_dir() else folder.name}-merged"
+    has_tokenizer = not folder.is_dir() or (folder / "tokenizer_config.json").is_file()
+    source, tokenizer, target = map(json.dumps, (path, path if has_tokenizer else base, merged))
+    command = (
+        "from peft import AutoPeftModelForCausalLM as P; from transformers import AutoTokenizer as T; "
+        f"P.from_pretrained({source}).merge_and_unload().save_pretrained({target}); "
+        f"T.from_pretrained({tokenizer}).save_pretrained({target})"
+    )
+    raise ModelError(
+        f"model {path!r} is a PEFT adapter of {base!r}, whose place a new adapter would take: merge it with "
+        f"python -c {shlex.quote(command)} and name {merged!r}"
+    )
+
+
+def shown_path(text: str) -> str:
+    """What others may read in place of a path: a name on the hub as it is, of anything local `./NAME`.
+
+    Of a model in the hub's cache the name on the hub. No folder of this machine is left.
+    """
+    if cached := _CACHED.search(text):
+        return f"{cached['owner']}/{cached['name']}"
+    path = Path(text).expanduser()
+    return f"./{path.absolute().name}" if _LOCAL_PATH.match(text) or path.exists() else text
 
 
 def model_digest(config: ModelConfig) -> str:

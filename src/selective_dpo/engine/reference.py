@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from datasets import Dataset
@@ -27,9 +28,11 @@ from selective_dpo.curriculum.quarantine import (
 from selective_dpo.engine.logprobs import PairLogps, pair_logps
 from selective_dpo.engine.memory import TokenBudget
 from selective_dpo.engine.processes import publish_from_main, this_process
-from selective_dpo.errors import RecordsError, name_some
+from selective_dpo.errors import ModelError, RecordsError, name_some
 
 FILE = "logps.parquet"
+TRIED = 4
+"""Pairs whose log-probs are tried before those of all."""
 CHOSEN_COLUMN = "ref_chosen_logps"
 REJECTED_COLUMN = "ref_rejected_logps"
 """The columns that TRL's `DPOTrainer` reads precomputed reference log-probs from."""
@@ -52,10 +55,13 @@ def publish_reference(
     a reference they have no loss, so nothing is trained on them or measured of them.
 
     Raises:
+        ModelError: a token that the model has no row for. As `require_finite_start`.
         RecordsError: more than 1% of the pairs are not finite.
     """
     add_fused_lm_head(model)
     model.to(this_process().device)
+    _require_embedded(model, tokens)
+    require_finite_start(model, tokens, pad_token_id=pad_token_id, autocast_dtype=autocast_dtype)
     logps = pair_logps(
         model,
         tokens,
@@ -81,6 +87,44 @@ def publish_reference(
     with publish_from_main(folder, kind="reference", key=key) as partial:
         pq.write_table(table.filter(_is_finite(logps)), partial / FILE)
         write_quarantine(partial, quarantined, pairs=len(tokens))
+
+
+def _require_embedded(model: Any, tokens: Dataset) -> None:
+    rows, table = model.get_input_embeddings().weight.shape[0], tokens.with_format("arrow")[:]
+    beyond: set[int] = set()
+    for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
+        ids = table[name].combine_chunks()
+        beyond |= set(pc.list_parent_indices(ids).filter(pc.greater_equal(ids.flatten(), rows)).to_pylist())
+    if beyond:
+        named = name_some(table["pair_id"].take(sorted(beyond)).to_pylist())
+        raise ModelError(
+            f"{len(beyond):,} pair(s) hold tokens beyond the {rows:,} that the model embeds ({named}): use "
+            "the tokenizer the model was trained with (model.tokenizer), or leave these out (data.exclude)"
+        )
+
+
+def require_finite_start(
+    model: Any, tokens: Dataset, *, pad_token_id: int, autocast_dtype: torch.dtype | None = None
+) -> None:
+    """Try the first few pairs under the starting policy, before the time of all of them is spent.
+
+    Raises:
+        ModelError: none of them has finite log-probabilities.
+    """
+    first = tokens.select(range(min(TRIED, len(tokens))))
+    logps = pair_logps(
+        model,
+        first,
+        tokens_per_batch=1,
+        pad_token_id=pad_token_id,
+        autocast_dtype=autocast_dtype,
+        what="first pairs",
+    )
+    if not _is_finite(logps).any():
+        raise ModelError(
+            f"the starting model gives none of the first {len(first)} pairs a finite log-probability: check "
+            "its weights for NaN, or use bfloat16 or float32 instead of float16"
+        )
 
 
 def _is_finite(logps: PairLogps) -> NDArray[np.bool_]:

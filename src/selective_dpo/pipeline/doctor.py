@@ -1,23 +1,33 @@
-"""`doctor`: checks of the environment and of a recipe before any work is done. Nothing is written."""
+"""`doctor`: checks of the environment and of a recipe before any work is done. Nothing is written.
+
+What it refuses of model, settings and machine, a run refuses before its first result (`require_sound`). Of
+many data it sees the beginning only.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 from selective_dpo.config import Recipe
-from selective_dpo.data.pairs import Pair
 from selective_dpo.engine.models import load_tokenizer
 from selective_dpo.errors import SelectiveDPOError
 from selective_dpo.evaluation.preflight import check_evaluation
 from selective_dpo.pipeline.checks import environment
 from selective_dpo.pipeline.checks import model as models
-from selective_dpo.pipeline.checks.check import Check, fail, ok
-from selective_dpo.pipeline.checks.data import check_curriculum, check_source, check_template
+from selective_dpo.pipeline.checks.check import Check, ok, refused
+from selective_dpo.pipeline.checks.data import (
+    FEW_ROWS,
+    check_curriculum,
+    check_pairs,
+    check_source,
+    check_template,
+)
 from selective_dpo.pipeline.planning.architecture import build_on_meta
 from selective_dpo.pipeline.planning.device import Device, this_device
 from selective_dpo.pipeline.planning.disk import disk_need
 from selective_dpo.pipeline.planning.pricing import Models, models_of
+from selective_dpo.pipeline.stages import Run
 
 Found = TypeVar("Found")
 P = ParamSpec("P")
@@ -27,19 +37,46 @@ def diagnose(recipe: Recipe | None = None) -> Iterator[Check]:
     """Check the environment and, where there is one, all that `recipe` names; one answer at a time.
 
     A check that needs what another did not find is left out: the first fault is the one to mend. Only
-    configurations, tokenizers and first rows are loaded, and nothing from anywhere that the recipe does
-    not name.
+    configurations, tokenizers, first rows and the weights of a local model that fits into memory are loaded,
+    and nothing from anywhere that the recipe does not name.
     """
     device = this_device()
     yield environment.check_python()
     yield from environment.check_packages()
     yield environment.check_device(device)
     yield environment.check_hub()
-    if recipe is not None:
-        yield from _diagnose_recipe(recipe, device)
+    if recipe is None:
+        return
+    sound = True
+    for check in _checks(recipe, device):
+        sound = sound and check.status != "FAIL"
+        yield check
+    sizes = _sizes(recipe)
+    yield environment.check_disk(recipe, disk_need(recipe, sizes))
+    if sizes is not None:
+        yield models.check_memory(recipe, sizes, device)
+    yield from _diagnose_data(recipe, sizes, device, sound=sound)
 
 
-def _diagnose_recipe(recipe: Recipe, device: Device) -> Iterator[Check]:
+def require_sound(run: Run) -> None:
+    """Refuse what `doctor` refuses of everything but the data: they are looked at when they are prepared.
+
+    Of a run that has begun the disk is not looked at: it holds some of what it needs.
+
+    Raises:
+        SelectiveDPOError: the first check that fails.
+    """
+    recipe = run.recipe
+    checks = list(_checks(recipe, this_device()))
+    if not run.folder.is_claimed:
+        checks.append(environment.check_disk(recipe, disk_need(recipe, _sizes(recipe))))
+    for check in checks:
+        if check.status == "FAIL":
+            raise check.error()
+
+
+def _checks(recipe: Recipe, device: Device) -> Iterator[Check]:
+    """What `doctor` and a run look at alike."""
     yield environment.check_launch(recipe, device)
     yield environment.check_precision(recipe, device)
     yield from environment.check_optional_packages(recipe)
@@ -48,46 +85,45 @@ def _diagnose_recipe(recipe: Recipe, device: Device) -> Iterator[Check]:
     yield _guarded("evaluate", _check_evaluation, recipe)
     yield _guarded("judge", models.check_judge, recipe)
     model, problem = _attempt("model", lambda: build_on_meta(recipe.model))
-    if problem is not None:
+    if model is not None:
+        yield _guarded("model", models.check_weights, recipe, model)
+        yield models.check_positions(recipe, model)
+        for block in _trained_blocks(recipe):
+            yield _guarded(f"{block}.lora", models.check_adapter, recipe, block)
+    elif problem is not None:
         yield problem
-    else:
-        yield from _diagnose_model(recipe, model, device)
-    yield environment.check_disk(recipe, disk_need(recipe, _sizes(recipe)))
-    yield from _diagnose_data(recipe, model)
-
-
-def _diagnose_model(recipe: Recipe, model: Any, device: Device) -> Iterator[Check]:
-    yield models.check_weights(recipe, model)
-    yield models.check_positions(recipe, model)
-    for block in _trained_blocks(recipe):
-        yield _guarded(f"{block}.lora", models.check_adapter, recipe, block)
-    sizes = _sizes(recipe)
-    if sizes is not None:
-        yield models.check_memory(recipe, sizes, device)
-
-
-def _diagnose_data(recipe: Recipe, model: Any) -> Iterator[Check]:
-    pairs: list[Pair] = []
-    first_pairs: list[Pair] = []
-    for source in (*recipe.data.train, *recipe.data.test):
-        first = check_source(source)
-        yield first.check
-        pairs += list(first.pairs)
-        first_pairs += first.pairs if source in recipe.data.train else ()
-    if recipe.curriculum:
-        yield _guarded("curriculum", check_curriculum, recipe.curriculum, first_pairs)
     tokenizer, problem = _attempt("tokenizer", lambda: load_tokenizer(recipe.model))
     if problem is not None:
         yield problem
-        return
-    if model is not None:
+    elif model is not None:
         yield models.check_tokenizer(tokenizer, model)
-    if pairs:
-        embedded = None if model is None else models.embedded_tokens(model)
-        try:
-            yield from check_template(recipe, tokenizer, pairs, embedded)
-        except SelectiveDPOError as error:
-            yield fail("template", str(error))
+
+
+def _diagnose_data(recipe: Recipe, sizes: Models | None, device: Device, *, sound: bool) -> Iterator[Check]:
+    sources = [check_source(source) for source in (*recipe.data.train, *recipe.data.test)]
+    yield from (source.check for source in sources)
+    sound = sound and all(source.check.status != "FAIL" for source in sources)
+    pairs = [pair for source in sources for pair in source.pairs]
+    if recipe.curriculum:
+        trained = [pair for source in sources[: len(recipe.data.train)] for pair in source.pairs]
+        check = _guarded("curriculum", check_curriculum, recipe.curriculum, trained)
+        sound = sound and check.status != "FAIL"
+        yield check
+    tokenizer, problem = _attempt("tokenizer", lambda: load_tokenizer(recipe.model))
+    if problem is not None or not pairs:
+        return
+    embedded = None if sizes is None else sizes.sizes.vocabulary
+    try:
+        for check in check_template(recipe, tokenizer, pairs, embedded):
+            sound = sound and check.status != "FAIL"
+            yield check
+    except SelectiveDPOError as error:
+        yield refused("template", error)
+        return
+    if sound and sizes is not None:
+        yield _guarded("forward pass", models.check_forward, recipe, tokenizer, pairs, sizes.sizes, device)
+    if sound and sum(source.rows for source in sources) <= FEW_ROWS:
+        yield _guarded("pairs", check_pairs, recipe)
 
 
 def _trained_blocks(recipe: Recipe) -> tuple[str, ...]:
@@ -103,7 +139,7 @@ def _check_evaluation(recipe: Recipe) -> Check:
 def _sizes(recipe: Recipe) -> Models | None:
     try:
         return models_of(recipe)
-    except SelectiveDPOError:  # `check_adapter` and `build_on_meta` have said so
+    except SelectiveDPOError:  # `check_adapter` and `build_on_meta` say so
         return None
 
 
@@ -112,11 +148,11 @@ def _guarded(name: str, check: Callable[P, Check], *args: P.args, **kwargs: P.kw
     try:
         return check(*args, **kwargs)
     except SelectiveDPOError as error:
-        return fail(name, str(error))
+        return refused(name, error)
 
 
 def _attempt(name: str, make: Callable[[], Found]) -> tuple[Found | None, Check | None]:
     try:
         return make(), None
     except SelectiveDPOError as error:
-        return None, fail(name, str(error))
+        return None, refused(name, error)

@@ -26,6 +26,8 @@ def ensure_prepared(run: Run, sources: Sequence[SourceConfig], folder: Path, *, 
     key = prepared_key(run, sources, exclude=exclude)
     if is_complete(folder, key=key):
         return
+    if exclude is None:  # the training pairs are a run's first result
+        run.check(run)
     with making(folder):
         if not is_complete(folder, key=key):
             wait_for_everyone()

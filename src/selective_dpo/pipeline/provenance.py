@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -20,8 +19,11 @@ _PACKAGES = ("selective-dpo", "torch", "transformers", "trl", "peft", "accelerat
 
 
 def provenance(recipe: Recipe, *, inputs: dict[str, str]) -> dict[str, Any]:
-    """Versions, hardware, git state, the recipe's digest and those of its inputs. No environment
-    variables, user names or paths beyond the recipe's own."""
+    """Versions, hardware, git state, the recipe's digest and those of its inputs.
+
+    It is published, on a model card too: no environment variables, no user names, no paths of this machine,
+    so not the command either. What that said stands in the run's `config.json`.
+    """
     return {
         "recipe_sha256": digest(dump_config(recipe)),
         "inputs": inputs,
@@ -30,7 +32,6 @@ def provenance(recipe: Recipe, *, inputs: dict[str, str]) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **_versions()},
         "hardware": hardware(),
         "git": git_state(),
-        "command": [part if index else "selective-dpo" for index, part in enumerate(sys.argv)],
     }
 
 

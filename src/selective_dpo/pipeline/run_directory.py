@@ -101,18 +101,22 @@ class RunDirectory:
         """A control arm: its `curriculum.parquet` and its `policy` folder."""
         return self.root / "controls" / name
 
+    @property
+    def is_claimed(self) -> bool:
+        """Whether a run has made its first result here (see `claim`)."""
+        return (self.root / CONFIG).exists()
+
     def require_unchanged(self, recipe: Recipe) -> None:
         """Refuse a recipe that differs from the one this folder was claimed for; nothing is written.
 
         Raises:
             RunChangedError: it differs; the differences are named.
         """
-        config_path = self.root / CONFIG
-        if not config_path.exists():
+        if not self.is_claimed:
             return
         changes = [
             change
-            for change in diff_config(read_json(config_path), dump_config(recipe))
+            for change in diff_config(read_json(self.root / CONFIG), dump_config(recipe))
             if re.split(r"[.:]", change)[0] not in _WITHOUT_EFFECT_ON_RESULTS
         ]
         if changes:

@@ -61,6 +61,8 @@ class Run:
     """Told one line per stage."""
     fresh: bool = False
     """Whether changed inputs are accepted."""
+    check: Callable[[Run], object] = lambda run: None
+    """Called before the first result is made; it raises what has to be mended first."""
 
     @cached_property
     def model_digest(self) -> str:
@@ -119,14 +121,23 @@ def ensure_pairs(run: Run) -> None:
     """
     inputs = input_digests(run)
     require_same_inputs(run, inputs)
+    prepare(run)
+    run.claim()
+    remember_inputs(run, inputs)
+
+
+def prepare(run: Run) -> None:
+    """The same for a folder that does not become a run: that of a plan, or of `doctor`.
+
+    Raises:
+        ConfigError: too few pairs for the scorers' evaluations, or a pair to exclude is not in the data.
+    """
     ensure_prepared(run, run.recipe.data.train, run.folder.pairs, exclude=None)
     if run.recipe.data.test:
         ensure_prepared(run, run.recipe.data.test, run.folder.test_pairs, exclude=run.folder.pairs)
     prepared = [run.folder.pairs, *([run.folder.test_pairs] if run.recipe.data.test else [])]
     require_known(run.recipe.data.exclude, prepared)
     require_room_for_evaluations(run)
-    run.claim()
-    remember_inputs(run, inputs)
 
 
 def ensure_reference(run: Run) -> None:

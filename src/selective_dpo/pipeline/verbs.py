@@ -20,6 +20,7 @@ from selective_dpo.evaluation.preflight import check_evaluation
 from selective_dpo.launch.processes import relaunch, under_a_launcher
 from selective_dpo.pass_through import check_recipe_options
 from selective_dpo.pipeline.curriculum_stage import build_curricula
+from selective_dpo.pipeline.doctor import require_sound
 from selective_dpo.pipeline.evaluation_stage import ensure_evaluation
 from selective_dpo.pipeline.lock import alone, beside_others
 from selective_dpo.pipeline.run_directory import RunDirectory
@@ -42,7 +43,8 @@ def open_run(recipe: Recipe, *, fresh: bool = False, say: Callable[[str], object
     """The run that `recipe` names; nothing is written yet.
 
     With `fresh`, a recipe that differs from the one the folder was made with is accepted: stages whose
-    inputs did not change are kept, the others are made again.
+    inputs did not change are kept, the others are made again. Before the first result is made, all that
+    `doctor` refuses is refused (see `require_sound`).
 
     Raises:
         ConfigError: settings that TRL, transformers or PEFT would refuse or ignore; an evaluation that
@@ -51,7 +53,7 @@ def open_run(recipe: Recipe, *, fresh: bool = False, say: Callable[[str], object
     """
     check_recipe_options(recipe)
     check_evaluation(recipe.evaluate, has_test=bool(recipe.data.test))
-    run = Run(recipe, RunDirectory.of(recipe), say, fresh)
+    run = Run(recipe, RunDirectory.of(recipe), say, fresh, check=require_sound)
     if not fresh:
         run.folder.require_unchanged(recipe)
     wait_for_everyone()

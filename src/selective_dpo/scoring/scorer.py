@@ -143,7 +143,7 @@ def _make_trainer(
         args=with_cached_reference(args, train),
         train_dataset=train,
         processing_class=tokenizer,
-        peft_config=lora_config(config.lora),
+        peft_config=lora_config(config.lora, job.recipe.model.revision),
         callbacks=[evaluations, TrainingProgress(job.run.name)],
     )
     return without_printed_logs(trainer), evaluations

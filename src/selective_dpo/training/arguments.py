@@ -71,11 +71,16 @@ def autocast_dtype(args: DPOConfig) -> torch.dtype | None:
     return torch.float16 if args.fp16 else None
 
 
-def lora_config(settings: Settings | None) -> LoraConfig | None:
-    """PEFT's configuration for a causal language model; None for full fine-tuning."""
+def lora_config(settings: Settings | None, revision: str = "main") -> LoraConfig | None:
+    """PEFT's configuration for a causal language model; None for full fine-tuning.
+
+    It names the base's `revision`, for whoever loads the adapter.
+    """
     if settings is None:
         return None
     try:
-        return LoraConfig(task_type="CAUSAL_LM", **settings)
+        return LoraConfig(
+            task_type="CAUSAL_LM", revision=None if revision == "main" else revision, **settings
+        )
     except (ValueError, TypeError) as error:
         raise ConfigError(f"lora settings: {str(error).strip().splitlines()[0]}") from error

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from selective_dpo.config import Recipe, SourceConfig
 from selective_dpo.curriculum.outside import imported_from
+from selective_dpo.engine.models import shown_path
 from selective_dpo.training.order import ConsumedOrder
 
 
@@ -27,16 +27,20 @@ def model_card(
         key: the digest of every input of this training.
     """
     # The hub takes only its own names for a base model, and refuses a card with a path.
-    is_local = Path(recipe.model.path).is_dir()
+    base = shown_path(recipe.model.path)
     header = {
-        **({} if is_local else {"base_model": recipe.model.path}),
+        **({} if base.startswith("./") else {"base_model": base}),
         "library_name": "peft" if recipe.train.lora is not None else "transformers",
         "tags": ["selective-dpo", "dpo", "trl"],
         "pipeline_tag": "text-generation",
     }
-    provenance = json.dumps(dict(facts.get("provenance", {})), indent=2, sort_keys=True)
-    settings = yaml.safe_dump(recipe.train.model_dump(mode="json"), sort_keys=False).rstrip()
-    model = code_span(recipe.model.path)
+    # Curricula of earlier versions say by which command they were made, with the paths in it.
+    origin = {name: fact for name, fact in facts.get("provenance", {}).items() if name != "command"}
+    provenance = json.dumps(origin, indent=2, sort_keys=True)
+    trained = without_paths(recipe.train.model_dump(mode="json"))
+    settings = yaml.safe_dump(trained, sort_keys=False).rstrip()
+    revision = recipe.model.revision
+    model = code_span(base) + (f" (revision {code_span(revision)})" if revision != "main" else "")
     sources = "\n".join(_source(source) for source in recipe.data.train)
     return f"""---
 {yaml.safe_dump(header, sort_keys=False).rstrip()}
@@ -80,6 +84,16 @@ def _difficulty(facts: Mapping[str, Any]) -> str:
     )
 
 
+def without_paths(settings: Any) -> Any:
+    """Settings, with each absolute path in them as `shown_path` gives it."""
+    if isinstance(settings, dict):
+        return {name: without_paths(value) for name, value in settings.items()}
+    if isinstance(settings, list):
+        return [without_paths(value) for value in settings]
+    is_path = isinstance(settings, str) and settings.startswith(("/", "~/"))
+    return shown_path(settings) if is_path else settings
+
+
 def code_span(text: str) -> str:
     """`text` in Markdown as it is: no markup, HTML or link in it counts, and it cannot end its own span.
 
@@ -104,4 +118,4 @@ def _longest_run(text: str) -> int:
 
 def _source(source: SourceConfig) -> str:
     split = f" {code_span(source.split)}" if source.split else ""
-    return f"- {code_span(source.path)}{split}"
+    return f"- {code_span(shown_path(source.path))}{split}"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from selective_dpo.artifacts import read_json, write_json
+from selective_dpo.engine.models import shown_path
 from selective_dpo.errors import ConfigError
 from selective_dpo.training.sealing import in_short, is_of_the_disk
 
@@ -20,7 +21,7 @@ def save_policy(trainer: Any, folder: Path) -> None:
     """Write the trained weights (or adapter) and tokenizer into `folder`, all processes taking part.
 
     transformers puts its training arguments beside them as a pickle, which nobody needs for using the
-    model and nobody should have to trust: it is removed.
+    model and nobody should have to trust, and PEFT a card with the base's path: both are removed.
 
     Raises:
         OSError: the disk is full, or refuses in another way.
@@ -31,16 +32,23 @@ def save_policy(trainer: Any, folder: Path) -> None:
         if is_of_the_disk(error) and not isinstance(error, OSError):
             raise OSError(errno.ENOSPC, in_short(error), str(folder)) from error
         raise
-    (folder / "training_args.bin").unlink(missing_ok=True)
-    _sort_sets(folder / "adapter_config.json")
+    for name in ("training_args.bin", "README.md"):
+        (folder / name).unlink(missing_ok=True)
+    _tidy(folder / "adapter_config.json")
 
 
-def _sort_sets(config: Path) -> None:
-    """PEFT writes its sets in the order they happen to have; the same adapter is to have the same file."""
+def _tidy(config: Path) -> None:
+    """PEFT writes its sets in the order they happen to have, and where the base lies on this machine.
+
+    The same adapter is to have the same file everywhere. Of a local base it keeps `./NAME`, which no one
+    takes for a name on the hub: it is found from the folder that holds it.
+    """
     if config.is_file():
         content = read_json(config)
         sets = {name: sorted(content[name]) for name in _PEFT_SETS if isinstance(content.get(name), list)}
-        write_json(config, {**content, **sets})
+        base = content["base_model_name_or_path"]
+        named = {"base_model_name_or_path": base and shown_path(base)}
+        write_json(config, {**content, **sets, **named})
 
 
 def require_finite_weights(trainer: Any, *, settings: str) -> None:

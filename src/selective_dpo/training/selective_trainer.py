@@ -16,8 +16,9 @@ from trl import DPOConfig
 
 from selective_dpo.curriculum.apply import DIFFICULTY, PAIR_ID
 from selective_dpo.curriculum.table import Curriculum
+from selective_dpo.engine.models import require_full_model
 from selective_dpo.engine.padded_rows import pair_lengths
-from selective_dpo.errors import ConfigError, name_some
+from selective_dpo.errors import ConfigError, ModelError, name_some
 from selective_dpo.training.micro_batches import ROW
 from selective_dpo.training.order import STATE, ConsumedOrder, OrderLog
 from selective_dpo.training.pair_trainer import PairTrainer
@@ -50,6 +51,7 @@ class SelectiveDPOTrainer(PairTrainer):
             drop or cut rows, or contradicts cached reference log-probs.
         DataError: the prompt of a selected pair fills `max_length`, so that TRL would drop it.
         IdentityError: selected pairs are missing from `train_dataset`.
+        ModelError: `model` is a PEFT adapter that transformers would load, or has loaded, with its base.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class SelectiveDPOTrainer(PairTrainer):
                 f"curriculum is a {type(curriculum).__name__}: pass a Curriculum, as build_curriculum(...) "
                 "returns or Curriculum.load(FOLDER) reads it"
             )
+        _refuse_adapter(model)
         if args is None:
             args = DPOConfig(
                 "selective-dpo",
@@ -177,6 +180,16 @@ class _OrderLogStarts(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._log.start_epoch()
+
+
+def _refuse_adapter(model: Any) -> None:
+    if isinstance(model, str):
+        require_full_model(model)
+    elif getattr(model, "_hf_peft_config_loaded", False):
+        raise ModelError(
+            "model holds a PEFT adapter that transformers has loaded, whose place a new one would take: load "
+            "it with peft.AutoPeftModelForCausalLM.from_pretrained and pass its merge_and_unload()"
+        )
 
 
 def _require_order_kept(args: DPOConfig) -> None:

@@ -125,7 +125,7 @@ def _make_trainer(job: TrainingJob, curriculum: Curriculum, folder: Path) -> Any
         train_dataset=rows,
         eval_dataset=_held_out(job) if args.eval_strategy != "no" else None,
         processing_class=load_tokenizer(recipe.model),
-        peft_config=lora_config(recipe.train.lora),
+        peft_config=lora_config(recipe.train.lora, recipe.model.revision),
         curriculum=curriculum,
         callbacks=[TrainingProgress(job.name)],
     )

@@ -1,10 +1,12 @@
-"""Checks of the data: each source's first rows, the template on them, their lengths."""
+"""Checks of the data: each source's first rows, the template on them, their lengths; all of few rows."""
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -14,12 +16,17 @@ from selective_dpo.curriculum.outside import pairs_joined, read_outside
 from selective_dpo.data.pairs import KEPT, Pair, parse_row
 from selective_dpo.data.readers import Malformed
 from selective_dpo.data.sources import open_source, source_label
+from selective_dpo.data.store import load_summary
 from selective_dpo.data.tokenize import PairTokens, fit_length, tokenize_pairs
 from selective_dpo.errors import IdentityError, SelectiveDPOError
-from selective_dpo.pipeline.checks.check import Check, fail, ok, warn
+from selective_dpo.pipeline.checks.check import Check, fail, ok, refused, warn
+from selective_dpo.pipeline.run_directory import RunDirectory
+from selective_dpo.pipeline.stages import Run, prepare
 
 ROWS = 100
 """Rows that are looked at in each source."""
+FEW_ROWS = 2_000
+"""So many rows are prepared whole. More leave enough updates to scorers with any usual batch size."""
 
 
 class FirstRows(NamedTuple):
@@ -28,28 +35,41 @@ class FirstRows(NamedTuple):
     check: Check
     pairs: tuple[Pair, ...]
     """Those of its rows that are pairs."""
+    rows: int
+    """Rows of the source, counted to just above `FEW_ROWS`."""
 
 
 def check_source(source: SourceConfig) -> FirstRows:
     """Read and parse the first rows of a source."""
     name = f"data {source_label(source)}"
     try:
-        parsed = [
-            row.problem if isinstance(row, Malformed) else parse_row(row)
-            for row in islice(open_source(source).rows(), ROWS)
-        ]
+        rows = list(islice(open_source(source).rows(), FEW_ROWS + 1))
     except SelectiveDPOError as error:
-        return FirstRows(fail(name, str(error)), ())
+        return FirstRows(refused(name, error), (), 0)
+    parsed = [row.problem if isinstance(row, Malformed) else parse_row(row) for row in rows[:ROWS]]
     pairs = tuple(row for row in parsed if isinstance(row, Pair))
     statuses = Counter(KEPT if isinstance(row, Pair) else str(row) for row in parsed)
     counts = ", ".join(f"{count} {status}" for status, count in statuses.most_common())
     found = f"first {len(parsed)} rows: {counts or 'none'}"
     remedy = "wanted are columns chosen and rejected, with or without prompt; see docs"
     if not pairs:
-        return FirstRows(fail(name, found, remedy), ())
+        return FirstRows(fail(name, found, remedy), (), len(rows))
     if len(pairs) < len(parsed) / 2:
-        return FirstRows(warn(name, found, "more than half would be dropped"), pairs)
-    return FirstRows(ok(name, found), pairs)
+        return FirstRows(warn(name, found, "more than half would be dropped"), pairs, len(rows))
+    return FirstRows(ok(name, found), pairs, len(rows))
+
+
+def check_pairs(recipe: Recipe) -> Check:
+    """Prepare all rows of the sources, as a run does, in a folder that goes again.
+
+    Raises:
+        SelectiveDPOError: what a run would refuse, such as fewer pairs than the scorers' evaluations need.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        run = Run(recipe, RunDirectory(Path(scratch) / "run"), say=lambda line: None)
+        prepare(run)
+        summary = load_summary(run.folder.pairs)
+    return ok("pairs", f"{summary.kept:,} of {summary.rows:,} rows kept, enough for {recipe.score.protocol}")
 
 
 def check_curriculum(path: str, pairs: Sequence[Pair]) -> Check:

@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
+
 from selective_dpo.config import Recipe
-from selective_dpo.engine.models import damaged_weights
+from selective_dpo.data.pairs import Pair
+from selective_dpo.data.tokenize import PairTokens, fit_length, tokenize_pairs
+from selective_dpo.engine.models import damaged_weights, load_policy
+from selective_dpo.engine.processes import this_process
+from selective_dpo.engine.reference import TRIED, require_finite_start
 from selective_dpo.evaluation.judges import judge_for
+from selective_dpo.pass_through import under_deepspeed
 from selective_dpo.pipeline.checks.check import Check, fail, ok, warn
-from selective_dpo.pipeline.planning.architecture import adapter_parameters, build_on_meta
+from selective_dpo.pipeline.checks.environment import check_attention
+from selective_dpo.pipeline.planning.architecture import (
+    Architecture,
+    adapter_parameters,
+    build_on_meta,
+)
+from selective_dpo.pipeline.planning.costs import BYTES
 from selective_dpo.pipeline.planning.device import Device
 from selective_dpo.pipeline.planning.pricing import Models, Pricing
 from selective_dpo.pipeline.planning.words import readable_bytes, readable_count
@@ -23,7 +37,11 @@ _NEARLY_FULL = 0.9
 
 
 def check_weights(recipe: Recipe, model: Any) -> Check:
-    """The architecture, and for a local folder that its weights are in the one format that is read."""
+    """The architecture, and for a local folder that it holds all its weights, in the one format that is read.
+
+    Raises:
+        ModelError: weights are missing, of other shapes than the configuration says, or not to be loaded.
+    """
     size = readable_count(sum(parameter.numel() for parameter in model.parameters()))
     found = f"{type(model).__name__}, {size} parameters"
     folder = Path(recipe.model.path)
@@ -31,6 +49,11 @@ def check_weights(recipe: Recipe, model: Any) -> Check:
         return fail("model", f"{found}, but no .safetensors in {folder}", "save its weights as safetensors")
     if problem := damaged_weights(folder):
         return fail("model", f"{found}, but {problem}", "copy or download it again")
+    if folder.is_dir():
+        # An attention that is not installed has been named already.
+        is_there = check_attention(recipe.model.attention).status == "ok"
+        attention = {} if is_there else {"attention": "eager"}
+        load_policy(recipe.model.model_copy(update=attention), device_map="meta")
     return ok("model", found)
 
 
@@ -80,6 +103,34 @@ def check_adapter(recipe: Recipe, block: str) -> Check:
     return ok(f"{block}.lora", f"{readable_count(trained)} parameters in the adapter")
 
 
+def check_forward(
+    recipe: Recipe, tokenizer: Any, pairs: Sequence[Pair], sizes: Architecture, device: Device
+) -> Check:
+    """A forward pass of the first pairs, where the weights are a local folder's and fit into memory.
+
+    Raises:
+        ModelError: no pair has finite log-probabilities.
+    """
+    name, size = "forward pass", sizes.parameters * BYTES[recipe.model.dtype]
+    if not Path(recipe.model.path).is_dir():
+        return ok(name, "not tried with a model of the hub; a run tries it before its reference")
+    if device.memory and size > device.memory / 2:
+        return ok(name, f"not tried with {readable_bytes(size)} of weights; a run tries it first")
+    data, rows = recipe.data, []
+    tokens = tokenize_pairs(pairs, tokenizer, empty_system_message=data.empty_system_message)
+    for pair, item in zip(pairs, tokens, strict=True):
+        if isinstance(item, PairTokens) and (fitted := fit_length(item, data)).drop is None:
+            ids = {
+                name: getattr(fitted.tokens, name) for name in ("prompt_ids", "chosen_ids", "rejected_ids")
+            }
+            rows.append({"pair_id": pair.pair_id, "prompt_id": pair.prompt_id, **ids})
+    if not rows:
+        return ok(name, "not tried: none of the first rows is short enough")
+    model = load_policy(recipe.model).to(this_process().device)
+    require_finite_start(model, Dataset.from_list(rows), pad_token_id=tokenizer.pad_token_id)
+    return ok(name, f"log-probabilities of {min(TRIED, len(rows))} pairs are finite")
+
+
 def check_memory(recipe: Recipe, models: Models, device: Device) -> Check:
     """The plan's largest estimate, at the longest sequences that the recipe allows, against the device."""
     pricing = Pricing(recipe, models, device)
@@ -97,7 +148,7 @@ def check_trainer(recipe: Recipe, block: str) -> Check:
     """Whether TRL accepts the trainer settings on this machine (mixed precision, for one)."""
     settings = getattr(recipe, block).trainer
     name = f"{block}.trainer"
-    if settings.get("deepspeed") or settings.get("fsdp"):
+    if settings.get("deepspeed") or settings.get("fsdp") or under_deepspeed():
         return ok(name, "options are known; sharding is set up by the launched processes")
     with tempfile.TemporaryDirectory() as scratch:
         dpo_arguments(

@@ -25,7 +25,7 @@ from selective_dpo.evaluation.generation import choose_prompts
 from selective_dpo.evaluation.prompt_tokens import encode_prompt
 from selective_dpo.pipeline.evaluation_stage import prompts_to_answer
 from selective_dpo.pipeline.run_directory import RunDirectory
-from selective_dpo.pipeline.stages import Run, ensure_pairs
+from selective_dpo.pipeline.stages import Run, prepare
 
 
 class Unknown(NamedTuple):
@@ -98,7 +98,7 @@ def read_inputs(run: Run, *, use_published: bool) -> Inputs | Unknown:
         return _read(run)
     with tempfile.TemporaryDirectory() as scratch:
         elsewhere = Run(run.recipe, RunDirectory(Path(scratch) / "run"), say=lambda line: None)
-        ensure_pairs(elsewhere)
+        prepare(elsewhere)
         return _read(elsewhere)
 
 
