@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from selective_dpo.artifacts import content_key, read_manifest
 from selective_dpo.config import SelectConfig
@@ -14,7 +14,7 @@ from selective_dpo.errors import ArtifactError
 from selective_dpo.reporting.tables import label_for
 from selective_dpo.scoring.plan import ScorerRun
 from selective_dpo.scoring.scorer import RECORDS, ScorerJob
-from selective_dpo.training.arguments import autocast_dtype, dpo_arguments
+from selective_dpo.training.arguments import autocast_dtype
 from selective_dpo.training.checkpoints import CheckpointPlan
 from selective_dpo.training.train import TrainingJob
 
@@ -28,20 +28,8 @@ def reference_key(run: Run, pairs: Path) -> str:
         stage="reference",
         tokens=read_manifest(pairs).files[TOKENS],
         **_model_key(run),
-        autocast=str(autocast_dtype(scorer_arguments(run))),
+        autocast=str(autocast_dtype(run.recipe.score.trainer, run.recipe.model)),
         tokens_per_batch=run.recipe.score.tokens_per_batch,
-    )
-
-
-def scorer_arguments(run: Run) -> Any:
-    """The scorers' `DPOConfig`, but for their seed and folder; the reference runs in its precision."""
-    return dpo_arguments(
-        run.recipe.score.trainer,
-        model=run.recipe.model,
-        max_length=run.recipe.data.max_length,
-        output_dir=run.folder.root,
-        seed=0,
-        sequential=False,
     )
 
 

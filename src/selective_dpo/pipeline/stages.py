@@ -16,7 +16,7 @@ from selective_dpo.curriculum.quarantine import read_quarantine
 from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.data.store import load_tokens, require_known
 from selective_dpo.engine.models import load_policy, load_tokenizer, model_digest
-from selective_dpo.engine.processes import making, this_process, wait_for_everyone
+from selective_dpo.engine.processes import making, this_process, wait_for_everyone, whole_on_each_process
 from selective_dpo.engine.reference import publish_reference
 from selective_dpo.errors import ConfigError, RecordsError, name_some
 from selective_dpo.launch.workers import run_in_workers
@@ -27,7 +27,6 @@ from selective_dpo.pipeline.jobs import (
     has_curriculum,
     record_digests,
     reference_key,
-    scorer_arguments,
     scorer_job,
     training_job,
 )
@@ -267,14 +266,16 @@ def _ensure_reference_of(run: Run, pairs: Path, folder: Path) -> None:
             return
         wait_for_everyone()
         tokens = load_tokens(pairs)
+        with whole_on_each_process():
+            model = load_policy(recipe.model)
         publish_reference(
             folder,
             key=key,
-            model=load_policy(recipe.model),
+            model=model,
             tokens=tokens,
             tokens_per_batch=recipe.score.tokens_per_batch,
             pad_token_id=run.tokenizer.pad_token_id,
-            autocast_dtype=autocast_dtype(scorer_arguments(run)),
+            autocast_dtype=autocast_dtype(recipe.score.trainer, recipe.model),
         )
         run.tell(told.referenced(folder, len(tokens)))
 

@@ -106,7 +106,7 @@ def run_scorer(job: ScorerJob) -> None:
             },
         )
         if config.keep_scorers:
-            save_policy(trainer, partial / "scorer")
+            save_policy(trainer, partial / "scorer", dtype=job.recipe.model.dtype)
     if job.checkpoints is not None and this_process().is_main_process:
         discard_checkpoints(job.checkpoints.folder)
 
@@ -131,7 +131,7 @@ def _make_trainer(
             held_out,
             tokens_per_batch=config.tokens_per_batch,
             pad_token_id=tokenizer.pad_token_id,
-            autocast_dtype=autocast_dtype(args),
+            autocast_dtype=autocast_dtype(config.trainer, job.recipe.model),
             what=f"{job.run.name} held-out",
         )
 

@@ -41,7 +41,7 @@ def dpo_arguments(
         ConfigError: TRL or transformers refuse a value.
     """
     given: dict[str, Any] = {**ORIGINAL_DEFAULTS, **settings}
-    given.setdefault("bf16", model.dtype == "bfloat16" and not given.get("fp16", False))
+    given.setdefault("bf16", mixed_precision(settings, model) == "bfloat16")
     # transformers takes bfloat16 on a CPU only where it is told that the CPU is meant.
     given.setdefault("use_cpu", not torch.accelerator.is_available())
     given.setdefault("report_to", "none")
@@ -64,11 +64,26 @@ def dpo_arguments(
         raise ConfigError(f"trainer settings: {str(error).strip().splitlines()[0]}") from error
 
 
-def autocast_dtype(args: DPOConfig) -> torch.dtype | None:
-    """The mixed precision that a trainer with `args` runs its forward passes in; None: full."""
-    if args.bf16:
-        return torch.bfloat16
-    return torch.float16 if args.fp16 else None
+# The rest is read from the recipe, since to make a `DPOConfig` changes the process: with ZeRO-3 in it,
+# transformers spreads every model that is loaded from then on over the processes.
+
+
+def beta(settings: Settings) -> float:
+    """DPO's beta in a training with these settings."""
+    return float({**ORIGINAL_DEFAULTS, **settings}["beta"])
+
+
+def mixed_precision(settings: Settings, model: ModelConfig) -> str:
+    """The type that a training with these settings computes in where it is not the weights' own; else ""."""
+    if settings.get("bf16", model.dtype == "bfloat16" and not settings.get("fp16")):
+        return "bfloat16"
+    return "float16" if settings.get("fp16") else ""
+
+
+def autocast_dtype(settings: Settings, model: ModelConfig) -> torch.dtype | None:
+    """`mixed_precision` as a type of PyTorch's; None: there is none."""
+    name = mixed_precision(settings, model)
+    return getattr(torch, name) if name else None
 
 
 def lora_config(settings: Settings | None) -> LoraConfig | None:

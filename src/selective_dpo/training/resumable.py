@@ -36,6 +36,7 @@ from selective_dpo.training.checkpoints import (
     require_layout,
 )
 from selective_dpo.training.loading import CheckedLoading, reading, require_sound
+from selective_dpo.training.publish import weights_of
 from selective_dpo.training.sealing import from_main, saving_to, write_sealed
 from selective_dpo.training.smaller_passes import SmallerPasses
 
@@ -57,6 +58,8 @@ class ResumableTrainer(CheckedLoading):
 
     def __init__(self, *args: Any, **others: Any) -> None:
         super().__init__(*args, **others)
+        self.weights = weights_of(self.model)
+        """What the trained model is to be saved with."""
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self.checkpoints is None:

@@ -94,7 +94,7 @@ def train_policy(job: TrainingJob) -> None:
         )
     require_finite_weights(trainer, settings="train.trainer")
     with publish_from_main(job.folder, kind="policy", key=job.key) as partial:
-        save_policy(trainer, partial)
+        save_policy(trainer, partial, dtype=job.recipe.model.dtype)
         if this_process().is_main_process:
             write_json(partial / "order.json", order.to_json())
             write_json(partial / "trainer_log.json", training_log(trainer))
