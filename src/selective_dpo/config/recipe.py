@@ -109,3 +109,17 @@ class Recipe(Block):
     """Evaluation of the policy."""
     launch: LaunchConfig = LaunchConfig()
     """Spreading the work."""
+
+    @model_validator(mode="after")
+    def _master_weights_have_an_effect(self) -> Self:
+        if not self.model.master_weights and not any(map(_trains_all_weights, (self.score, self.train))):
+            raise ValueError(
+                "model.master_weights: false has no effect: adapters are trained in float32, and DeepSpeed holds "
+                "a float32 copy; leave it out"
+            )
+        return self
+
+
+def _trains_all_weights(stage: ScoreConfig | TrainConfig) -> bool:
+    """Outside of DeepSpeed."""
+    return stage.lora is None and not stage.trainer.get("deepspeed")

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from selective_dpo.artifacts import content_key, read_manifest
-from selective_dpo.config import SelectConfig
+from selective_dpo.config import ScoreConfig, SelectConfig, TrainConfig
 from selective_dpo.curriculum.table import TABLE, Curriculum
 from selective_dpo.data.store import TOKENS
 from selective_dpo.errors import ArtifactError
 from selective_dpo.reporting.tables import label_for
 from selective_dpo.scoring.plan import ScorerRun
 from selective_dpo.scoring.scorer import RECORDS, ScorerJob
-from selective_dpo.training.arguments import autocast_dtype
+from selective_dpo.training.arguments import autocast_dtype, weights_dtype
 from selective_dpo.training.checkpoints import CheckpointPlan
 from selective_dpo.training.train import TrainingJob
 
@@ -27,7 +27,7 @@ def reference_key(run: Run, pairs: Path) -> str:
     return content_key(
         stage="reference",
         tokens=read_manifest(pairs).files[TOKENS],
-        **_model_key(run),
+        **_model_key(run, run.recipe.score),
         autocast=str(autocast_dtype(run.recipe.score.trainer, run.recipe.model)),
         tokens_per_batch=run.recipe.score.tokens_per_batch,
     )
@@ -43,7 +43,7 @@ def scorer_job(run: Run, scorer: ScorerRun) -> ScorerJob:
         scorer=scorer.name,
         score=settings,
         max_length=recipe.data.max_length,
-        **_model_key(run),
+        **_model_key(run, recipe.score),
         tokens=read_manifest(run.folder.pairs).files[TOKENS],
         reference=read_manifest(run.folder.reference).files,
     )
@@ -85,7 +85,7 @@ def training_job(run: Run, name: str) -> TrainingJob:
         curriculum=curriculum.facts["key"],
         train=recipe.train.model_dump(mode="json", include={"lora", "trainer"}),
         max_length=recipe.data.max_length,
-        **_model_key(run),
+        **_model_key(run, recipe.train),
         tokens=read_manifest(run.folder.pairs).files[TOKENS],
         reference=read_manifest(run.folder.reference).files,
         held_out=read_manifest(run.folder.test_reference).files if has_test else {},
@@ -113,8 +113,11 @@ def _checkpoints(run: Run, name: str, key: str) -> CheckpointPlan:
     )
 
 
-def _model_key(run: Run) -> dict[str, object]:
+def _model_key(run: Run, block: ScoreConfig | TrainConfig) -> dict[str, object]:
     # Content, not paths: a model moved elsewhere is the same. Tokenizer and template decide the tokens,
     # which have a digest of their own.
     numerics = run.recipe.model.model_dump(mode="json", include={"dtype", "attention"})
+    held = weights_dtype(run.recipe.model, block.lora, block.trainer)
+    if held != run.recipe.model.dtype:
+        numerics["held_in"] = held
     return {"weights": run.model_digest, "numerics": numerics}

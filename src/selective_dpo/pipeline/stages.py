@@ -44,7 +44,7 @@ from selective_dpo.reporting.tables import label_for
 from selective_dpo.scoring.plan import ScorerRun, planned_runs
 from selective_dpo.scoring.score import collect_losses, run_scorers
 from selective_dpo.scoring.scorer import COST, ScorerJob
-from selective_dpo.training.arguments import autocast_dtype
+from selective_dpo.training.arguments import autocast_dtype, weights_dtype
 from selective_dpo.training.checkpoints import discard_checkpoints
 from selective_dpo.training.train import TrainingJob, train_policy
 
@@ -268,6 +268,8 @@ def _ensure_reference_of(run: Run, pairs: Path, folder: Path) -> None:
         tokens = load_tokens(pairs)
         with whole_on_each_process():
             model = load_policy(recipe.model)
+        if weights_dtype(recipe.model, recipe.score.lora, recipe.score.trainer) == "float32":
+            model.float()  # as the scorers that it is compared with
         publish_reference(
             folder,
             key=key,

@@ -23,7 +23,13 @@ from selective_dpo.engine.processes import publish_from_main, this_process
 from selective_dpo.engine.reference import load_reference, with_reference, without_quarantined
 from selective_dpo.scoring.held_out import HeldOutEvaluations, Measurement
 from selective_dpo.scoring.plan import ScorerRun, split_pairs
-from selective_dpo.training.arguments import autocast_dtype, dpo_arguments, lora_config
+from selective_dpo.training.arguments import (
+    autocast_dtype,
+    dpo_arguments,
+    hold_for_training,
+    lora_config,
+    weights_dtype,
+)
 from selective_dpo.training.checkpoints import CheckpointPlan, discard_checkpoints
 from selective_dpo.training.pair_trainer import PairTrainer
 from selective_dpo.training.progress import TrainingProgress, without_printed_logs
@@ -136,8 +142,9 @@ def _make_trainer(
         )
 
     evaluations = HeldOutEvaluations(config.evaluations, measure)
+    held = weights_dtype(job.recipe.model, config.lora, config.trainer)
     trainer = _Scorer(
-        load_policy(job.recipe.model),
+        hold_for_training(load_policy(job.recipe.model), args, held),
         args=with_cached_reference(args, train),
         train_dataset=train,
         processing_class=tokenizer,

@@ -22,6 +22,10 @@ ORIGINAL_DEFAULTS: Settings = {
 }
 
 
+PURE = "full fine-tuning in pure {dtype} loses the updates that are smaller than its rounding: nearly all"
+"""What there is to say of `model.master_weights: false`."""
+
+
 def dpo_arguments(
     settings: Settings,
     *,
@@ -78,6 +82,23 @@ def mixed_precision(settings: Settings, model: ModelConfig) -> str:
     if settings.get("bf16", model.dtype == "bfloat16" and not settings.get("fp16")):
         return "bfloat16"
     return "float16" if settings.get("fp16") else ""
+
+
+def weights_dtype(model: ModelConfig, lora: Settings | None, settings: Settings) -> str:
+    """The type that a training holds the model's weights in.
+
+    float32 where all of them are trained: a step of bfloat16 is 2^-8 of a weight, and an update at the usual
+    rates is smaller. Under an adapter they stay as they are loaded, and DeepSpeed has a float32 copy.
+    """
+    is_full = lora is None and not settings.get("deepspeed")
+    return "float32" if is_full and model.master_weights else model.dtype
+
+
+def hold_for_training(policy: Any, args: DPOConfig, dtype: str) -> Any:
+    """`policy`, its weights held in `dtype` (see `weights_dtype`), unless a launcher has set up DeepSpeed."""
+    if args.deepspeed_plugin is None and dtype == "float32":
+        policy.float()
+    return policy
 
 
 def autocast_dtype(settings: Settings, model: ModelConfig) -> torch.dtype | None:

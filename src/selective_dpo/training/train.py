@@ -16,7 +16,7 @@ from selective_dpo.engine.models import load_policy, load_tokenizer
 from selective_dpo.engine.processes import publish_from_main, this_process
 from selective_dpo.engine.reference import load_reference, with_reference, without_quarantined
 from selective_dpo.errors import IdentityError, name_some
-from selective_dpo.training.arguments import dpo_arguments, lora_config
+from selective_dpo.training.arguments import dpo_arguments, hold_for_training, lora_config, weights_dtype
 from selective_dpo.training.checkpoints import CheckpointPlan, discard_checkpoints
 from selective_dpo.training.model_card import model_card
 from selective_dpo.training.order import OrderLog
@@ -118,8 +118,9 @@ def _make_trainer(job: TrainingJob, curriculum: Curriculum, folder: Path) -> Any
         seed=DEFAULT_SEED,
         sequential=True,
     )
+    held = weights_dtype(recipe.model, recipe.train.lora, recipe.train.trainer)
     trainer = _PolicyTrainer(
-        load_policy(recipe.model),
+        hold_for_training(load_policy(recipe.model), args, held),
         args=args,
         train_dataset=rows,
         eval_dataset=_held_out(job) if args.eval_strategy != "no" else None,
