@@ -26,7 +26,6 @@ from selective_dpo.scoring.score import collect_records
 from selective_dpo.training import train as train_module
 from selective_dpo.training.arguments import dpo_arguments, lora_config
 from selective_dpo.training.pair_trainer import PairTrainer
-from selective_dpo.training.rows import with_cached_reference
 from tests.fixtures.models import LORA, tiny_model_folder, tiny_pairs_file, tiny_recipe
 
 pytestmark = pytest.mark.slow
@@ -75,7 +74,7 @@ def cached_trainer(run: Run, kind: str, folder: Path) -> PairTrainer:
     rows = with_reference(load_tokens(run.folder.pairs), load_reference(run.folder.reference))
     return PairTrainer(
         load_policy(run.recipe.model),
-        args=with_cached_reference(arguments(run, folder), rows),
+        args=arguments(run, folder),
         train_dataset=rows,
         processing_class=load_tokenizer(run.recipe.model),
         peft_config=lora_config(LORA if kind == "lora" else None),

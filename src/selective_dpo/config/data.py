@@ -22,9 +22,9 @@ class ModelConfig(Block):
     """What the weights are loaded as, and a policy's are saved as. Mixed precision is `trainer.bf16` of each
     stage."""
     master_weights: bool = True
-    """Full fine-tuning holds the weights in float32 and computes in mixed precision (under DeepSpeed, DeepSpeed
-    holds a float32 copy). `false`: pure `dtype`, in which an update is lost wherever it is smaller than
-    rounding; in bfloat16 at the usual rates, that is nearly everywhere."""
+    """Full fine-tuning holds the weights in float32 and computes in mixed precision (DeepSpeed has a float32
+    copy). `false`: pure `dtype`, in which an update is lost wherever it is smaller than rounding; in
+    bfloat16 at the usual rates, that is nearly everywhere."""
     attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] = "sdpa"
     """transformers' `attn_implementation`."""
     chat_template: PathText = ""

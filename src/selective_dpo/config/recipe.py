@@ -112,10 +112,11 @@ class Recipe(Block):
 
     @model_validator(mode="after")
     def _master_weights_have_an_effect(self) -> Self:
-        if not self.model.master_weights and not any(map(_trains_all_weights, (self.score, self.train))):
+        trainings = (_trains_all_weights(block) for block in (self.score, self.train))
+        if not self.model.master_weights and not any(trainings):
             raise ValueError(
-                "model.master_weights: false has no effect: adapters are trained in float32, and DeepSpeed holds "
-                "a float32 copy; leave it out"
+                "model.master_weights: false has no effect: adapters are trained in float32, and DeepSpeed "
+                "has a float32 copy; leave it out"
             )
         return self
 

@@ -40,6 +40,14 @@ def wait_for_everyone() -> None:
     this_process().wait_for_everyone()
 
 
+def on_any_process(flag: bool) -> bool:
+    """Whether `flag` is true on at least one process; all processes must ask together."""
+    process = this_process()
+    if process.num_processes == 1:
+        return flag
+    return bool(reduce(torch.tensor([int(flag)], device=process.device), "sum").item())
+
+
 def leave_group() -> None:
     """Take this process out of its group, when all is done; every process must come here.
 
@@ -57,7 +65,8 @@ def whole_on_each_process() -> Iterator[None]:
     processes (ZeRO-3), or loaded by the first one only (FSDP). That lasts longer than the training, and is
     for its own model only.
     """
-    unset_hf_deepspeed_config()  # the next training's arguments set their own
+    # The next training's arguments set their own.
+    unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
     before = os.environ.pop(_FSDP_LOADING, None)
     try:
         yield

@@ -35,7 +35,6 @@ from selective_dpo.training.pair_trainer import PairTrainer
 from selective_dpo.training.progress import TrainingProgress, without_printed_logs
 from selective_dpo.training.publish import save_policy, trainer_facts, training_log
 from selective_dpo.training.resumable import ResumableTrainer, train_resumably
-from selective_dpo.training.rows import with_cached_reference
 from selective_dpo.training.trackers import training_folder
 
 RECORDS = "records.parquet"
@@ -139,13 +138,14 @@ def _make_trainer(
             pad_token_id=tokenizer.pad_token_id,
             autocast_dtype=autocast_dtype(config.trainer, job.recipe.model),
             what=f"{job.run.name} held-out",
+            stop=trainer.is_asked_to_stop,
         )
 
     evaluations = HeldOutEvaluations(config.evaluations, measure)
     held = weights_dtype(job.recipe.model, config.lora, config.trainer)
     trainer = _Scorer(
         hold_for_training(load_policy(job.recipe.model), args, held),
-        args=with_cached_reference(args, train),
+        args=args,
         train_dataset=train,
         processing_class=tokenizer,
         peft_config=lora_config(config.lora),
