@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ def dpo_arguments(
     Raises:
         ConfigError: TRL or transformers refuse a value.
     """
-    given: dict[str, Any] = {**ORIGINAL_DEFAULTS, **settings}
+    # A copy throughout: transformers fills in what `fsdp_config` lacks, and the recipe is what keys are made of.
+    given: dict[str, Any] = copy.deepcopy({**ORIGINAL_DEFAULTS, **settings})
     given.setdefault("bf16", mixed_precision(settings, model) == "bfloat16")
     # transformers takes bfloat16 on a CPU only where it is told that the CPU is meant.
     given.setdefault("use_cpu", not torch.accelerator.is_available())
