@@ -87,11 +87,10 @@ def test_a_bfloat16_model_changes_as_a_float32_one_does(
         recipe_of(place, "bfloat16", model={"master_weights": False}, launch={}), place, monkeypatch
     )
     assert "WARNING: full fine-tuning in pure bfloat16 loses the updates" in caplog.text
-    print(float32, bfloat16, pure)
     # Never: the rows of tokens that no pair has, and weights of exactly one, whose float32 step is 1e-7.
     assert float32 > 0.5
     assert bfloat16 == pytest.approx(float32, abs=0.02)
-    assert pure < 0.1 * float32
+    assert pure < 0.02
     policy = place / "runs" / "bfloat16-0" / "policy"
     assert {weight.dtype for weight in load_file(policy / "model.safetensors").values()} == {torch.bfloat16}
     assert read_json(policy / "config.json")["dtype"] == "bfloat16"
@@ -129,7 +128,6 @@ def test_policy_and_reference_agree_at_the_start(
     for side in ("chosen", "rejected"):
         counts_P = np.array([len(ids) for ids in tokens[f"{side}_ids"]])
         ours_P, theirs_P = (getattr(each, f"{side}_P") for each in (started, reference))
-        print(np.abs(ours_P - theirs_P).max(), (np.abs(ours_P - theirs_P) / counts_P).max())
         assert (np.abs(ours_P - theirs_P) <= nats_a_token * counts_P + 1e-5).all()
 
 
