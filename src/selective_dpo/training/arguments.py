@@ -45,7 +45,7 @@ def dpo_arguments(
     Raises:
         ConfigError: TRL or transformers refuse a value.
     """
-    # A copy throughout: transformers fills in what `fsdp_config` lacks, and the recipe is what keys are made of.
+    # A deep copy: transformers fills in what `fsdp_config` lacks, and keys are made of the recipe.
     given: dict[str, Any] = copy.deepcopy({**ORIGINAL_DEFAULTS, **settings})
     given.setdefault("bf16", mixed_precision(settings, model) == "bfloat16")
     # transformers takes bfloat16 on a CPU only where it is told that the CPU is meant.
