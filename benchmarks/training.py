@@ -31,7 +31,6 @@ from selective_dpo.engine.logprobs import pair_logps
 from selective_dpo.engine.reference import CHOSEN_COLUMN, REJECTED_COLUMN
 from selective_dpo.launch.quiet import quieten_libraries
 from selective_dpo.training.pair_trainer import PairTrainer
-from selective_dpo.training.rows import with_cached_reference
 from workload import TokenizedDPOTrainer, byte_tokenizer, seven_billion, small_model, tokenized_pairs
 
 LORA: dict[str, Any] = {"r": 16, "lora_alpha": 16, "target_modules": "all-linear"}
@@ -171,7 +170,7 @@ class Sides:
         shared = {id(weight): weight for weight in self._base.parameters()}
         trainer = kind(
             copy.deepcopy(self._base, shared),
-            args=with_cached_reference(args, rows) if kind is PairTrainer else args,
+            args=args,
             train_dataset=rows,
             processing_class=byte_tokenizer(),
             peft_config=LoraConfig(**LORA, task_type="CAUSAL_LM"),

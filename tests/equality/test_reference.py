@@ -13,6 +13,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import Qwen2ForCausalLM
 from trl import DPOConfig, DPOTrainer
+from trl.trainer import dpo_trainer
 
 from selective_dpo.core.identity import pair_id, positions_of
 from selective_dpo.data.store import load_tokens
@@ -26,7 +27,6 @@ from selective_dpo.scoring.score import collect_records
 from selective_dpo.training import train as train_module
 from selective_dpo.training.arguments import dpo_arguments, lora_config
 from selective_dpo.training.pair_trainer import PairTrainer
-from selective_dpo.training.rows import with_cached_reference
 from tests.fixtures.models import LORA, tiny_model_folder, tiny_pairs_file, tiny_recipe
 
 pytestmark = pytest.mark.slow
@@ -75,7 +75,7 @@ def cached_trainer(run: Run, kind: str, folder: Path) -> PairTrainer:
     rows = with_reference(load_tokens(run.folder.pairs), load_reference(run.folder.reference))
     return PairTrainer(
         load_policy(run.recipe.model),
-        args=with_cached_reference(arguments(run, folder), rows),
+        args=arguments(run, folder),
         train_dataset=rows,
         processing_class=load_tokenizer(run.recipe.model),
         peft_config=lora_config(LORA if kind == "lora" else None),
@@ -171,13 +171,16 @@ def test_one_reference_pass_serves_scorers_evaluations_and_the_final_training(
         return Spy
 
     def no_live_reference(*args: Any, **others: Any) -> Any:
-        raise AssertionError("a live reference pass")
+        raise AssertionError("a live reference")
 
     publish = stages.publish_reference
     monkeypatch.setattr(stages, "publish_reference", counted)
     monkeypatch.setattr(scorer_module, "_Scorer", spied(scorer_module._Scorer))
     monkeypatch.setattr(train_module, "_PolicyTrainer", spied(train_module._PolicyTrainer))
     monkeypatch.setattr(DPOTrainer, "compute_ref_log_probs", no_live_reference)
+    # Nor does TRL take a digest of all weights at each trainer's start, or load a second model.
+    for name in ("hash_module", "create_model_from_path"):
+        monkeypatch.setattr(dpo_trainer, name, no_live_reference)
     whole = open_run(recipe, say=lambda line: None)
     train(whole)
     assert events == ["reference", "_Scorer", "_Scorer", "_PolicyTrainer"]

@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
-from trl import DPOConfig, DPOTrainer
+from trl import DPOTrainer
 
 from selective_dpo.artifacts import read_json
 from selective_dpo.core.losses import LOSSES
@@ -26,7 +26,7 @@ from selective_dpo.launch.processes import launch_command
 from selective_dpo.training import shared_step
 from selective_dpo.training.equal_weights import weigh_equally
 from selective_dpo.training.pair_trainer import PairTrainer
-from selective_dpo.training.rows import with_cached_reference
+from selective_dpo.training.rows import has_reference
 from tests.fixtures.families import FAMILIES, tiny_family
 from tests.fixtures.models import tiny_model_folder
 from tests.fixtures.processes import make_trainer, trained_weights
@@ -99,14 +99,11 @@ def trainer_of(
 ) -> Any:
     """Plain gradient descent, so that weights move as far as gradients say."""
     settings = {"learning_rate": 1e-2, "optim": "sgd", "beta": 0.05, "max_grad_norm": 0.0, **settings}
-    args: DPOConfig = with_cached_reference(
-        dpo_config(folder, lr_scheduler_type="constant", **settings), data
-    )
+    args = dpo_config(folder, lr_scheduler_type="constant", **settings)
     model = model or model_of(family, seed=1)
     torch.manual_seed(3)  # of the adapter
-    precompute = args.precompute_ref_log_probs and kind is PlainTrainer
+    precompute = has_reference(data) and kind is PlainTrainer
     if precompute:
-        args.precompute_ref_log_probs = False
         ref_model = model_of(family, seed=2)  # never called: the columns are the reference
     trainer = kind(
         model,

@@ -20,6 +20,7 @@ from selective_dpo.artifacts import is_complete, read_json, read_manifest, verif
 from selective_dpo.cli.main import main
 from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.errors import IdentityError
+from selective_dpo.training import publish
 from selective_dpo.training.selective_trainer import SelectiveDPOTrainer
 from selective_dpo.training.train import _require_same_pairs
 from tests.fixtures.models import recipe_file, tiny_pairs_file, tiny_recipe
@@ -219,6 +220,29 @@ def test_a_diverged_training_is_not_published(
     assert train(workplace) == 2
     assert "the training diverged: weights are not finite after 3 updates" in capsys.readouterr().err
     assert not policy_of(workplace).exists()
+
+
+def test_weights_that_were_not_gathered_are_not_published_and_the_checkpoints_stay(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps: list[int] = []
+    note = SelectiveDPOTrainer._note_update
+    monkeypatch.setattr(
+        SelectiveDPOTrainer, "_note_update", lambda self, given: (steps.append(1), note(self, given))[1]
+    )
+    with monkeypatch.context() as sharded:
+        gathered = publish._gathered
+        sharded.setattr(
+            publish, "_gathered", lambda *args, **others: dict(list(gathered(*args, **others).items())[1:])
+        )
+        assert train(workplace, "--train.lora", "null") == 2
+    assert "the trained weights could not be saved whole" in capsys.readouterr().err
+    assert not policy_of(workplace).exists()
+    assert list((workplace / "runs" / "tiny" / "checkpoints" / "selected").glob("step-*"))
+    before = len(steps)
+    assert train(workplace, "--train.lora", "null") == 0
+    assert len(steps) == before  # nothing was trained again
+    verify_folder(policy_of(workplace))
 
 
 # --- trackers ------------------------------------------------------------------------------------------

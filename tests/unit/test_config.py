@@ -75,6 +75,20 @@ def test_every_block_is_closed_and_every_field_says_what_it_means(block: type[Ba
         (ScoreConfig, {"protocol": "custom", "evaluations": 0}, "greater than or equal to 1"),
         (SelectConfig, {"fraction": 1.7}, "less than or equal to 1"),
         (SelectConfig, {"fraction": 0.5, "count": 3}, "give fraction or count, not both"),
+        (
+            ModelConfig,
+            {"path": "m", "dtype": "float32", "master_weights": False},
+            "master_weights: false has no effect with dtype float32",
+        ),
+        (
+            Recipe,
+            {
+                **RECIPE.model_dump(),
+                "model": {"path": "m", "master_weights": False},
+                "train": {"trainer": {"deepspeed": "zero2.json"}},
+            },
+            "model.master_weights: false has no effect: adapters are trained in float32",
+        ),
         (SelectConfig, {"rule": "all", "fraction": 0.5}, "fraction has no effect with rule 'all'"),
         (SelectConfig, {"rule": "band", "band": [0, 1], "count": 5}, "count has no effect with rule 'band'"),
         (SelectConfig, {"threshold": 0.7}, "threshold works only with rule 'below'"),

@@ -332,6 +332,9 @@ def test_launch_and_precision(things: Path) -> None:
     assert environment.check_precision(recipe, CPU).status == "ok"
     half = tiny_recipe(things, model={"dtype": "bfloat16"})
     assert environment.check_precision(half, CPU).status == "warn"
+    pure = tiny_recipe(things, model={"dtype": "bfloat16", "master_weights": False}, train={"lora": None})
+    check = environment.check_precision(pure, four)
+    assert check.status == "warn" and "pure bfloat16 loses the updates" in check.found
 
 
 def test_packages(monkeypatch: pytest.MonkeyPatch) -> None:

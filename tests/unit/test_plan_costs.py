@@ -193,6 +193,8 @@ def test_memory_of_full_fine_tuning() -> None:
     assert memory(sharded, "bfloat16", 4)[:3] == (200, 200 / 4, 100 * (8 + 4) / 4)
     everything = settings("bfloat16", deepspeed={"zero_optimization": {"stage": 3}})
     assert memory(everything, "bfloat16", 4).weights == 200 / 4
+    # Outside of DeepSpeed: weights, gradients and two states of 4 bytes, and a copy of 2 to compute with.
+    assert memory(settings("bfloat16"), "float32")[:3] == (100 * (4 + 2), 400, 800)
     unread = settings("bfloat16", deepspeed="zero.json")
     assert unread.unread == "the sharding in zero.json"
     assert memory(unread, "bfloat16", 4).weights == 200

@@ -11,7 +11,13 @@ import torch
 
 from selective_dpo.config import ModelConfig
 from selective_dpo.errors import ConfigError
-from selective_dpo.training.arguments import autocast_dtype, dpo_arguments, lora_config
+from selective_dpo.training.arguments import (
+    autocast_dtype,
+    beta,
+    dpo_arguments,
+    lora_config,
+    weights_dtype,
+)
 
 
 def arguments(settings: dict[str, Any], dtype: str = "float32", *, sequential: bool = True) -> Any:
@@ -54,7 +60,43 @@ def test_mixed_precision_follows_the_weights(
     dtype: str, settings: dict[str, Any], expected: torch.dtype | None
 ) -> None:
     # Also on a machine without a GPU, where transformers wants to be told that the CPU is meant.
-    assert autocast_dtype(arguments(settings, dtype)) == expected
+    assert arguments(settings, dtype).bf16 is (expected is torch.bfloat16)
+    model = ModelConfig.model_validate({"path": "m", "dtype": dtype})
+    assert autocast_dtype(settings, model) == expected
+
+
+def test_settings_are_read_without_a_config_that_changes_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With ZeRO-3 in it, a `DPOConfig` has transformers spread each model that is loaded from then on."""
+    monkeypatch.setattr("selective_dpo.training.arguments.DPOConfig", lambda *_, **__: pytest.fail("made"))
+    model = ModelConfig.model_validate({"path": "m", "dtype": "bfloat16"})
+    settings = {"deepspeed": {"zero_optimization": {"stage": 3}}, "beta": 0.5}
+    assert (beta(settings), beta({})) == (0.5, 0.01)
+    assert autocast_dtype(settings, model) is torch.bfloat16
+
+
+def test_the_recipes_settings_are_left_as_they_are() -> None:
+    """transformers writes its defaults into `fsdp_config`, and keys are made of the recipe."""
+    settings = {"fsdp": "full_shard", "fsdp_config": {"version": 2}}
+    arguments(settings)
+    assert settings == {"fsdp": "full_shard", "fsdp_config": {"version": 2}}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "lora", "settings", "master_weights", "expected"),
+    [
+        ("bfloat16", None, {}, True, "float32"),
+        ("bfloat16", {"r": 4}, {}, True, "bfloat16"),
+        ("bfloat16", None, {"deepspeed": {}}, True, "float32"),  # empty: no DeepSpeed
+        ("bfloat16", None, {"deepspeed": "zero3.json"}, True, "bfloat16"),
+        ("bfloat16", None, {}, False, "bfloat16"),
+        ("float32", None, {}, True, "float32"),
+    ],
+)
+def test_weights_are_held_in_float32_where_all_are_trained(
+    dtype: str, lora: dict[str, Any] | None, settings: dict[str, Any], master_weights: bool, expected: str
+) -> None:
+    raw = {"path": "m", "dtype": dtype, "master_weights": master_weights}
+    assert weights_dtype(ModelConfig.model_validate(raw), lora, settings) == expected
 
 
 def test_defaults_use_no_deprecated_names() -> None:

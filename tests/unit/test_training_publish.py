@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from selective_dpo.artifacts import read_json, write_json
-from selective_dpo.errors import ConfigError
-from selective_dpo.training.publish import require_finite_weights, save_policy, training_log
+from selective_dpo.errors import ConfigError, ModelError
+from selective_dpo.training.publish import require_finite_weights, save_policy, training_log, weights_of
 
 
 def trainer_with(*, bad: float | None = None, frozen: float | None = None, others: int = 0) -> Any:
@@ -55,10 +56,42 @@ def test_the_log_holds_null_for_what_is_not_finite(tmp_path: Path) -> None:
     }
 
 
-def test_no_pickle_is_kept(tmp_path: Path) -> None:
-    def save_model(folder: str) -> None:
-        for name in ("model.safetensors", "training_args.bin"):
-            (Path(folder) / name).touch()
+class Saving:
+    """A trainer of a model of two layers, tied to each other, which saves without what is `lost`."""
 
-    save_policy(SimpleNamespace(save_model=save_model), tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    def __init__(self, *, lost: str = "", unwritten: str = "") -> None:
+        self.model = torch.nn.Sequential(torch.nn.Linear(3, 3, bias=False), torch.nn.Linear(3, 3))
+        self.model[1].weight = self.model[0].weight
+        self.weights = weights_of(self.model)
+        self.is_deepspeed_enabled = False
+        state = {name: weight for name, weight in self.model.state_dict().items() if name != lost}
+        self.accelerator = SimpleNamespace(get_state_dict=lambda _: state, unwrap_model=lambda model: model)
+        self.args = SimpleNamespace(should_save=True)
+        self.unwritten = unwritten
+
+    def _save(self, folder: str, state: dict[str, torch.Tensor]) -> None:
+        assert state["1.weight"] is state["0.weight"]
+        kept = {name: one for name, one in state.items() if name not in ("1.weight", self.unwritten)}
+        save_file(kept, Path(folder) / "model.safetensors")
+        (Path(folder) / "training_args.bin").touch()
+        write_json(Path(folder) / "config.json", {"dtype": "float32"})
+
+
+def test_no_pickle_is_kept_and_weights_have_the_starting_models_type(tmp_path: Path) -> None:
+    save_policy(Saving(), tmp_path, dtype="bfloat16")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    written = load_file(tmp_path / "model.safetensors")
+    assert {name: weight.dtype for name, weight in written.items()} == {
+        "0.weight": torch.bfloat16,
+        "1.bias": torch.bfloat16,
+    }
+    assert read_json(tmp_path / "config.json") == {"dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize("fault", [{"unwritten": "1.bias"}, {"lost": "1.bias"}])
+def test_weights_that_are_not_whole_are_an_error(tmp_path: Path, fault: dict[str, str]) -> None:
+    named = ", nothing of 1.bias" if "lost" in fault else ""
+    with pytest.raises(
+        ModelError, match=rf"whole \(9 of the model's 12 numbers were written{named}\); nothing"
+    ):
+        save_policy(Saving(**fault), tmp_path, dtype="float32")

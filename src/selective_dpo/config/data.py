@@ -22,7 +22,12 @@ class ModelConfig(Block):
     tokenizer: PathText = ""
     """Hub name or local folder of the tokenizer; empty: the model's own."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """What the weights are loaded as. Mixed precision is `trainer.bf16` of each stage."""
+    """What the weights are loaded as, and a policy's are saved as. Mixed precision is `trainer.bf16` of each
+    stage."""
+    master_weights: bool = True
+    """Full fine-tuning holds the weights in float32 and computes in mixed precision (DeepSpeed has a float32
+    copy). `false`: pure `dtype`, in which an update is lost wherever it is smaller than rounding; in
+    bfloat16 at the usual rates, that is nearly everywhere."""
     attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] = "sdpa"
     """transformers' `attn_implementation`."""
     chat_template: PathText = ""
@@ -31,6 +36,12 @@ class ModelConfig(Block):
     with the policy."""
     trust_remote_code: bool = False
     """Run Python code that ships with the model. Off unless you have read that code."""
+
+    @model_validator(mode="after")
+    def _master_weights_have_an_effect(self) -> Self:
+        if self.dtype == "float32" and not self.master_weights:
+            raise ValueError("master_weights: false has no effect with dtype float32: leave it out")
+        return self
 
 
 class SourceConfig(Block):

@@ -136,3 +136,20 @@ class Recipe(Block):
                     "which is one number a pair: leave it out"
                 )
         return self
+
+    @model_validator(mode="after")
+    def _master_weights_have_an_effect(self) -> Self:
+        trained: list[ScoreConfig | TrainConfig] = [self.train]
+        if not self.curriculum:
+            trained.append(self.score)
+        if not self.model.master_weights and not any(_trains_all_weights(block) for block in trained):
+            raise ValueError(
+                "model.master_weights: false has no effect: adapters are trained in float32, and DeepSpeed "
+                "has a float32 copy; leave it out"
+            )
+        return self
+
+
+def _trains_all_weights(stage: ScoreConfig | TrainConfig) -> bool:
+    """Outside of DeepSpeed."""
+    return stage.lora is None and not stage.trainer.get("deepspeed")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 from selective_dpo.engine.heads import is_sharded, log_probs_only
 from selective_dpo.engine.memory import TokenBudget, bounded_batches, budget_for, run_within_memory
 from selective_dpo.engine.padded_rows import PairBatch, batch_logps, make_batch, pair_lengths
-from selective_dpo.engine.processes import combine_by_position, this_process
+from selective_dpo.engine.processes import combine_by_position, on_any_process, this_process
 from selective_dpo.engine.shared_rows import IGNORED_LABEL
 from selective_dpo.engine.ways import PathName, choose_way
+from selective_dpo.errors import Interrupted
+from selective_dpo.launch.interruption import REMEDY
 from selective_dpo.progress import Progress
 
 __all__ = [
@@ -28,6 +30,10 @@ __all__ = [
     "pair_lengths",
     "pair_logps",
 ]
+
+
+class MeasurementStopped(Interrupted):
+    """SIGTERM was noted by somebody who may first write down what there is."""
 
 
 class PairLogps(NamedTuple):
@@ -47,6 +53,7 @@ def pair_logps(
     autocast_dtype: torch.dtype | None,
     what: str,
     path: PathName = "auto",
+    stop: Callable[[], bool] = lambda: False,
 ) -> PairLogps:
     """Log-probabilities of every pair of `tokens`, without gradients, in evaluation mode.
 
@@ -58,10 +65,12 @@ def pair_logps(
             runs out. `auto`: as many as free memory allows.
         path: `shared` computes prompt, chosen and rejected in one row, `padded` in a row for each
             completion; `auto` takes shared rows where the model's attention can, and says which.
+        stop: asked before each batch; if it says yes on any process, all of them stop.
 
     Raises:
         IdentityError: a pair was not computed exactly once over all processes.
         ModelError: not even a single pair fits into memory.
+        MeasurementStopped: `stop` said so.
     """
     process = this_process()
     ids = list(tokens["pair_id"])
@@ -78,7 +87,13 @@ def pair_logps(
         budget = budget_for(model, tokens_per_batch)
         batches = bounded_batches(way.lengths_P, budget, rows_per_pair=way.rows_per_pair)
 
+        def stop_if_asked() -> None:
+            # Those that share a model's weights wait for each other in each batch, so they stop together.
+            if on_any_process(stop()) if sharded else stop():
+                raise MeasurementStopped(f"interrupted by SIGTERM while measuring {what}: {REMEDY}")
+
         def run(rows: NDArray[np.int64]) -> None:
+            stop_if_asked()
             values_P2[rows] = way.logps(tokens[rows]).view(2, -1).T.double().cpu().numpy()
             done_P[rows] = True
             # Of the others it is only known that they have as much to do.
@@ -86,12 +101,19 @@ def pair_logps(
 
         sharded = process.num_processes > 1 and is_sharded(model)
         mine = batches[process.process_index :: process.num_processes]
-        run_within_memory(
-            run, mine, way.lengths_P, budget, rows_per_pair=way.rows_per_pair, recover=not sharded
-        )
-        if sharded and len(mine) * process.num_processes < len(batches):
-            # The others run one batch more, and need this process's share of the weights for it.
-            way.logps(tokens[batches[-1]])
+        stopped: MeasurementStopped | None = None
+        try:
+            run_within_memory(
+                run, mine, way.lengths_P, budget, rows_per_pair=way.rows_per_pair, recover=not sharded
+            )
+            if sharded and len(mine) * process.num_processes < len(batches):
+                # The others run one batch more, and need this process's share of the weights for it.
+                stop_if_asked()
+                way.logps(tokens[batches[-1]])
+        except MeasurementStopped as error:
+            stopped = error
+        if on_any_process(stopped is not None):
+            raise stopped or MeasurementStopped(f"another process was interrupted by SIGTERM: {REMEDY}")
     values_P2 = combine_by_position(values_P2, done_P, ids, what=what)
     return PairLogps(ids, values_P2[:, 0], values_P2[:, 1])
 

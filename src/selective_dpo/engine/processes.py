@@ -14,12 +14,14 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env, reduce
 from numpy.typing import NDArray
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from selective_dpo.artifacts import publish_folder
 from selective_dpo.errors import BusyError, IdentityError, name_some
 from selective_dpo.locks import holding, lock_beside
 
 _USE_CPU = "ACCELERATE_USE_CPU"
+_FSDP_LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 _LONGEST_WAIT = timedelta(days=1)
 """For the other processes, while the main one prepares a large data set."""
 
@@ -38,6 +40,14 @@ def wait_for_everyone() -> None:
     this_process().wait_for_everyone()
 
 
+def on_any_process(flag: bool) -> bool:
+    """Whether `flag` is true on at least one process; all processes must ask together."""
+    process = this_process()
+    if process.num_processes == 1:
+        return flag
+    return bool(reduce(torch.tensor([int(flag)], device=process.device), "sum").item())
+
+
 def leave_group() -> None:
     """Take this process out of its group, when all is done; every process must come here.
 
@@ -45,6 +55,24 @@ def leave_group() -> None:
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def whole_on_each_process() -> Iterator[None]:
+    """Inside, models are loaded whole, on each process: for forward passes that no trainer's wrapper runs.
+
+    A training's arguments, and `accelerate launch`, tell transformers that models are to be spread over the
+    processes (ZeRO-3), or loaded by the first one only (FSDP). That lasts longer than the training, and is
+    for its own model only.
+    """
+    # The next training's arguments set their own.
+    unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
+    before = os.environ.pop(_FSDP_LOADING, None)
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[_FSDP_LOADING] = before
 
 
 @contextlib.contextmanager

@@ -20,7 +20,12 @@ from selective_dpo.data.store import TOKENS, load_pairs, load_tokens
 from selective_dpo.engine.logprobs import pair_logps
 from selective_dpo.engine.models import load_policy, loading
 from selective_dpo.engine.padded_rows import part_lengths
-from selective_dpo.engine.processes import publish_from_main, this_process, wait_for_everyone
+from selective_dpo.engine.processes import (
+    publish_from_main,
+    this_process,
+    wait_for_everyone,
+    whole_on_each_process,
+)
 from selective_dpo.engine.reference import load_reference, without_quarantined
 from selective_dpo.evaluation.evaluate import Arm, evaluate_arms
 from selective_dpo.evaluation.generation import Prompt
@@ -28,7 +33,7 @@ from selective_dpo.evaluation.held_out import held_out_metrics
 from selective_dpo.evaluation.prompt_tokens import encode_prompt
 from selective_dpo.pipeline.stages import Run, ensure_policy
 from selective_dpo.reporting.tables import label_for
-from selective_dpo.training.arguments import ORIGINAL_DEFAULTS, autocast_dtype, dpo_arguments
+from selective_dpo.training.arguments import ORIGINAL_DEFAULTS, autocast_dtype
 
 
 def ensure_evaluation(run: Run) -> None:
@@ -44,16 +49,17 @@ def ensure_evaluation(run: Run) -> None:
     wait_for_everyone()
     arms = [_arm(run, name) for name in run.arms]
     reference = Arm(REFERENCE, "starting model", 0, 0, lambda: load_arm(run, None), _held_out_measure(run))
-    evaluation = evaluate_arms(
-        arms,
-        reference,
-        tokenizer=run.tokenizer,
-        prompts=prompts_to_answer(run),
-        config=run.recipe.evaluate,
-        encode=lambda text: encode_prompt(
-            run.tokenizer, text, empty_system_message=run.recipe.data.empty_system_message
-        ),
-    )
+    with whole_on_each_process():
+        evaluation = evaluate_arms(
+            arms,
+            reference,
+            tokenizer=run.tokenizer,
+            prompts=prompts_to_answer(run),
+            config=run.recipe.evaluate,
+            encode=lambda text: encode_prompt(
+                run.tokenizer, text, empty_system_message=run.recipe.data.empty_system_message
+            ),
+        )
     with publish_from_main(run.folder.evaluation, kind="evaluation", key=key) as partial:
         evaluation.write(partial)
     run.tell(f"evaluation: {len(arms)} arm(s), {evaluation.results.prompts:,} prompts answered")
@@ -108,14 +114,6 @@ def _held_out_measure(run: Run) -> Any:
     prompt_ids = dict(zip(tokens["pair_id"], tokens["prompt_id"], strict=True))
     tokens_P2 = np.stack(part_lengths(tokens)[1:], axis=1)
     settings = {**ORIGINAL_DEFAULTS, **run.recipe.train.trainer}
-    args = dpo_arguments(
-        run.recipe.train.trainer,
-        model=run.recipe.model,
-        max_length=run.recipe.data.max_length,
-        output_dir=run.folder.root,
-        seed=0,
-        sequential=True,
-    )
 
     def measure(model: Any) -> PreferenceMetrics:
         logps = pair_logps(
@@ -123,7 +121,7 @@ def _held_out_measure(run: Run) -> Any:
             tokens,
             tokens_per_batch=run.recipe.evaluate.tokens_per_batch,
             pad_token_id=run.tokenizer.pad_token_id,
-            autocast_dtype=autocast_dtype(args),
+            autocast_dtype=autocast_dtype(settings, run.recipe.model),
             what="held-out pairs",
         )
         return held_out_metrics(logps, reference, tokens_P2, prompt_ids, settings)

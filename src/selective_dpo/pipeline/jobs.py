@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from selective_dpo.artifacts import content_key, read_manifest
-from selective_dpo.config import SelectConfig
+from selective_dpo.config import ScoreConfig, SelectConfig, TrainConfig
 from selective_dpo.core.identity import ids_digest
 from selective_dpo.curriculum.table import TABLE, Curriculum
 from selective_dpo.data.store import TOKENS
@@ -15,7 +15,7 @@ from selective_dpo.errors import ArtifactError
 from selective_dpo.reporting.tables import label_for
 from selective_dpo.scoring.plan import ScorerRun
 from selective_dpo.scoring.scorer import RECORDS, ScorerJob
-from selective_dpo.training.arguments import autocast_dtype, dpo_arguments
+from selective_dpo.training.arguments import autocast_dtype, weights_dtype
 from selective_dpo.training.checkpoints import CheckpointPlan
 from selective_dpo.training.train import TrainingJob
 
@@ -29,8 +29,8 @@ def reference_key(run: Run, pairs: Path) -> str:
     return content_key(
         stage="reference",
         tokens=read_manifest(pairs).files[TOKENS],
-        **_model_key(run),
-        autocast=str(autocast_dtype(reference_arguments(run))),
+        **_model_key(run, reference_block(run)),
+        autocast=str(autocast_dtype(reference_block(run).trainer, run.recipe.model)),
         tokens_per_batch=run.recipe.score.tokens_per_batch,
         **({} if trained is None else {"pairs": ids_digest(trained)}),
     )
@@ -48,18 +48,10 @@ def trained_ids(run: Run) -> list[str] | None:
     return sorted({name for _, folder in run.arms.values() for name in Curriculum.load(folder).order})
 
 
-def reference_arguments(run: Run) -> Any:
-    """The `DPOConfig`, but for seed and folder, in whose precision the reference runs: the scorers', who use
-    it first, or the training's where there are none."""
-    block = run.recipe.train if run.recipe.curriculum else run.recipe.score
-    return dpo_arguments(
-        block.trainer,
-        model=run.recipe.model,
-        max_length=run.recipe.data.max_length,
-        output_dir=run.folder.root,
-        seed=0,
-        sequential=False,
-    )
+def reference_block(run: Run) -> ScoreConfig | TrainConfig:
+    """The block in whose precision the reference runs: the scorers', who use it first, or the training's
+    where there are none."""
+    return run.recipe.train if run.recipe.curriculum else run.recipe.score
 
 
 def scorer_job(run: Run, scorer: ScorerRun) -> ScorerJob:
@@ -73,7 +65,7 @@ def scorer_job(run: Run, scorer: ScorerRun) -> ScorerJob:
         scorer=scorer.name,
         score=settings,
         max_length=recipe.data.max_length,
-        **_model_key(run),
+        **_model_key(run, recipe.score),
         tokens=read_manifest(run.folder.pairs).files[TOKENS],
         reference=read_manifest(run.folder.reference).files,
     )
@@ -120,7 +112,7 @@ def training_job(run: Run, name: str) -> TrainingJob:
         curriculum=curriculum.facts["key"],
         train=recipe.train.model_dump(mode="json", include={"lora", "trainer"}),
         max_length=recipe.data.max_length,
-        **_model_key(run),
+        **_model_key(run, recipe.train),
         tokens=read_manifest(run.folder.pairs).files[TOKENS],
         reference=read_manifest(run.folder.reference).files,
         held_out=read_manifest(run.folder.test_reference).files if has_test else {},
@@ -148,8 +140,11 @@ def _checkpoints(run: Run, name: str, key: str) -> CheckpointPlan:
     )
 
 
-def _model_key(run: Run) -> dict[str, object]:
+def _model_key(run: Run, block: ScoreConfig | TrainConfig) -> dict[str, object]:
     # Content, not paths: a model moved elsewhere is the same. Tokenizer and template decide the tokens,
     # which have a digest of their own.
     numerics = run.recipe.model.model_dump(mode="json", include={"dtype", "attention"})
+    held = weights_dtype(run.recipe.model, block.lora, block.trainer)
+    if held != run.recipe.model.dtype:
+        numerics["held_in"] = held
     return {"weights": run.model_digest, "numerics": numerics}

@@ -15,7 +15,7 @@ from selective_dpo.curriculum.outside import Outside, read_outside
 from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.data.store import load_tokens, require_known
 from selective_dpo.engine.models import load_policy, load_tokenizer, model_digest
-from selective_dpo.engine.processes import making, this_process, wait_for_everyone
+from selective_dpo.engine.processes import making, this_process, wait_for_everyone, whole_on_each_process
 from selective_dpo.engine.reference import publish_reference, require_finite_reference
 from selective_dpo.errors import ConfigError, name_some
 from selective_dpo.launch.workers import run_in_workers
@@ -23,7 +23,7 @@ from selective_dpo.pipeline import told
 from selective_dpo.pipeline.certify import certified_runs, ensure_certified
 from selective_dpo.pipeline.curriculum_stage import build_curricula, import_curricula
 from selective_dpo.pipeline.jobs import (
-    reference_arguments,
+    reference_block,
     reference_key,
     scorer_job,
     trained_ids,
@@ -41,7 +41,7 @@ from selective_dpo.pipeline.unchanged import (
 from selective_dpo.scoring.plan import ScorerRun, planned_runs
 from selective_dpo.scoring.score import run_scorers
 from selective_dpo.scoring.scorer import ScorerJob
-from selective_dpo.training.arguments import autocast_dtype
+from selective_dpo.training.arguments import autocast_dtype, weights_dtype
 from selective_dpo.training.checkpoints import discard_checkpoints
 from selective_dpo.training.train import TrainingJob, train_policy
 
@@ -257,14 +257,19 @@ def _ensure_reference_of(run: Run, pairs: Path, folder: Path) -> None:
         trained = trained_ids(run) if pairs == run.folder.pairs else None
         if trained is not None:
             tokens = tokens.select(positions_of(trained, list(tokens["pair_id"]), what="reference"))
+        block = reference_block(run)
+        with whole_on_each_process():
+            model = load_policy(recipe.model)
+        if weights_dtype(recipe.model, block.lora, block.trainer) == "float32":
+            model.float()  # as the policies that it is compared with
         publish_reference(
             folder,
             key=key,
-            model=load_policy(recipe.model),
+            model=model,
             tokens=tokens,
             tokens_per_batch=recipe.score.tokens_per_batch,
             pad_token_id=run.tokenizer.pad_token_id,
-            autocast_dtype=autocast_dtype(reference_arguments(run)),
+            autocast_dtype=autocast_dtype(block.trainer, recipe.model),
         )
         run.tell(told.referenced(folder, len(tokens)))
 

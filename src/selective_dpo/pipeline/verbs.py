@@ -5,6 +5,7 @@ All of them raise `BusyError` where another process is at work on the run (`pipe
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -34,9 +35,13 @@ from selective_dpo.pipeline.stages import (
 from selective_dpo.recipe_io import make_recipe
 from selective_dpo.reporting.report import write_report
 from selective_dpo.scoring.score import collect_records
+from selective_dpo.training.arguments import PURE
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+logger = logging.getLogger(__name__)
 
 
 def open_run(recipe: Recipe, *, fresh: bool = False, say: Callable[[str], object] = print) -> Run:
@@ -53,6 +58,8 @@ def open_run(recipe: Recipe, *, fresh: bool = False, say: Callable[[str], object
     """
     check_recipe_options(recipe)
     check_evaluation(recipe.evaluate, has_test=bool(recipe.data.test))
+    if not recipe.model.master_weights and this_process().is_main_process:
+        logger.warning("WARNING: %s (model.master_weights)", PURE.format(dtype=recipe.model.dtype))
     run = Run(recipe, RunDirectory.of(recipe), say, fresh, check=require_sound)
     if not fresh:
         run.folder.require_unchanged(recipe)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ import pyarrow.parquet as pq
 from transformers import TrainerCallback
 
 from selective_dpo.core.schedule import evaluation_steps
-from selective_dpo.engine.logprobs import PairLogps
+from selective_dpo.engine.logprobs import MeasurementStopped, PairLogps
 from selective_dpo.errors import ConfigError
 
 _STATE = "measurements.parquet"
@@ -32,7 +33,8 @@ class HeldOutEvaluations(TrainerCallback):
     """Calls `measure` after evenly spaced optimizer steps, the last one at the end of training.
 
     Not TRL's own evaluation, which reduces to a mean and knows no ids. Measuring draws no random
-    numbers, so training does not depend on how often it is done.
+    numbers, so training does not depend on how often it is done. What SIGTERM has kept from being measured is
+    measured first when the training goes on from the checkpoint that is made then.
     """
 
     def __init__(self, evaluations: int, measure: Callable[[], PairLogps]) -> None:
@@ -51,9 +53,18 @@ class HeldOutEvaluations(TrainerCallback):
             ) from error
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step in self._steps:
-            number = self._steps.index(state.global_step) + 1
-            self.measurements.append(Measurement(number, state.global_step, self._measure()))
+        with contextlib.suppress(MeasurementStopped):  # which makes a checkpoint be made
+            self._measure_if_due(state.global_step)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._measure_if_due(state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._measure_if_due(state.global_step)
+
+    def _measure_if_due(self, step: int) -> None:
+        if step in self._steps and all(step != measured.step for measured in self.measurements):
+            self.measurements.append(Measurement(self._steps.index(step) + 1, step, self._measure()))
 
     def write_state(self, folder: Path) -> None:
         """Write the measurements so far into a checkpoint: a row for each pair and measurement."""

@@ -24,13 +24,19 @@ from selective_dpo.engine.processes import publish_from_main, this_process
 from selective_dpo.engine.reference import load_reference, with_reference, without_quarantined
 from selective_dpo.scoring.held_out import HeldOutEvaluations, Measurement
 from selective_dpo.scoring.plan import ScorerRun, split_pairs
-from selective_dpo.training.arguments import ORIGINAL_DEFAULTS, autocast_dtype, dpo_arguments, lora_config
+from selective_dpo.training.arguments import (
+    ORIGINAL_DEFAULTS,
+    autocast_dtype,
+    dpo_arguments,
+    hold_for_training,
+    lora_config,
+    weights_dtype,
+)
 from selective_dpo.training.checkpoints import CheckpointPlan, discard_checkpoints
 from selective_dpo.training.pair_trainer import PairTrainer
 from selective_dpo.training.progress import TrainingProgress, without_printed_logs
 from selective_dpo.training.publish import save_policy, trainer_facts, training_log
 from selective_dpo.training.resumable import ResumableTrainer, train_resumably
-from selective_dpo.training.rows import with_cached_reference
 from selective_dpo.training.trackers import training_folder
 
 RECORDS = "records.parquet"
@@ -108,7 +114,7 @@ def run_scorer(job: ScorerJob) -> None:
             },
         )
         if config.keep_scorers:
-            save_policy(trainer, partial / "scorer")
+            save_policy(trainer, partial / "scorer", dtype=job.recipe.model.dtype)
     if job.checkpoints is not None and this_process().is_main_process:
         discard_checkpoints(job.checkpoints.folder)
 
@@ -133,14 +139,16 @@ def _make_trainer(
             held_out,
             tokens_per_batch=config.tokens_per_batch,
             pad_token_id=tokenizer.pad_token_id,
-            autocast_dtype=autocast_dtype(args),
+            autocast_dtype=autocast_dtype(config.trainer, job.recipe.model),
             what=f"{job.run.name} held-out",
+            stop=trainer.is_asked_to_stop,
         )
 
     evaluations = HeldOutEvaluations(config.evaluations, measure)
+    held = weights_dtype(job.recipe.model, config.lora, config.trainer)
     trainer = _Scorer(
-        load_policy(job.recipe.model),
-        args=with_cached_reference(args, train),
+        hold_for_training(load_policy(job.recipe.model), args, held),
+        args=args,
         train_dataset=train,
         processing_class=tokenizer,
         peft_config=lora_config(config.lora, job.recipe.model.revision),

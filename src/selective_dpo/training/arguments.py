@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,10 @@ ORIGINAL_DEFAULTS: Settings = {
 }
 
 
+PURE = "full fine-tuning in pure {dtype} loses the updates that are smaller than its rounding: nearly all"
+"""What there is to say of `model.master_weights: false`."""
+
+
 def dpo_arguments(
     settings: Settings,
     *,
@@ -40,8 +45,9 @@ def dpo_arguments(
     Raises:
         ConfigError: TRL or transformers refuse a value.
     """
-    given: dict[str, Any] = {**ORIGINAL_DEFAULTS, **settings}
-    given.setdefault("bf16", model.dtype == "bfloat16" and not given.get("fp16", False))
+    # A deep copy: transformers fills in what `fsdp_config` lacks, and keys are made of the recipe.
+    given: dict[str, Any] = copy.deepcopy({**ORIGINAL_DEFAULTS, **settings})
+    given.setdefault("bf16", mixed_precision(settings, model) == "bfloat16")
     # transformers takes bfloat16 on a CPU only where it is told that the CPU is meant.
     given.setdefault("use_cpu", not torch.accelerator.is_available())
     given.setdefault("report_to", "none")
@@ -64,11 +70,43 @@ def dpo_arguments(
         raise ConfigError(f"trainer settings: {str(error).strip().splitlines()[0]}") from error
 
 
-def autocast_dtype(args: DPOConfig) -> torch.dtype | None:
-    """The mixed precision that a trainer with `args` runs its forward passes in; None: full."""
-    if args.bf16:
-        return torch.bfloat16
-    return torch.float16 if args.fp16 else None
+# The rest is read from the recipe, since to make a `DPOConfig` changes the process: with ZeRO-3 in it,
+# transformers spreads every model that is loaded from then on over the processes.
+
+
+def beta(settings: Settings) -> float:
+    """DPO's beta in a training with these settings."""
+    return float({**ORIGINAL_DEFAULTS, **settings}["beta"])
+
+
+def mixed_precision(settings: Settings, model: ModelConfig) -> str:
+    """The type that a training with these settings computes in where it is not the weights' own; else ""."""
+    if settings.get("bf16", model.dtype == "bfloat16" and not settings.get("fp16")):
+        return "bfloat16"
+    return "float16" if settings.get("fp16") else ""
+
+
+def weights_dtype(model: ModelConfig, lora: Settings | None, settings: Settings) -> str:
+    """The type that a training holds the model's weights in.
+
+    float32 where all of them are trained: a step of bfloat16 is 2^-8 of a weight, and an update at the usual
+    rates is smaller. Under an adapter they stay as they are loaded, and DeepSpeed has a float32 copy.
+    """
+    is_full = lora is None and not settings.get("deepspeed")
+    return "float32" if is_full and model.master_weights else model.dtype
+
+
+def hold_for_training(policy: Any, args: DPOConfig, dtype: str) -> Any:
+    """`policy`, its weights held in `dtype` (see `weights_dtype`), unless a launcher has set up DeepSpeed."""
+    if args.deepspeed_plugin is None and dtype == "float32":
+        policy.float()
+    return policy
+
+
+def autocast_dtype(settings: Settings, model: ModelConfig) -> torch.dtype | None:
+    """`mixed_precision` as a type of PyTorch's; None: there is none."""
+    name = mixed_precision(settings, model)
+    return getattr(torch, name) if name else None
 
 
 def lora_config(settings: Settings | None, revision: str = "main") -> LoraConfig | None:

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from torch.nn.parallel import DistributedDataParallel
 from trl import DPOConfig, DPOTrainer
+from trl.trainer.utils import hash_module
 
 from selective_dpo.core.losses import LOSSES, chance_loss
 from selective_dpo.curriculum.apply import PAIR_ID
@@ -23,13 +25,23 @@ from selective_dpo.training.equal_weights import BLANK, WEIGHT, weigh_equally
 from selective_dpo.training.finite import FiniteGradients, require_finite_loss
 from selective_dpo.training.logged_means import LoggedMeans
 from selective_dpo.training.micro_batches import ROW, WithinMemory
-from selective_dpo.training.rows import RowCollator, as_scored, has_reference, named_missing
+from selective_dpo.training.rows import (
+    RowCollator,
+    as_scored,
+    has_reference,
+    named_missing,
+    with_reference_in_rows,
+)
 from selective_dpo.training.shared_step import SharedModel, disable_dropout, is_tokenized, shares_rows
 from selective_dpo.training.smaller_passes import SmallerPasses
 from selective_dpo.training.update_batches import can_deal_by_length, deal_by_length
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
+
+
+_IN_ROWS = object()
+"""Given to TRL as the reference model: it then loads none of its own."""
 
 
 class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
@@ -51,10 +63,29 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
         ConfigError: the model's attention cannot be trained on this device.
     """
 
-    def __init__(self, *args: Any, path: PathName = "auto", **others: Any) -> None:
+    def __init__(
+        self,
+        model: Any,
+        ref_model: Any = None,
+        args: DPOConfig | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        *more: Any,
+        path: PathName = "auto",
+        **others: Any,
+    ) -> None:
         self._path: PathName = path
         self._shares_rows: bool | None = None
-        super().__init__(*args, **others)
+        in_rows = args is not None and ref_model is None and has_reference(train_dataset)
+        if in_rows:
+            args, in_rows = with_reference_in_rows(args, eval_dataset)
+            if in_rows and not (others.get("peft_config") or isinstance(model, PeftModel)):
+                ref_model = _IN_ROWS
+        super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, *more, **others)
+        if in_rows:
+            # Only now: else TRL takes a digest of all weights, for a cache that is not used.
+            self.precompute_ref_logps: bool = True
         if self.args.disable_dropout:
             disable_dropout(self.model)
             if self.ref_model is not None:
@@ -70,6 +101,15 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
         )
         self._rows_of_update: list[torch.Tensor] = []
         self.add_callback(FiniteGradients(self, self._ids_of_update))
+
+    @property
+    def ref_model(self) -> Any:
+        """TRL's reference model; None where the rows carry its log-probs, or an adapter can be left out."""
+        return self._ref_model
+
+    @ref_model.setter
+    def ref_model(self, model: Any) -> None:
+        self._ref_model = None if model is _IN_ROWS else model
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """TRL's data loader; where the rows have pair ids, its batches also say which rows they hold."""
@@ -120,6 +160,7 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         if has_reference(dataset):
             return dataset
+        self._precompute_model_hash: Any = self._precompute_model_hash or hash_module(self.model)
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def get_batch_samples(
@@ -252,7 +293,7 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
         reference = self._sharing(reference_model)
         inputs[CHOSEN_COLUMN], inputs[REJECTED_COLUMN] = self.compute_ref_log_probs(reference, inputs)
         # TRL reads the log-probs from the batch where it believes them computed beforehand.
-        self.precompute_ref_logps: bool = True
+        self.precompute_ref_logps = True
         try:
             yield
         finally:

@@ -4,51 +4,122 @@ from __future__ import annotations
 
 import errno
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
+from safetensors import safe_open
+from torch import Tensor
 
 from selective_dpo.artifacts import read_json, write_json
 from selective_dpo.engine.models import shown_path
-from selective_dpo.errors import ConfigError
-from selective_dpo.training.sealing import in_short, is_of_the_disk
+from selective_dpo.errors import ConfigError, ModelError, name_some
+from selective_dpo.training.sealing import from_main, in_short, is_of_the_disk
 
 _PEFT_SETS = ("target_modules", "exclude_modules")
 
 
-def save_policy(trainer: Any, folder: Path) -> None:
+def weights_of(model: Any) -> dict[str, int]:
+    """How many numbers each weight holds that a trained `model` is saved with: its adapter's, or all.
+
+    To be asked before a training, which may spread the weights over processes.
+    """
+    adapter_only = isinstance(model, PeftModel)
+    return {
+        # ZeRO-3 leaves a weight empty, with its size beside it.
+        name: getattr(weight, "ds_numel", weight.numel())
+        for name, weight in model.named_parameters()  # of weights tied to each other, one
+        if weight.requires_grad or not adapter_only
+    }
+
+
+def save_policy(trainer: Any, folder: Path, *, dtype: str) -> None:
     """Write the trained weights (or adapter) and tokenizer into `folder`, all processes taking part.
 
+    Weights that are spread over processes are gathered, whatever the settings say of checkpoints. Those of a
+    whole model are written in `dtype`, the starting model's, although they may have been trained in float32.
     transformers puts its training arguments beside them as a pickle, which nobody needs for using the
     model and nobody should have to trust, and PEFT a card with the base's path: both are removed.
 
+    Args:
+        trainer: a `ResumableTrainer`; its `weights` are what must have been written in the end.
+
     Raises:
+        ModelError: some of them were not; on all processes.
         OSError: the disk is full, or refuses in another way.
     """
-    try:
-        trainer.save_model(str(folder))
-    except Exception as error:
-        if is_of_the_disk(error) and not isinstance(error, OSError):
-            raise OSError(errno.ENOSPC, in_short(error), str(folder)) from error
-        raise
-    for name in ("training_args.bin", "README.md"):
-        (folder / name).unlink(missing_ok=True)
-    _tidy(folder / "adapter_config.json")
+    adapter_only = isinstance(trainer.accelerator.unwrap_model(trainer.model), PeftModel)
+    state = _gathered(trainer, adapter_only=adapter_only)
+    problem = ""
+    if trainer.args.should_save:
+        absent = trainer.weights.keys() - state.keys()
+        try:
+            trainer._save(str(folder), state if adapter_only else _cast(state, getattr(torch, dtype)))
+        except Exception as error:
+            if is_of_the_disk(error) and not isinstance(error, OSError):
+                raise OSError(errno.ENOSPC, in_short(error), str(folder)) from error
+            raise
+        for name in ("training_args.bin", "README.md"):
+            (folder / name).unlink(missing_ok=True)
+        _tidy(folder / "adapter_config.json", folder / "config.json", dtype)
+        written, wanted = _numbers_in(folder), sum(trainer.weights.values())
+        if absent or written < wanted:
+            problem = f"{written:,} of the model's {wanted:,} numbers were written"
+            problem += f", nothing of {name_some(sorted(absent), limit=2)}" if absent else ""
+    if problem := from_main(problem):
+        raise ModelError(
+            f"the trained weights could not be saved whole ({problem}); nothing was published, and the "
+            "training's checkpoints are kept: run the same command again, without sharding if it repeats"
+        )
 
 
-def _tidy(config: Path) -> None:
-    """PEFT writes its sets in the order they happen to have, and where the base lies on this machine.
+def _gathered(trainer: Any, *, adapter_only: bool) -> dict[str, Tensor]:
+    """The state of the whole model, on the main process at least; all processes must call this."""
+    if not trainer.is_deepspeed_enabled:
+        return dict(trainer.accelerator.get_state_dict(trainer.model))
+    engine = trainer.model_wrapped
+    if engine.zero_optimization_partition_weights():
+        # accelerate gathers only where DeepSpeed's settings say so, and by default they do not.
+        return dict(engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=adapter_only) or {})
+    return dict(trainer.accelerator.get_state_dict(engine))
 
-    The same adapter is to have the same file everywhere. Of a local base it keeps `./NAME`, which no one
-    takes for a name on the hub: it is found from the folder that holds it.
+
+def _cast(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    done: dict[tuple[int, torch.Size], Tensor] = {}
+    cast = {}
+    for name, tensor in state.items():
+        key = (tensor.data_ptr(), tensor.shape)
+        if key not in done:
+            done[key] = tensor.to("cpu", dtype) if tensor.is_floating_point() else tensor
+        cast[name] = done[key]  # weights that are tied to each other stay so
+    return cast
+
+
+def _numbers_in(folder: Path) -> int:
+    """Numbers in all files of weights; their headers are read."""
+    count = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    return count
+
+
+def _tidy(adapter: Path, model: Path, dtype: str) -> None:
+    """The same policy is to have the same files everywhere.
+
+    PEFT writes its sets in the order they happen to have, and where the base lies on this machine: of a
+    local base `./NAME` is kept, which no one takes for a name on the hub; it is found from the folder that
+    holds it. transformers names the type that the weights had in training.
     """
-    if config.is_file():
-        content = read_json(config)
+    if adapter.is_file():
+        content = read_json(adapter)
         sets = {name: sorted(content[name]) for name in _PEFT_SETS if isinstance(content.get(name), list)}
         base = content["base_model_name_or_path"]
-        named = {"base_model_name_or_path": base and shown_path(base)}
-        write_json(config, {**content, **sets, **named})
+        write_json(adapter, {**content, **sets, "base_model_name_or_path": base and shown_path(base)})
+    if model.is_file():
+        write_json(model, {**read_json(model), "dtype": dtype})
 
 
 def require_finite_weights(trainer: Any, *, settings: str) -> None:
@@ -60,9 +131,12 @@ def require_finite_weights(trainer: Any, *, settings: str) -> None:
     Raises:
         ConfigError: a trained weight is not finite, on any process.
     """
-    trained = [weight.detach() for weight in trainer.model.parameters() if weight.requires_grad]
-    # Of a weight that is spread over processes, each one looks at its own part.
-    parts = [weight.to_local() if hasattr(weight, "to_local") else weight for weight in trained]
+    trained = [weight for weight in trainer.model.parameters() if weight.requires_grad]
+    # Of a weight that is spread over processes (FSDP, ZeRO-3), each one looks at its own part.
+    parts = [
+        weight.to_local() if hasattr(weight, "to_local") else getattr(weight, "ds_tensor", weight)
+        for weight in trained
+    ]
     bad = sum(int(not torch.isfinite(part).all()) for part in parts)
     counts = trainer.accelerator.gather(torch.tensor([bad], device=trainer.accelerator.device))
     if int(counts.sum()):

@@ -15,11 +15,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from transformers import Trainer, TrainerCallback
 
 from selective_dpo.artifacts import write_atomic
-from selective_dpo.engine.processes import this_process
+from selective_dpo.engine.processes import on_any_process, this_process
 from selective_dpo.errors import ConfigError, Interrupted, SelectiveDPOError
 from selective_dpo.launch.interruption import REMEDY, stopping_when_asked
 from selective_dpo.launch.processes import ending_with_the_others
@@ -36,6 +35,7 @@ from selective_dpo.training.checkpoints import (
     require_layout,
 )
 from selective_dpo.training.loading import CheckedLoading, reading, require_sound
+from selective_dpo.training.publish import weights_of
 from selective_dpo.training.sealing import from_main, saving_to, write_sealed
 from selective_dpo.training.smaller_passes import SmallerPasses
 
@@ -57,6 +57,12 @@ class ResumableTrainer(CheckedLoading):
 
     def __init__(self, *args: Any, **others: Any) -> None:
         super().__init__(*args, **others)
+        self.weights = weights_of(self.model)
+        """What the trained model is to be saved with."""
+
+    def is_asked_to_stop(self) -> bool:
+        """Whether SIGTERM has come and was noted, for the next checkpoint."""
+        return self.checkpoints is not None and self.checkpoints.is_asked()
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self.checkpoints is None:
@@ -108,7 +114,7 @@ class Checkpoints(TrainerCallback):
     def __init__(
         self, trainer: Any, plan: CheckpointPlan, parts: Sequence[Part], is_asked: Callable[[], bool]
     ) -> None:
-        self._trainer, self._plan, self._parts, self._is_asked = trainer, plan, parts, is_asked
+        self._trainer, self._plan, self._parts, self.is_asked = trainer, plan, parts, is_asked
         self._process = this_process()
         self._started = self._last = time.monotonic()
         self.earlier_seconds = 0.0
@@ -183,17 +189,18 @@ class Checkpoints(TrainerCallback):
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_save = self._is_due(state)
 
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Of an evaluation by the trainer itself. Its log entry comes at its end only, so it is repeated.
+        if on_any_process(self.is_asked()):
+            raise Interrupted(
+                f"interrupted by SIGTERM in the evaluation at step {state.global_step:,}: {REMEDY}"
+            )
+
     def _is_due(self, state: Any) -> bool:
         """Whether to make a checkpoint now; the same on all processes."""
         by_time = 0 < self._plan.minutes * 60 <= time.monotonic() - self._last
-        flags = torch.tensor(
-            [by_time and self._process.is_main_process, self._is_asked()],
-            dtype=torch.int32,
-            device=self._process.device,
-        )
-        if self._process.num_processes > 1:
-            torch.distributed.all_reduce(flags)
-        is_time, self._is_stopping = (bool(flag) for flag in flags.tolist())
+        is_time = on_any_process(by_time and self._process.is_main_process)
+        self._is_stopping = on_any_process(self.is_asked())
         by_steps = self._plan.steps > 0 and state.global_step % self._plan.steps == 0
         return is_time or by_steps or self._is_stopping or _is_last(state)
 

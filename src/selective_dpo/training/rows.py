@@ -24,18 +24,18 @@ def has_reference(dataset: Any) -> bool:
     return isinstance(dataset, Dataset) and {CHOSEN_COLUMN, REJECTED_COLUMN} <= set(dataset.column_names)
 
 
-def with_cached_reference(args: DPOConfig, train: Dataset) -> DPOConfig:
-    """`args` telling TRL to read the reference from the rows, where those of `train` carry it.
+def with_reference_in_rows(args: DPOConfig, evaluated: Any) -> tuple[DPOConfig, bool]:
+    """For training rows that carry the reference's log-probs: `args`, and whether `evaluated` carry them.
 
-    With the flag on TRL loads no reference model; `PairTrainer` then answers its request to compute
-    the log-probs with the rows' own columns. For evaluation rows without them TRL computes them once,
+    Where they do, TRL is to compute nothing. Else its `precompute_ref_log_probs` makes up for what they lack,
     with the model as it is before training.
+
+    Args:
+        evaluated: as TRL takes it: one set of rows, several by name, or None.
 
     Raises:
         ConfigError: `args` need a reference that fixed sums of log-probs cannot give.
     """
-    if not has_reference(train):
-        return args
     problems = [
         (args.sync_ref_model, "sync_ref_model changes the reference during training"),
         (args.ld_alpha is not None, "ld_alpha weighs the reference's tokens one by one"),
@@ -46,9 +46,11 @@ def with_cached_reference(args: DPOConfig, train: Dataset) -> DPOConfig:
                 f"{reason}, but the rows carry its log-probs as sums ({CHOSEN_COLUMN}, {REJECTED_COLUMN}): "
                 "leave the option out, or remove the columns"
             )
+    sets = evaluated.values() if isinstance(evaluated, dict) else [] if evaluated is None else [evaluated]
+    in_all = all(map(has_reference, sets))
     args = copy.copy(args)
-    args.precompute_ref_log_probs = True
-    return args
+    args.precompute_ref_log_probs = not in_all
+    return args, in_all
 
 
 def as_scored(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from selective_dpo.errors import ConfigError, ModelError, name_some
 from selective_dpo.training.micro_batches import ROW
 from selective_dpo.training.order import STATE, ConsumedOrder, OrderLog
 from selective_dpo.training.pair_trainer import PairTrainer
-from selective_dpo.training.rows import has_reference, with_cached_reference
+from selective_dpo.training.rows import has_reference
 from selective_dpo.training.shared_step import is_tokenized
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ class SelectiveDPOTrainer(PairTrainer):
         super().__init__(
             model,
             ref_model,
-            with_cached_reference(args, ordered),
+            args,
             data_collator,
             ordered,
             eval_dataset,

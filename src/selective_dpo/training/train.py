@@ -15,7 +15,7 @@ from selective_dpo.engine.models import load_policy, load_tokenizer
 from selective_dpo.engine.processes import publish_from_main, this_process
 from selective_dpo.engine.reference import load_reference, with_reference, without_quarantined
 from selective_dpo.errors import IdentityError, name_some
-from selective_dpo.training.arguments import dpo_arguments, lora_config
+from selective_dpo.training.arguments import dpo_arguments, hold_for_training, lora_config, weights_dtype
 from selective_dpo.training.checkpoints import CheckpointPlan, discard_checkpoints
 from selective_dpo.training.model_card import model_card
 from selective_dpo.training.order import OrderLog
@@ -93,7 +93,7 @@ def train_policy(job: TrainingJob) -> None:
         )
     require_finite_weights(trainer, settings="train.trainer")
     with publish_from_main(job.folder, kind="policy", key=job.key) as partial:
-        save_policy(trainer, partial)
+        save_policy(trainer, partial, dtype=job.recipe.model.dtype)
         if this_process().is_main_process:
             write_json(partial / "order.json", order.to_json())
             write_json(partial / "trainer_log.json", training_log(trainer))
@@ -119,8 +119,9 @@ def _make_trainer(job: TrainingJob, curriculum: Curriculum, folder: Path) -> Any
         seed=DEFAULT_SEED,
         sequential=True,
     )
+    held = weights_dtype(recipe.model, recipe.train.lora, recipe.train.trainer)
     trainer = _PolicyTrainer(
-        load_policy(recipe.model),
+        hold_for_training(load_policy(recipe.model), args, held),
         args=args,
         train_dataset=rows,
         eval_dataset=_held_out(job) if args.eval_strategy != "no" else None,

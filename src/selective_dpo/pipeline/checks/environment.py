@@ -19,6 +19,7 @@ from selective_dpo.pipeline.checks.check import Check, fail, ok, warn
 from selective_dpo.pipeline.planning.device import Device
 from selective_dpo.pipeline.planning.disk import Disk
 from selective_dpo.pipeline.planning.words import readable_bytes
+from selective_dpo.training.arguments import PURE
 from selective_dpo.training.trackers import tracker_names
 
 _DISTRIBUTION = "selective-dpo"
@@ -120,7 +121,9 @@ def check_launch(recipe: Recipe, device: Device) -> Check:
 
 
 def check_precision(recipe: Recipe, device: Device) -> Check:
-    """Whether the device computes in the weights' type."""
+    """Whether the device computes in the weights' type, and small updates are kept."""
+    if not recipe.model.master_weights:
+        return warn("precision", PURE.format(dtype=recipe.model.dtype), "leave model.master_weights out")
     if recipe.model.dtype != "bfloat16":
         return ok("precision", recipe.model.dtype)
     if device.kind == "cpu":

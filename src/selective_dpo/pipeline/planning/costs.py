@@ -67,12 +67,16 @@ def training_memory(
 ) -> Memory:
     """Memory of a training with `rows_per_pair` rows for a pair, the longest of `longest` tokens.
 
-    `dtype` is the weights' type, `eager` whether attention is written out. Gradients are kept in the trained
-    parameters' type. Optimizer states by its name; what shards are divided among is `processes`.
+    `dtype` is what the weights are held in, `eager` whether attention is written out. Gradients are kept in
+    the trained parameters' type. Optimizer states by its name; what shards are divided among is `processes`.
     """
     trained = adapter or sizes.parameters
     trained_bytes = _ADAPTER_BYTES if adapter else BYTES[dtype]
     weights = sizes.parameters * BYTES[dtype] + adapter * _ADAPTER_BYTES
+    if not adapter and settings.compute_dtype != dtype and settings.shards != "weights":
+        weights += (
+            sizes.parameters * BYTES[settings.compute_dtype]
+        )  # autocast's copy, until a forward pass ends
     gradients = trained * trained_bytes
     optimizer = _states_bytes(settings, trained, trained_bytes)
     shared = ("optimizer", "gradients", "weights")

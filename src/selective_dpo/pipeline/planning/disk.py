@@ -13,6 +13,7 @@ from selective_dpo.pipeline.planning.costs import checkpoint_bytes, saved_bytes
 from selective_dpo.pipeline.planning.pricing import Models
 from selective_dpo.pipeline.planning.settings import training_settings
 from selective_dpo.scoring.plan import planned_runs
+from selective_dpo.training.arguments import weights_dtype
 from selective_dpo.training.checkpoints import KEPT
 
 
@@ -45,15 +46,16 @@ def disk_need(recipe: Recipe, models: Models | None) -> Disk | None:
     if recipe.score.keep_scorers:
         results += scorers * saved_bytes(models.sizes, adapter=models.scorer_adapter, dtype=dtype)
     stages = (
-        (recipe.score.trainer, models.scorer_adapter, scorers),
-        (recipe.train.trainer, models.policy_adapter, policies),
+        (recipe.score, models.scorer_adapter, scorers),
+        (recipe.train, models.policy_adapter, policies),
     )
     launch = recipe.launch
     checkpoints = 0.0
     if launch.checkpoint_minutes or launch.checkpoint_steps:
-        for trainer, adapter, jobs in stages:
-            settings = training_settings(trainer, recipe.model)
-            one = checkpoint_bytes(models.sizes, settings, adapter=adapter, dtype=dtype)
+        for block, adapter, jobs in stages:
+            settings = training_settings(block.trainer, recipe.model)
+            held = weights_dtype(recipe.model, block.lora, block.trainer)
+            one = checkpoint_bytes(models.sizes, settings, adapter=adapter, dtype=held)
             # Of each training under way: those that are kept, and the next one while it is written.
             checkpoints = max(checkpoints, min(launch.workers, jobs) * (KEPT + 1) * one)
     return Disk(results, checkpoints)

@@ -26,6 +26,7 @@ from selective_dpo.pipeline.planning.device import ASSUMED_UTILISATION, Device, 
 from selective_dpo.pipeline.planning.forwarding import Forwarding, forwarding_of
 from selective_dpo.pipeline.planning.settings import TrainingSettings, training_settings
 from selective_dpo.pipeline.planning.workload import Kind, Workload
+from selective_dpo.training.arguments import weights_dtype
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,13 @@ class Pricing:
             return self.scoring, models.scorer_adapter if models and kind == "scorer" else 0
         return self.training, models.policy_adapter if models else 0
 
+    def _held_in(self, kind: Kind) -> str:
+        """The type that a job holds its weights in; the reference is held as the scorers are."""
+        if kind in ("held-out", "answers"):
+            return self._recipe.model.dtype
+        block = self._recipe.train if kind == "policy" else self._recipe.score
+        return weights_dtype(self._recipe.model, block.lora, block.trainer)
+
     def _flops(self, load: Workload) -> float | None:
         if self._models is None or load.forwarded is None:
             return None
@@ -216,7 +224,7 @@ class Pricing:
             models.sizes,
             settings,
             adapter=adapter,
-            dtype=self._recipe.model.dtype,
+            dtype=self._held_in(load.kind),
             eager=self._recipe.model.attention == "eager",
             rows_per_pair=load.rows_per_pair,
             longest=longest,
@@ -228,7 +236,7 @@ class Pricing:
         return inference_memory(
             models.sizes,
             adapter=adapter,
-            dtype=self._recipe.model.dtype,
+            dtype=self._held_in(load.kind),
             compute_dtype=settings.compute_dtype,
             eager=self._recipe.model.attention == "eager",
             rows=max(load.rows_per_pair, budget // longest),

@@ -11,7 +11,7 @@ import functools
 from typing import Any, NamedTuple
 
 from selective_dpo.config import ModelConfig, Settings
-from selective_dpo.training.arguments import ORIGINAL_DEFAULTS
+from selective_dpo.training.arguments import ORIGINAL_DEFAULTS, mixed_precision
 
 
 class TrainingSettings(NamedTuple):
@@ -46,8 +46,6 @@ def training_settings(settings: Settings, model: ModelConfig) -> TrainingSetting
     checkpointing = value("activation_checkpointing")
     if checkpointing is None:  # the older name counts only where the newer one is not given
         checkpointing = value("gradient_checkpointing")
-    mixed = settings.get("bf16", model.dtype == "bfloat16" and not settings.get("fp16", False))
-    compute = "bfloat16" if mixed else "float16" if settings.get("fp16") else model.dtype
     shards, unread = _sharding(settings)
     return TrainingSettings(
         pairs_per_batch=value("per_device_train_batch_size"),
@@ -57,7 +55,7 @@ def training_settings(settings: Settings, model: ModelConfig) -> TrainingSetting
         beta=float(value("beta")),
         optimizer=str(value("optim")),
         recomputes=bool(checkpointing),
-        compute_dtype=compute,
+        compute_dtype=mixed_precision(settings, model) or model.dtype,
         shards=shards,
         keeps_master_weights=bool(settings.get("deepspeed")) and model.dtype != "float32",
         unread=unread,

@@ -1,0 +1,155 @@
+"""Weights that are spread over two processes for real: scorers and policy come out whole, as without."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from selective_dpo.artifacts import read_json, verify_folder
+from selective_dpo.engine.reference import load_reference
+from tests.fixtures.models import TRAINER, recipe_file, tiny_model_folder, tiny_pairs_file, tiny_recipe
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+FSDP2 = {
+    "fsdp": "full_shard",
+    "fsdp_config": {
+        "version": 2,
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "state_dict_type": "SHARDED_STATE_DICT",
+    },
+}
+ZERO: dict[str, Any] = {
+    # Not stage3_gather_16bit_weights_on_model_save, which is off by default.
+    "zero_optimization": {"stage": 3},
+    "zero_allow_untested_optimizer": True,
+    "bf16": {"enabled": "auto"},
+    **dict.fromkeys(
+        (
+            "train_micro_batch_size_per_gpu",
+            "train_batch_size",
+            "gradient_accumulation_steps",
+            "gradient_clipping",
+        ),
+        "auto",
+    ),
+}
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="deepspeed (of the dev extra) is not installed"
+)
+
+
+def run_of(
+    folder: Path,
+    model: Path,
+    trainer: dict[str, Any],
+    *,
+    sharding: str = "",
+    dtype: str = "float32",
+    launcher: dict[str, str] | None = None,
+) -> Path:
+    """`selective-dpo evaluate` on two processes: two scorers that are kept, a policy, held-out pairs.
+
+    `launcher` are the environment variables of `accelerate launch`; `sharding` is accelerate's name of what
+    must have happened.
+    """
+    settings = {**TRAINER, "per_device_train_batch_size": 2, **trainer}
+    stage = {"lora": None, "trainer": settings}
+    test = tiny_pairs_file(folder / "test.jsonl", 6, seed=5)
+    recipe = tiny_recipe(
+        folder,
+        model={"path": str(model), "dtype": dtype},
+        data={"test": [{"path": str(test)}]},
+        score={"evaluations": 1, "keep_scorers": True, **stage},
+        train=stage,
+        launch={"processes": 2, "checkpoint_steps": 1},
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["-m", "tests.fixtures.sharding", "evaluate", str(recipe_file(recipe, folder / "recipe.yaml"))]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"} | (launcher or {})
+    if "deepspeed" in trainer:
+        environment["DS_ACCELERATOR"] = "cpu"
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (f"sharding: {sharding}" in done.stderr) if sharding else ("sharding:" not in done.stderr)
+    run = folder / "runs" / "tiny"
+    verify_folder(run / "policy")
+    assert not (run / "checkpoints").exists()
+    assert not [path for path in run.rglob("*") if path.suffix in (".pt", ".bin")]
+    return run
+
+
+def trained(run: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """The weights of each model that a run has kept."""
+    folders = {"policy": run / "policy", **{path.parent.name: path for path in run.glob("scores/*/scorer")}}
+    assert sorted(folders) == ["policy", "seed41-fold0", "seed41-fold1"]
+    return {name: load_file(folder / "model.safetensors") for name, folder in folders.items()}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model_folder(tmp_path_factory.mktemp("model") / "model")
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
+    """The run in plain data parallel."""
+    return run_of(tmp_path_factory.mktemp("plain"), model, {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("trainer", "sharding"),
+    [
+        pytest.param(FSDP2, "FSDP", id="fsdp2-sharded-state-dict"),
+        pytest.param({"deepspeed": ZERO}, "DEEPSPEED", id="zero3-without-gathering", marks=needs_deepspeed),
+    ],
+)
+def test_sharded_trainings_publish_whole_weights(
+    trainer: dict[str, Any], sharding: str, plain: Path, model: Path, tmp_path: Path
+) -> None:
+    run = run_of(tmp_path, model, trainer, sharding=sharding)
+    start, expected, found = load_file(model / "model.safetensors"), trained(plain), trained(run)
+    for name, weights in found.items():
+        assert weights.keys() == start.keys()
+        for each, weight in weights.items():
+            assert weight.dtype == torch.float32 and weight.shape == start[each].shape
+            # Sums over processes round otherwise, and Adam makes a step of whatever sign is left.
+            torch.testing.assert_close(weight, expected[name][each], rtol=0, atol=1e-5)
+        assert max(float((weights[each] - start[each]).abs().max()) for each in start) > 1e-2
+    losses = []
+    for each in (plain, run):
+        arms = {arm["name"]: arm for arm in read_json(each / "evaluation" / "results.json")["arms"]}
+        losses.append([arms[name]["held_out"]["loss"]["value"] for name in ("reference", "selected")])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_sharded_bfloat16_policy_is_saved_in_bfloat16(plain: Path, model: Path, tmp_path: Path) -> None:
+    """FSDP's mixed precision holds float32 weights. Here it is the launcher that asks for it, and for models
+    that the first process alone loads: which is for the trainings, and not for the reference."""
+    launcher = {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+    }
+    run = run_of(tmp_path, model, {"bf16": True}, sharding="FSDP", dtype="bfloat16", launcher=launcher)
+    for weights in trained(run).values():
+        assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    assert read_json(run / "policy" / "config.json")["dtype"] == "bfloat16"
+    expected, found = (load_reference(each / "reference") for each in (plain, run))
+    assert found.pair_ids == expected.pair_ids
+    # Up to 20 tokens of some 5 nats each, of which bfloat16 keeps two or three digits.
+    np.testing.assert_allclose(found.chosen_P, expected.chosen_P, atol=0.5)
