@@ -14,7 +14,13 @@ from selective_dpo.core.preference_metrics import preference_metrics
 from selective_dpo.core.results import ArmResult, EvaluationResults, from_json, main_measure, to_json
 from selective_dpo.errors import ArtifactError
 from selective_dpo.reporting.content import DropCount
-from selective_dpo.reporting.tables import agreement_table, arms_table, drops_table, label_for
+from selective_dpo.reporting.tables import (
+    agreement_table,
+    arms_table,
+    drops_table,
+    label_for,
+    share_with_reach,
+)
 
 
 @pytest.mark.parametrize(
@@ -84,6 +90,13 @@ def test_without_win_rates_the_arms_table_shows_held_out_accuracy() -> None:
     assert measure is not None
     assert measure.name == "held-out accuracy"
     assert "75.0% ±" in arms_table(parsed)
+
+
+def test_a_lopsided_interval_is_shown_by_its_ends() -> None:
+    assert share_with_reach(Estimate(0.98, 0.01, 0.931, 0.9942)) == "98.0% [93.1, 99.4]"
+    assert share_with_reach(Estimate(1.0, 0.0, 0.82, 1.0)) == "100.0% [82.0, 100.0]"
+    # Sides of 2.0 and 2.1 points: as good as symmetric.
+    assert share_with_reach(Estimate(0.55, 0.01, 0.53, 0.571)) == "55.0% ± 2.0"
 
 
 def test_one_cluster_has_no_interval() -> None:

@@ -20,6 +20,8 @@ from selective_dpo.reporting.content import DropCount
 from selective_dpo.reporting.text import printable
 
 DEFAULT_FRACTION = 0.5
+_LOPSIDED = 0.1
+"""An interval whose sides differ by more than this share of its width is shown by its ends."""
 _AGGREGATES = {"final": "by final loss", "median": "by median loss", "rank-mean": "by mean rank"}
 
 
@@ -114,7 +116,7 @@ def agreement_table(agreement: Mapping[str, Any]) -> str:
 
 
 def share_with_reach(estimate: Estimate | None) -> str:
-    """A share in percent and half its 95% interval: "55.8% ± 1.4"."""
+    """A share in percent and half its 95% interval: "55.8% ± 1.4"; or both ends: "98.0% [93.1, 99.4]"."""
     return _with_reach(estimate, ".1f", scale=100, unit="%")
 
 
@@ -134,6 +136,10 @@ def _with_reach(
     if estimate is None or math.isnan(estimate.value):
         return ""
     value = f"{scale * estimate.value:{sign}{form}}{unit}"
-    half = scale * (estimate.high - estimate.low) / 2
+    below, above = scale * (estimate.value - estimate.low), scale * (estimate.high - estimate.value)
     # With one prompt only there is no standard error.
-    return f"{value} (no interval)" if math.isnan(half) else f"{value} ± {half:{form}}"
+    if math.isnan(below + above):
+        return f"{value} (no interval)"
+    if abs(above - below) > _LOPSIDED * (above + below) and f"{above:{form}}" != f"{below:{form}}":
+        return f"{value} [{scale * estimate.low:{sign}{form}}, {scale * estimate.high:{sign}{form}}]"
+    return f"{value} ± {(above + below) / 2:{form}}"
