@@ -34,7 +34,7 @@ def test_win_rate_and_its_standard_error() -> None:
     # variance = .375 / 3^2 * 3 / 2 = .0625, so the standard error is .25
     assert estimate.value == pytest.approx(0.5)
     assert estimate.standard_error == pytest.approx(0.25)
-    # .25 / 3 if the verdicts of a prompt were alike: r = (.0625 + .1 / 9) / (.25 / 3 + .1 / 9) = .0736 / .0944
+    # .25 / 3 if a prompt's verdicts were alike: r = (.0625 + .1 / 9) / (.25 / 3 + .1 / 9) = .0736 / .0944
     # t = 4.3027 of 2 degrees of freedom, w = t^2 r / 3 = 4.8106, reach sqrt(w / 4 + w^2 / 4) / (1 + w)
     assert estimate.low == pytest.approx(0.5 - 0.45493, abs=1e-4)
     assert estimate.high == pytest.approx(0.5 + 0.45493, abs=1e-4)

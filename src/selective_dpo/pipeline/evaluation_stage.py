@@ -28,6 +28,9 @@ from selective_dpo.pipeline.stages import Run, ensure_policy
 from selective_dpo.reporting.tables import label_for
 from selective_dpo.training.arguments import autocast_dtype, dpo_arguments
 
+_NAMED_BY_CONTENT: Any = {"controls": True, "reward_model": True, "generation": {"source"}}
+"""Keys of `evaluate` for which something else stands in the evaluation's key: policies, judge, prompts."""
+
 
 def ensure_evaluation(run: Run) -> None:
     """Measure every arm, unless the same policies were measured in the same way already.
@@ -65,7 +68,8 @@ def evaluation_key(run: Run) -> str:
         stage="evaluation",
         weights=run.model_digest,
         policies={name: _weights(files) for name, files in policies.items()},
-        evaluate=run.recipe.evaluate.model_dump(mode="json", exclude={"controls"}),
+        judge=run.judge_digest,
+        evaluate=run.recipe.evaluate.model_dump(mode="json", exclude=_NAMED_BY_CONTENT),
         held_out=read_manifest(run.folder.test_pairs).files[TOKENS] if has_test else "",
         prompts=[prompt.prompt_id for prompt in prompts_to_answer(run)],
     )

@@ -19,6 +19,7 @@ from selective_dpo.engine.models import load_policy, load_tokenizer, model_diges
 from selective_dpo.engine.processes import making, this_process, wait_for_everyone
 from selective_dpo.engine.reference import publish_reference
 from selective_dpo.errors import ConfigError, RecordsError, name_some
+from selective_dpo.evaluation.judges import judge_for
 from selective_dpo.launch.workers import run_in_workers
 from selective_dpo.pipeline import told
 from selective_dpo.pipeline.certify import certificate, certified_runs, ensure_certified
@@ -70,6 +71,12 @@ class Run:
     def model_digest(self) -> str:
         """What identifies the starting policy's weights."""
         return model_digest(self.recipe.model)
+
+    @cached_property
+    def judge_digest(self) -> str:
+        """What identifies the judge's content; empty where there is none."""
+        judge = judge_for(self.recipe.evaluate)
+        return judge.fingerprint() if judge else ""
 
     @cached_property
     def tokenizer(self) -> Any:

@@ -25,7 +25,7 @@ from selective_dpo.pipeline.evaluation_stage import evaluation_key, prompts_to_a
 from selective_dpo.pipeline.jobs import scorer_job, training_job
 from selective_dpo.pipeline.run_directory import CONFIG, RECIPE, RunDirectory
 from selective_dpo.pipeline.stages import SELECTED, Run
-from selective_dpo.pipeline.unchanged import INPUTS
+from selective_dpo.pipeline.unchanged import INPUTS, JUDGE
 from selective_dpo.pipeline.verification.check import DAMAGE, Check, Checks
 from selective_dpo.pipeline.verification.curricula import MODEL, Arm, Written, check_curriculum
 from selective_dpo.pipeline.verification.evaluation import check_evaluation
@@ -155,7 +155,7 @@ def _arms(folder: RunDirectory, recipe: Recipe | None) -> list[Arm]:
 
 
 def _run(folder: RunDirectory, recipe: Recipe, curricula: Mapping[str, Written | None]) -> Run | None:
-    """The run with the model's digest as it was written down then; None where it was not."""
+    """The run with the model's digest, and the judge's, as written down then; None where it was not."""
     digests = [
         (each.facts.get("provenance") or {}).get("inputs", {}).get(MODEL)
         for each in curricula.values()
@@ -169,8 +169,10 @@ def _run(folder: RunDirectory, recipe: Recipe, curricula: Mapping[str, Written |
     known = next((digest for digest in digests if isinstance(digest, str)), None)
     if known is None:
         return None
+    judge = next((digest for name, digest in inputs.items() if name.startswith(f"{JUDGE} ")), "")
     run = Run(recipe, folder)
-    vars(run)["model_digest"] = known  # else it would be worked out from the weights, wherever they are now
+    # Else they would be worked out from the weights, wherever these are now.
+    vars(run).update(model_digest=known, judge_digest=judge)
     return run
 
 
