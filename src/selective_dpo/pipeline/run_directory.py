@@ -101,6 +101,10 @@ class RunDirectory:
         """A control arm: its `curriculum.parquet` and its `policy` folder."""
         return self.root / "controls" / name
 
+    def repeat(self, seed: int) -> Path:
+        """The run's own training with another seed: its `policy` folder."""
+        return self.root / "training-seeds" / str(seed)
+
     def require_unchanged(self, recipe: Recipe) -> None:
         """Refuse a recipe that differs from the one this folder was claimed for; nothing is written.
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from selective_dpo.artifacts import MANIFEST, is_complete, read_json
 from selective_dpo.config import Recipe, SelectConfig
 from selective_dpo.core.records import LossTable
+from selective_dpo.core.results import SELECTED
 from selective_dpo.curriculum.build import build_curriculum
 from selective_dpo.curriculum.quarantine import read_quarantine
 from selective_dpo.curriculum.table import Curriculum
@@ -31,6 +32,7 @@ from selective_dpo.pipeline.jobs import (
     scorer_arguments,
     scorer_job,
     training_job,
+    trainings,
 )
 from selective_dpo.pipeline.pairs_stage import ensure_prepared
 from selective_dpo.pipeline.provenance import provenance
@@ -51,9 +53,6 @@ from selective_dpo.training.checkpoints import discard_checkpoints
 from selective_dpo.training.train import TrainingJob, train_policy
 
 Job = TypeVar("Job", ScorerJob, TrainingJob)
-
-SELECTED = "selected"
-"""Name of the run's own arm, beside its controls."""
 
 
 @dataclass(frozen=True)
@@ -228,9 +227,9 @@ def build_curricula(run: Run) -> Curriculum:
 
 
 def ensure_policy(run: Run) -> None:
-    """Train the run's policy, and its controls', where they are missing."""
+    """Train the run's policy, its controls' and those of other seeds, where they are missing."""
     ensure_curriculum(run)
-    jobs = [training_job(run, name) for name in run.arms]
+    jobs = [training_job(run, name) for name in trainings(run)]
     complete, missing = _by_completeness(jobs)
     if not missing:
         return

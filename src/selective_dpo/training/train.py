@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from datasets import Dataset
 
 from selective_dpo.artifacts import write_atomic, write_json
-from selective_dpo.config import Recipe
+from selective_dpo.config import TRAINING_SEED, Recipe
 from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.data.store import load_tokens
 from selective_dpo.engine.models import load_policy, load_tokenizer
@@ -30,8 +30,6 @@ from selective_dpo.training.publish import (
 from selective_dpo.training.resumable import ResumableTrainer, train_resumably
 from selective_dpo.training.selective_trainer import SelectiveDPOTrainer
 from selective_dpo.training.trackers import training_folder
-
-DEFAULT_SEED = 42
 
 
 class TrainingJob(NamedTuple):
@@ -55,6 +53,8 @@ class TrainingJob(NamedTuple):
     """Where the local files of trackers go; None: they are deleted."""
     checkpoints: CheckpointPlan | None = None
     """None: a killed training begins anew."""
+    seed: int | None = None
+    """In place of the recipe's own."""
 
 
 class _PolicyTrainer(ResumableTrainer, SelectiveDPOTrainer):
@@ -110,12 +110,13 @@ def _make_trainer(job: TrainingJob, curriculum: Curriculum, folder: Path) -> Any
     recipe = job.recipe
     rows = _referenced(job.pairs, job.reference)
     _require_same_pairs(curriculum, list(rows["pair_id"]))
+    seed = {} if job.seed is None else {"seed": job.seed}
     args = dpo_arguments(
-        {"run_name": f"{recipe.name}-{job.name}", **recipe.train.trainer},
+        {"run_name": f"{recipe.name}-{job.name}", **recipe.train.trainer, **seed},
         model=recipe.model,
         max_length=recipe.data.max_length,
         output_dir=folder,
-        seed=DEFAULT_SEED,
+        seed=TRAINING_SEED,
         sequential=True,
     )
     trainer = _PolicyTrainer(

@@ -16,6 +16,7 @@ from selective_dpo.pipeline.jobs import (
     reference_key,
     scorer_job,
     training_job,
+    trainings,
 )
 from selective_dpo.pipeline.pairs_stage import prepared_key
 from selective_dpo.pipeline.stages import Run
@@ -48,12 +49,12 @@ def complete_results(run: Run) -> frozenset[Path]:
         return frozenset(found)
     records = record_digests(complete)
     trained = 0
-    for name, (select, folder) in run.arms.items():
-        if has_curriculum(folder, curriculum_key(records, select)):
-            found.add(folder)
+    for name, training in trainings(run).items():
+        if has_curriculum(training.curriculum, curriculum_key(records, training.select)):
+            found.add(training.curriculum)
             job = training_job(run, name)
             trained += _note(found, job.folder, lambda key: key, job.key)
-    if trained == len(run.arms):
+    if trained == len(trainings(run)):
         _note(found, run.folder.evaluation, evaluation_key, run)
     return frozenset(found)
 

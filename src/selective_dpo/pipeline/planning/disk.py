@@ -37,7 +37,8 @@ def disk_need(recipe: Recipe, models: Models | None) -> Disk | None:
     """What a run with these models takes; None if they are not known."""
     if models is None:
         return None
-    policies, scorers = 1 + len(recipe.evaluate.controls), 2 * len(recipe.score.seeds)
+    policies = 1 + len(recipe.evaluate.controls) + len(recipe.evaluate.training_seeds)
+    scorers = 2 * len(recipe.score.seeds)
     dtype = recipe.model.dtype
     results = policies * saved_bytes(models.sizes, adapter=models.policy_adapter, dtype=dtype)
     if recipe.score.keep_scorers:

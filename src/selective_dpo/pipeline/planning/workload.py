@@ -12,6 +12,7 @@ from selective_dpo.core.identity import positions_of
 from selective_dpo.core.selection import rank_window, size_of
 from selective_dpo.curriculum.build import rule_of
 from selective_dpo.curriculum.table import Curriculum
+from selective_dpo.pipeline.jobs import Training, trainings
 from selective_dpo.pipeline.planning.batches import (
     NO_WORK,
     Work,
@@ -66,7 +67,7 @@ def workloads(
     jobs = [_reference(run, run.folder.reference, pairs, cached, forwarding)]
     jobs += [_reference(run, run.folder.test_reference, test, cached, forwarding)] if has_test else []
     jobs += [_scorer(run, scorer, pairs, cached, forwarding) for scorer in run.scorer_runs]
-    jobs += [_policy(run, select, folder, inputs, cached, forwarding) for select, folder in run.arms.values()]
+    jobs += [_policy(run, training, inputs, cached, forwarding) for training in trainings(run).values()]
     jobs += [_held_out(run, test, cached, forwarding)] if has_test else []
     if run.recipe.evaluate.generation.prompts:
         jobs.append(_answers(run, inputs, cached))
@@ -128,14 +129,13 @@ def _scorer(
 
 def _policy(
     run: Run,
-    select: SelectConfig,
-    folder: Path,
+    training: Training,
     inputs: Inputs | None,
     cached: Collection[Path],
     forwarding: Forwarding,
 ) -> Workload:
     dealing = dealing_of(run.recipe, "train", forwarding)
-    place = folder / "policy"
+    place, folder = training.policy, training.curriculum
     job = Workload("policy", place, place in cached, rows_per_pair=dealing.rows_per_pair)
     if inputs is None:
         return job
@@ -147,7 +147,7 @@ def _policy(
         at = positions_of(order, pairs.pair_ids, what=f"curriculum in {folder}")
         epoch = ordered_work(pairs.rows(at).parts, dealing)
     else:
-        known = selected_count(select, len(pairs.pair_ids))
+        known = selected_count(training.select, len(pairs.pair_ids))
         if known is None:
             return job
         count = known
@@ -177,7 +177,7 @@ def _held_out(run: Run, test: KeptPairs | None, cached: Collection[Path], forwar
         folder,
         folder in cached,
         pairs=len(test.pair_ids),
-        forwarded=once.times(len(run.arms) + 1),  # the starting model is measured too
+        forwarded=once.times(len(trainings(run)) + 1),  # the starting model is measured too
         rows_per_pair=forwarding.rows_per_pair,
         longest=test.longest_row(forwarding.rows_per_pair),
     )
@@ -196,7 +196,7 @@ def _answers(run: Run, inputs: Inputs | None, cached: Collection[Path]) -> Workl
         folder,
         folder in cached,
         pairs=len(lengths_G),
-        forwarded=once.times(generation.samples * (len(run.arms) + 1)),
+        forwarded=once.times(generation.samples * (len(trainings(run)) + 1)),
         longest=int(lengths_G.max(initial=0)),
     )
 
