@@ -68,8 +68,9 @@ def test_the_arms_table_is_aligned_and_has_intervals() -> None:
             results(arm("reference", 0.503, 0.055), arm("selected", 0.558, None), arm("all", 0.6, -0.042))
         )
     )
-    header, rule, *lines = text.splitlines()
+    header, rule, *lines, empty, note = text.splitlines()
     assert header.split("  ")[0] == "arm"
+    assert not empty and "0.6 to 1.4 points" in note
     assert set(rule) == {"-"}
     assert "50.3% ± 1.4" in lines[0]
     assert "1,500" not in lines[0], "the starting model was not trained on pairs"
@@ -89,7 +90,9 @@ def test_without_win_rates_the_arms_table_shows_held_out_accuracy() -> None:
     measure = main_measure(parsed)
     assert measure is not None
     assert measure.name == "held-out accuracy"
-    assert "75.0% ±" in arms_table(parsed)
+    # 3 of 4 with t = 3.1824 of 3 degrees of freedom: w = t^2 / 4 = 2.5320, centre (.75 + w / 2) / (1 + w)
+    # = .5708, reach sqrt(.1875 w + w^2 / 4) / (1 + w) = .4081.
+    assert "75.0% [16.3, 97.9]" in arms_table(parsed)
 
 
 def test_a_lopsided_interval_is_shown_by_its_ends() -> None:
