@@ -14,6 +14,7 @@ from selective_dpo.artifacts import read_json, read_manifest
 from selective_dpo.core.estimates import Estimate
 from selective_dpo.core.results import ArmResult, EvaluationResults, from_json, training_spread
 from selective_dpo.errors import ConfigError
+from selective_dpo.pipeline.plan import make_plan
 from selective_dpo.pipeline.planning.cached import complete_results
 from selective_dpo.pipeline.verbs import open_run, run_all
 from selective_dpo.pipeline.verify import verify_run
@@ -32,6 +33,8 @@ def recipe(tmp: Path, **blocks: Any) -> Any:
 def test_each_seed_is_a_training_of_its_own_and_their_spread_is_shown(tmp_path: Path) -> None:
     lines: list[str] = []
     wanted = recipe(tmp_path)
+    planned = {job.name for job in make_plan(wanted).jobs}
+    assert {"policy", "training-seeds/7/policy", "training-seeds/8/policy"} <= planned
     run = open_run(wanted, say=lines.append)
     page = run_all(run).read_text("utf-8")
     root = run.folder.root
