@@ -52,7 +52,15 @@ def test_certified_stops_at_two_seeds_where_they_suffice(tmp_path: Path) -> None
     certificate = made.facts["certificate"]
     assert certificate["reached"] and certificate["seeds"] == 2 and certificate["target"] == 0.01
     assert certificate["prediction"]["seeds"] == 2
-    assert any("2 seeds: a fresh repetition is predicted" in line for line in lines)
+    assert "taste for length" in certificate["assumes"]
+    (told,) = (line for line in lines if "2 seeds: a fresh repetition is predicted" in line)
+    assert certificate["assumes"] in told
+    # The prediction alone is not enough: with a target between it and its lower end a third seed is scored.
+    found = certificate["prediction"]["repetition"]
+    between = (found["low"] + found["value"]) / 2
+    wanted = recipe(tmp_path, protocol="certified", target_overlap=between, seeds=[41, 42, 43])
+    run, _ = opened(wanted, fresh=True)
+    assert curriculum(run).facts["certificate"]["seeds"] == 3
 
 
 def test_certified_adds_seeds_and_says_when_they_did_not_suffice(tmp_path: Path) -> None:

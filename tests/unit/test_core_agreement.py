@@ -158,12 +158,18 @@ def test_same_seed_same_numbers() -> None:
 def test_standard_error_of_a_share_is_the_binomial_one() -> None:
     losses = np.full((400, 1, 1), 0.5)
     losses[:100] = 0.9
-    result = agreement(table_of(losses), replicates=2000)["above_chance"]
-    exact = math.sqrt(0.25 * 0.75 / 400)  # of independent pairs
-    # The error of a bootstrap standard error is about 1 / sqrt(2 * 2000) = 1.6%; six of them.
-    assert result["standard_error"] == pytest.approx(exact, rel=0.1)
-    assert result["low"] == pytest.approx(0.25 - 1.96 * exact, abs=0.006)
-    assert result["high"] == pytest.approx(0.25 + 1.96 * exact, abs=0.006)
+    result = agreement(table_of(losses), replicates=5)["above_chance"]
+    exact = math.sqrt(0.25 * 0.75 / 399)  # of independent pairs
+    assert result["standard_error"] == pytest.approx(exact)
+    assert result["low"] == pytest.approx(0.25 - 1.96 * exact, abs=0.003)
+    assert result["high"] == pytest.approx(0.25 + 1.96 * exact, abs=0.003)
+
+
+def test_a_share_of_none_has_an_interval_too() -> None:
+    # 10 of 10 pairs below ln 2. Student's t of 9 degrees of freedom is 2.262; Wilson: t^2 / (10 + t^2).
+    above = agreement(table_of(np.full((10, 1, 1), 0.5)), replicates=5)["above_chance"]
+    assert (above["value"], above["low"]) == (0.0, 0.0)
+    assert above["high"] == pytest.approx(2.2622**2 / (10 + 2.2622**2), abs=1e-4)
 
 
 def test_standard_error_of_spearman_without_correlation() -> None:

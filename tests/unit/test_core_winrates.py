@@ -34,8 +34,10 @@ def test_win_rate_and_its_standard_error() -> None:
     # variance = .375 / 3^2 * 3 / 2 = .0625, so the standard error is .25
     assert estimate.value == pytest.approx(0.5)
     assert estimate.standard_error == pytest.approx(0.25)
-    assert estimate.low == pytest.approx(0.5 - 1.959963985 * 0.25)
-    assert estimate.high == pytest.approx(0.5 + 1.959963985 * 0.25)
+    # .25 / 3 if a prompt's verdicts were alike: r = (.0625 + .1 / 9) / (.25 / 3 + .1 / 9) = .0736 / .0944
+    # t = 4.3027 of 2 degrees of freedom, w = t^2 r / 3 = 4.8106, reach sqrt(w / 4 + w^2 / 4) / (1 + w)
+    assert estimate.low == pytest.approx(0.5 - 0.45493, abs=1e-4)
+    assert estimate.high == pytest.approx(0.5 + 0.45493, abs=1e-4)
 
 
 def test_one_prompt_has_no_standard_error() -> None:
@@ -56,6 +58,12 @@ def test_the_difference_is_paired_by_prompt_and_not_by_position() -> None:
 def test_the_difference_to_itself_is_exactly_zero() -> None:
     estimate = win_rate_difference(ARM, ARM)
     assert (estimate.value, estimate.standard_error) == (0.0, 0.0)
+    assert -1.0 < estimate.low < 0.0 < estimate.high < 1.0
+
+
+def test_a_win_rate_near_the_end_keeps_to_it() -> None:
+    every = win_rate(Verdicts([f"p{number}" for number in range(20)], [1] * 20))
+    assert every.low < every.value == every.high == 1.0
 
 
 def test_arms_judged_on_other_prompts_have_no_difference() -> None:

@@ -40,6 +40,9 @@ class LengthJudge(RewardJudge):
     def name(self) -> str:
         return "length"
 
+    def fingerprint(self) -> str:
+        return ""
+
     def rewards(self, prompts: Sequence[Text], answers: Sequence[str]) -> list[float]:
         self.asked += answers
         return [float("nan") if answer == "nan" else float(len(answer)) for answer in answers]

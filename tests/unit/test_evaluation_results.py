@@ -77,7 +77,7 @@ def test_what_was_not_measured_is_absent() -> None:
 
 def test_json_round_trip_has_the_fields_of_the_format() -> None:
     content = to_json(full_results())
-    assert list(content) == ["schema_version", "judge", "prompts", "samples", "arms"]
+    assert list(content) == ["schema_version", "judge", "prompts", "samples", "arms", "repeats"]
     reference, arm = content["arms"]
     assert list(arm) == [
         "name",

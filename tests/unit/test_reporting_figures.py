@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
 import matplotlib
+import numpy as np
 import pytest
 
 from selective_dpo.config import SelectConfig
+from selective_dpo.core.estimates import Estimate
 from selective_dpo.errors import ConfigError
-from selective_dpo.reporting.arm_figures import arms_svg, training_svg
+from selective_dpo.reporting.arm_figures import _draw_estimates, arms_svg, training_svg
 from selective_dpo.reporting.content import ReportContent, load_report_content
 from selective_dpo.reporting.figures import agreement_svg, difficulty_svg, length_svg, save_readme_picture
-from selective_dpo.reporting.style import signed
+from selective_dpo.reporting.style import new_figure, signed
 from tests.fixtures.run_folder import make_run_folder
 
 Draw = Callable[[ReportContent], str | None]
@@ -68,6 +71,15 @@ def test_the_arms_show_value_and_label(content: ReportContent) -> None:
     svg = svg_of(arms_svg, content)
     for text in ("56.1%", "38.9%", "easiest 50%, easy to hard", "hardest · 30 pairs", "+17.2", "+2.8"):
         assert text in svg
+
+
+def test_an_interval_is_drawn_from_end_to_end() -> None:
+    _, (axes,) = new_figure(2.0)
+    lopsided, none = Estimate(0.98, 0.01, 0.83, 1.0), Estimate(0.5, math.nan, math.nan, math.nan)
+    _draw_estimates(axes, {"selected": lopsided, "all": none}, ["selected", "all"], str)
+    (first,), (second,) = (bars.lines[2] for bars in axes.containers)
+    np.testing.assert_allclose(first.get_segments()[0][:, 0], [0.83, 1.0])
+    np.testing.assert_allclose(second.get_segments()[0][:, 0], [0.5, 0.5])
 
 
 def test_hostile_names_are_text(content: ReportContent) -> None:

@@ -14,7 +14,13 @@ from selective_dpo.core.preference_metrics import preference_metrics
 from selective_dpo.core.results import ArmResult, EvaluationResults, from_json, main_measure, to_json
 from selective_dpo.errors import ArtifactError
 from selective_dpo.reporting.content import DropCount
-from selective_dpo.reporting.tables import agreement_table, arms_table, drops_table, label_for
+from selective_dpo.reporting.tables import (
+    agreement_table,
+    arms_table,
+    drops_table,
+    label_for,
+    share_with_reach,
+)
 
 
 @pytest.mark.parametrize(
@@ -62,8 +68,9 @@ def test_the_arms_table_is_aligned_and_has_intervals() -> None:
             results(arm("reference", 0.503, 0.055), arm("selected", 0.558, None), arm("all", 0.6, -0.042))
         )
     )
-    header, rule, *lines = text.splitlines()
+    header, rule, *lines, empty, note = text.splitlines()
     assert header.split("  ")[0] == "arm"
+    assert not empty and "0.6 to 1.4 points" in note
     assert set(rule) == {"-"}
     assert "50.3% ± 1.4" in lines[0]
     assert "1,500" not in lines[0], "the starting model was not trained on pairs"
@@ -83,7 +90,16 @@ def test_without_win_rates_the_arms_table_shows_held_out_accuracy() -> None:
     measure = main_measure(parsed)
     assert measure is not None
     assert measure.name == "held-out accuracy"
-    assert "75.0% ±" in arms_table(parsed)
+    # 3 of 4 with t = 3.1824 of 3 degrees of freedom: w = t^2 / 4 = 2.5320, centre (.75 + w / 2) / (1 + w)
+    # = .5708, reach sqrt(.1875 w + w^2 / 4) / (1 + w) = .4081.
+    assert "75.0% [16.3, 97.9]" in arms_table(parsed)
+
+
+def test_a_lopsided_interval_is_shown_by_its_ends() -> None:
+    assert share_with_reach(Estimate(0.98, 0.01, 0.931, 0.9942)) == "98.0% [93.1, 99.4]"
+    assert share_with_reach(Estimate(1.0, 0.0, 0.82, 1.0)) == "100.0% [82.0, 100.0]"
+    # Sides of 2.0 and 2.1 points: as good as symmetric.
+    assert share_with_reach(Estimate(0.55, 0.01, 0.53, 0.571)) == "55.0% ± 2.0"
 
 
 def test_one_cluster_has_no_interval() -> None:

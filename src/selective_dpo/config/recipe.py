@@ -6,9 +6,12 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from selective_dpo.config.base import Block, Count, Fraction, PathText, Settings, TokenBudget, file_name
+from selective_dpo.config.base import Block, Count, Fraction, PathText, Seed, Settings, TokenBudget, file_name
 from selective_dpo.config.data import DataConfig, ModelConfig
 from selective_dpo.config.selection import ScoreConfig, SelectConfig
+
+TRAINING_SEED = 42
+"""Of a policy's training, unless `train.trainer` has a `seed`."""
 
 
 class TrainConfig(Block):
@@ -56,6 +59,9 @@ class EvaluateConfig(Block):
     """Hub name or folder of the sequence classifier for judge `reward-model`."""
     controls: dict[str, SelectConfig] = Field(default_factory=dict)
     """Other selections to train on the same way and evaluate beside the run's own, by name."""
+    training_seeds: tuple[Seed, ...] = ()
+    """Train on the run's own selection again with each of these seeds, and show how far the results lie
+    apart. A seed decides an adapter's first weights and dropout; the order stays the curriculum's."""
     tokens_per_batch: TokenBudget = "auto"
     """Padded tokens in one forward pass over held-out pairs, per process; `auto` as in `score`."""
 
@@ -146,6 +152,23 @@ class Recipe(Block):
             raise ValueError(
                 "model.master_weights: false has no effect: adapters are trained in float32, and DeepSpeed "
                 "has a float32 copy; leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _training_seeds_change_something(self) -> Self:
+        seeds, trainer = self.evaluate.training_seeds, self.train.trainer
+        own = trainer.get("seed", TRAINING_SEED)
+        if len(set(seeds)) < len(seeds) or own in seeds:
+            raise ValueError(f"evaluate.training_seeds must be distinct, and not the training's own, {own}")
+        if seeds and self.train.lora is None and trainer.get("disable_dropout", True):
+            raise ValueError(
+                "evaluate.training_seeds would change nothing: full fine-tuning without dropout, in the "
+                "curriculum's order, has nothing random in it; use train.lora, or leave them out"
+            )
+        if seeds and not self.data.test and not self.evaluate.generation.prompts:
+            raise ValueError(
+                "evaluate.training_seeds has no effect without data.test or evaluate.generation.prompts"
             )
         return self
 

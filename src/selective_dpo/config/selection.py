@@ -32,7 +32,7 @@ class ScoreConfig(Block):
 
     protocol: Literal["paper", "fast", "certified", "custom"] = "paper"
     """`paper`: seeds 41, 42, 43 and five evaluations; `fast`: seed 41, measured in the middle and at the
-    end; `certified`: seeds are added, two at least, until the selected set is predicted to be stable;
+    end; `certified`: seeds are added, two at least, until the selected set is stable enough;
     `custom`: as `seeds` and `evaluations` say. docs/protocols.md has what each costs and keeps."""
     seeds: tuple[Seed, ...] = PROTOCOLS["paper"].seeds
     """One random half split and two scorers for each; those of the protocol where none are given. For
@@ -41,8 +41,8 @@ class ScoreConfig(Block):
     """Held-out evaluations per scorer, evenly spaced, the last one at the end of training; the protocol's
     number where none is given."""
     target_overlap: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
-    """`certified` stops at this predicted overlap of the selected set with that of a fresh repetition;
-    0.95 when none is given."""
+    """`certified` stops where the lower end of the 95% interval of the selected set's overlap with that of a
+    fresh repetition reaches this; 0.95 when none is given."""
     min_fold_prompts: Count = 5
     """Fewest prompts in a fold, so that a scorer has something to learn from and something to measure. Data
     whose folds have fewer are refused, as are those where one prompt has most of the pairs."""

@@ -23,7 +23,7 @@ from selective_dpo.core.bootstrap import (
     estimates,
     rows_for,
 )
-from selective_dpo.core.estimates import Estimate
+from selective_dpo.core.estimates import Estimate, clustered_share
 from selective_dpo.core.losses import LN_2
 from selective_dpo.core.rank_correlation import weighted_spearman
 from selective_dpo.core.records import LossTable
@@ -53,9 +53,10 @@ def agreement(
       |A and B| / |A|, `jaccard` |A and B| / |A or B|. For rules that do not go by difficulty
       (`random`, `all`) the easiest half stands in; `fraction` is the share compared, null for `below`;
     - `above_chance`: the share of pairs whose difficulty (or mean loss, where that is no loss) is above
-      `chance_loss`, that of a policy that has not moved (see `core.losses`); null where that is None.
+      `chance_loss`, that of a policy that has not moved (see `core.losses`), with the interval of
+      `clustered_share`; null where `chance_loss` is None.
 
-    Standard errors and intervals come from the cluster bootstrap over prompts (see `bootstrap`): ranks
+    Other errors and intervals come from the cluster bootstrap over prompts (see `bootstrap`): ranks
     and selected sets are found anew in each resample, a pair's difficulty is held as it is. Of tables
     of more than 400,000 / columns pairs the resamples hold that many; `clusters_drawn` says how many
     prompts. `seed` decides the resamples. The numbers themselves are always those of all pairs.
@@ -76,10 +77,16 @@ def agreement(
             for a, b in itertools.combinations(basis.seeds, 2)
         ],
         "chance_loss": chance_loss,
-        "above_chance": None if chance_loss is None else _as_json(next(numbers)),
+        "above_chance": None if chance_loss is None else _as_json(_above_chance(basis)),
         "fraction": None if basis.window is None else round(basis.window[1] - basis.window[0], 12),
         "bootstrap": _how_resampled(replicates, draws),
     }
+
+
+def _above_chance(basis: _Basis) -> Estimate:
+    if len(basis.prompt_P) < 2:
+        return Estimate(math.nan, math.nan, math.nan, math.nan)
+    return clustered_share(basis.above_P, basis.prompt_P)
 
 
 def _how_resampled(replicates: int, draws: Draws) -> dict[str, Any]:
@@ -113,7 +120,7 @@ class _Basis(NamedTuple):
         correlation moves by about 1 / 4,096 of its own standard error.
         """
         binned = [_binned(code_P) for code_P in (*self.codes_CP, *self.rank_SP)]
-        return _Sampler(self, np.stack(binned, axis=1), np.stack([*self.kept_SP, self.above_P], axis=1))
+        return _Sampler(self, np.stack(binned, axis=1), np.ascontiguousarray(self.kept_SP.T))
 
 
 class _Sampler(NamedTuple):
@@ -122,20 +129,17 @@ class _Sampler(NamedTuple):
     basis: _Basis
     codes_PK: NDArray[np.uint16]
     """Bins of the loss columns and of the seeds' own difficulties, then of the seeds' ranks."""
-    flags_PF: NDArray[np.bool_]
-    """`kept_SP`, then `above_P`."""
+    kept_PS: NDArray[np.bool_]
 
     def rows(self, rows_N: NDArray[np.intp]) -> _Basis:
         """The basis of some rows."""
         columns = len(self.basis.codes_CP)
         codes_KN = self.codes_PK[rows_N].T.astype(np.intp)
-        flags_FN = self.flags_PF[rows_N].T
         return self.basis._replace(
             prompt_P=self.basis.prompt_P[rows_N],
             codes_CP=codes_KN[:columns],
             rank_SP=codes_KN[columns:],
-            kept_SP=flags_FN[:-1],
-            above_P=flags_FN[-1],
+            kept_SP=self.kept_PS[rows_N].T,
         )
 
 
@@ -203,7 +207,7 @@ def _binned(code_P: NDArray[np.intp]) -> NDArray[np.uint16]:
 
 def _draws(basis: _Basis, replicates: int, seed: int) -> Draws:
     if len(basis.prompt_P) < 2:
-        statistics = len(_between(len(basis.columns))) + 3 * len(_between(len(basis.seeds))) + 1
+        statistics = len(_between(len(basis.columns))) + 3 * len(_between(len(basis.seeds)))
         nothing_K = np.full(statistics, np.nan)
         return Draws(nothing_K, np.tile(nothing_K, (replicates, 1)), len(basis.prompt_P))
     sampler = basis.sampler()
@@ -220,7 +224,7 @@ def _draws(basis: _Basis, replicates: int, seed: int) -> Draws:
 def _statistics(basis: _Basis, weights_P: NDArray[np.float64]) -> NDArray[np.float64]:
     """All statistics of the data in which each pair stands `weights_P` times.
 
-    Order: Spearman of each two columns; for each two seeds Spearman, overlap, Jaccard; share above chance.
+    Order: Spearman of each two columns; for each two seeds Spearman, overlap, Jaccard.
     """
     spearman_CC = weighted_spearman(basis.codes_CP, weights_P)
     columns = len(basis.columns)
@@ -231,7 +235,6 @@ def _statistics(basis: _Basis, weights_P: NDArray[np.float64]) -> NDArray[np.flo
         either = np.maximum(copies_SP[a], copies_SP[b]).sum()
         values += [spearman_CC[columns + a, columns + b]]
         values += [_ratio(both, copies_SP[a].sum()), _ratio(both, either)]
-    values.append(float(weights_P[basis.above_P].sum() / weights_P.sum()))
     return np.array(values, dtype=np.float64)
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from selective_dpo.core.estimates import Estimate, clustered_mean
+from selective_dpo.core.estimates import Estimate, clustered_mean, clustered_share
 
 
 class PreferenceMetrics(NamedTuple):
@@ -41,6 +41,6 @@ def preference_metrics(loss_P: ArrayLike, margin_P: ArrayLike, prompt_ids_P: Arr
         pairs=loss.size,
         prompts=len(np.unique(prompt_ids)),
         loss=clustered_mean(loss, prompt_ids),
-        accuracy=clustered_mean(accuracy, prompt_ids),
+        accuracy=clustered_share(accuracy, prompt_ids),
         margin=clustered_mean(margin, prompt_ids),
     )

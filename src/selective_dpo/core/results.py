@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -15,6 +16,11 @@ SELECTED = "selected"
 """Name of the arm that is the run's own policy."""
 REFERENCE = "reference"
 """Name of the arm that is the starting model, every arm's opponent."""
+
+
+def repeat_name(seed: int) -> str:
+    """Name of a further training of the arm `selected`, with this seed."""
+    return f"{SELECTED}-seed{seed}"
 
 
 class ArmResult(NamedTuple):
@@ -45,10 +51,17 @@ class EvaluationResults(NamedTuple):
     samples: int
     """Answers per prompt and arm; 0 where none were generated."""
     arms: tuple[ArmResult, ...]
+    repeats: tuple[ArmResult, ...] = ()
+    """Further trainings of the arm `selected`, each with a seed of its own."""
+
+    @property
+    def policies(self) -> tuple[ArmResult, ...]:
+        """Arms and repeats."""
+        return (*self.arms, *self.repeats)
 
     def arm(self, name: str) -> ArmResult | None:
-        """The arm of that name, if it was evaluated."""
-        return next((arm for arm in self.arms if arm.name == name), None)
+        """The arm or repeat of that name, if it was evaluated."""
+        return next((arm for arm in self.policies if arm.name == name), None)
 
     @property
     def has_win_rates(self) -> bool:
@@ -72,6 +85,33 @@ def main_measure(results: EvaluationResults) -> Measure | None:
     return Measure("held-out accuracy", held_out) if held_out else None
 
 
+class TrainingSpread(NamedTuple):
+    """The main measure of trainings that differ by their seed alone, the arm `selected` first."""
+
+    measure: str
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Over the trainings."""
+        return statistics.fmean(self.values)
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation over the trainings. It holds what sampling other answers changes, too."""
+        return statistics.stdev(self.values)
+
+
+def training_spread(results: EvaluationResults) -> TrainingSpread | None:
+    """How far apart the trainings of `selected` lie; None where there was one, or nothing was measured."""
+    measure = main_measure(results)
+    trained = main_measure(results._replace(arms=results.repeats))
+    if measure is None or trained is None or SELECTED not in measure.values:
+        return None
+    estimates = [measure.values[SELECTED], *trained.values.values()]
+    return TrainingSpread(measure.name, tuple(estimate.value for estimate in estimates))
+
+
 def to_json(results: EvaluationResults) -> dict[str, Any]:
     """The content of `results.json`. A standard error that does not exist (NaN) becomes null."""
     return {
@@ -80,6 +120,7 @@ def to_json(results: EvaluationResults) -> dict[str, Any]:
         "prompts": results.prompts,
         "samples": results.samples,
         "arms": [_arm_to_json(arm) for arm in results.arms],
+        "repeats": [_arm_to_json(arm) for arm in results.repeats],
     }
 
 
@@ -95,7 +136,8 @@ def from_json(content: Mapping[str, Any]) -> EvaluationResults:
         raise ArtifactError(f"results.json has schema version {version}, this package reads {SCHEMA_VERSION}")
     try:
         arms = tuple(_arm_from_json(arm) for arm in fields.pop("arms"))
-        return EvaluationResults(arms=arms, **fields)
+        repeats = tuple(_arm_from_json(arm) for arm in fields.pop("repeats", ()))
+        return EvaluationResults(arms=arms, repeats=repeats, **fields)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ArtifactError(f"results.json is not in the format of this version: {error}") from error
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from selective_dpo.core.estimates import Estimate, clustered_mean
+from selective_dpo.core.estimates import Estimate, clustered_share
 from selective_dpo.core.identity import require_same
 
 WIN, TIE, LOSS = 1.0, 0.5, 0.0
@@ -89,7 +89,7 @@ def win_rate(verdicts: Verdicts) -> Estimate:
         ValueError: see `prompt_scores`.
     """
     scored = prompt_scores(verdicts)
-    return clustered_mean(scored.scores_G, scored.prompt_ids_G)
+    return clustered_share(scored.scores_G, scored.prompt_ids_G)
 
 
 def win_rate_difference(arm: Verdicts, other: Verdicts) -> Estimate:
@@ -105,4 +105,4 @@ def win_rate_difference(arm: Verdicts, other: Verdicts) -> Estimate:
     left, right = prompt_scores(arm), prompt_scores(other)
     require_same(left.prompt_ids_G, right.prompt_ids_G, what="prompts of two win rates")
     # Both are sorted by prompt id, and now known to hold the same ones
-    return clustered_mean(left.scores_G - right.scores_G, left.prompt_ids_G)
+    return clustered_share(left.scores_G - right.scores_G, left.prompt_ids_G, least=-1.0)

@@ -97,45 +97,47 @@ def evaluate_arms(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     config: EvaluateConfig,
+    repeats: Sequence[Arm] = (),
     judge: Judge | None = None,
     encode: Encode | None = None,
 ) -> Evaluation:
     """Evaluate `arms` against `reference` on prompts drawn from `prompts` (see `choose_prompts`).
 
-    `tokenizer` and `encode` serve all models, which start from one. `judge` replaces the one that `config`
-    names. A model that has nothing to answer and no held-out pairs is not loaded.
+    `repeats` are further trainings of the arm `selected`. `tokenizer` and `encode` serve all models, which
+    start from one. `judge` replaces the one that `config` names. A model that has nothing to answer and no
+    held-out pairs is not loaded.
 
     Raises:
         ConfigError: an arm's name cannot be used, prompts are wanted and there are none, or an option
             of the generation has no effect.
         ModelError: a reward model or an answer's length is more than can be done.
     """
-    _require_names(arms, reference)
+    _require_names([*arms, *repeats], reference)
     judge = judge or judge_for(config)
-    asked = _asked(prompts, config.generation)
-    measured = {
-        arm.name: _measure(arm, tokenizer, asked, config.generation, encode) for arm in (reference, *arms)
-    }
+    asked, everyone = _asked(prompts, config.generation), (reference, *arms, *repeats)
+    measured = {arm.name: _measure(arm, tokenizer, asked, config.generation, encode) for arm in everyone}
     answers_by_arm = {name: found.answers for name, found in measured.items()}
     verdicts = {} if judge is None or not asked else _judge_all(judge, asked, answers_by_arm)
     selected = verdicts.get(SELECTED)
+    found = [
+        arm_result(
+            name=arm.name,
+            label=arm.label,
+            pairs=arm.pairs,
+            updates=arm.updates,
+            held_out=measured[arm.name].held_out,
+            answers=measured[arm.name].answers,
+            verdicts=verdicts[arm.name].by_prompt if arm.name in verdicts else None,
+            selected_verdicts=selected.by_prompt if selected and arm.name != SELECTED else None,
+        )
+        for arm in everyone
+    ]
     results = EvaluationResults(
         judge="none" if judge is None else judge.name,
         prompts=len(asked),
         samples=config.generation.samples if asked else 0,
-        arms=tuple(
-            arm_result(
-                name=arm.name,
-                label=arm.label,
-                pairs=arm.pairs,
-                updates=arm.updates,
-                held_out=measured[arm.name].held_out,
-                answers=measured[arm.name].answers,
-                verdicts=verdicts[arm.name].by_prompt if arm.name in verdicts else None,
-                selected_verdicts=selected.by_prompt if selected and arm.name != SELECTED else None,
-            )
-            for arm in (reference, *arms)
-        ),
+        arms=tuple(found[: 1 + len(arms)]),
+        repeats=tuple(found[1 + len(arms) :]),
     )
     generations = generations_table(asked, answers_by_arm)
     return Evaluation(results, generations, verdicts_table(verdicts), tuple(asked), answers_by_arm)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from selective_dpo.artifacts import file_digest
 from selective_dpo.config import EvaluateConfig
 from selective_dpo.core.identity import Text, canonical_text
 from selective_dpo.core.winrates import scores_from_rewards
@@ -22,6 +24,9 @@ class Judge(Protocol):
     @property
     def name(self) -> str:
         """What `results.json` calls it."""
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the content that decides its verdicts, wherever that lies."""
 
     def compare(
         self, prompts: Sequence[Text], answers_a: Sequence[str], answers_b: Sequence[str]
@@ -42,6 +47,10 @@ class RewardJudge(ABC):
     @abstractmethod
     def name(self) -> str:
         """What `results.json` calls it."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """See `Judge.fingerprint`."""
 
     @abstractmethod
     def rewards(self, prompts: Sequence[Text], answers: Sequence[str]) -> list[float]:
@@ -78,6 +87,12 @@ class EmbeddedWorldJudge(RewardJudge):
     def name(self) -> str:
         """See `RewardJudge`."""
         return "embedded-world"
+
+    def fingerprint(self) -> str:
+        """Of the code that defines the tasks and their rewards."""
+        from selective_dpo.worlds import tasks
+
+        return file_digest(Path(tasks.__file__))
 
     def rewards(self, prompts: Sequence[Text], answers: Sequence[str]) -> list[float]:
         """See `selective_dpo.worlds.tasks.gold_reward`.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from selective_dpo.config import EvaluateConfig, GenerationConfig
 from selective_dpo.config.base import file_name
-from selective_dpo.core.results import REFERENCE, SELECTED
+from selective_dpo.core.results import REFERENCE, SELECTED, repeat_name
 from selective_dpo.errors import ConfigError, DataError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -21,7 +21,7 @@ def check_evaluation(config: EvaluateConfig, *, has_test: bool) -> None:
         ConfigError: a control's name cannot be used, there is nothing to answer, or an option has no effect.
         DataError: the file of prompts is not there.
     """
-    check_arm_names([SELECTED, *config.controls])
+    check_arm_names(policy_names(config))
     generation = config.generation
     if generation.prompts == 0:
         if generation.source:
@@ -37,6 +37,11 @@ def check_evaluation(config: EvaluateConfig, *, has_test: bool) -> None:
             "evaluate.generation.prompts is above 0, but there are no prompts: give data.test or "
             "evaluate.generation.source"
         )
+
+
+def policy_names(config: EvaluateConfig) -> list[str]:
+    """Of all that is trained: the run's own arm, its repeats with other seeds, the controls."""
+    return [SELECTED, *map(repeat_name, config.training_seeds), *config.controls]
 
 
 def check_arm_names(names: Iterable[str]) -> None:

@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
+from selective_dpo.config import ModelConfig
 from selective_dpo.core.identity import Text
-from selective_dpo.data.templates import Conversation
-from selective_dpo.engine.models import loading, read_tokenizer
+from selective_dpo.data.templates import Conversation, template_digest
+from selective_dpo.data.tokenize import tokenizer_digest
+from selective_dpo.digests import digest
+from selective_dpo.engine.models import loading, model_digest, read_tokenizer
 from selective_dpo.errors import ModelError
 from selective_dpo.evaluation.judges import RewardJudge
 from selective_dpo.evaluation.prompt_tokens import encode_conversation
@@ -58,6 +61,16 @@ class RewardModelJudge(RewardJudge):
     def name(self) -> str:
         """See `RewardJudge`."""
         return f"reward-model {self._path}"
+
+    def fingerprint(self) -> str:
+        """Of weights (of a hub model: its commit), tokenizer and chat template."""
+        return digest(
+            [
+                model_digest(ModelConfig(path=self._path)),
+                tokenizer_digest(self._tokenizer),
+                template_digest(self._tokenizer),
+            ]
+        )
 
     def rewards(self, prompts: Sequence[Text], answers: Sequence[str]) -> list[float]:
         """The classifier's output for each conversation.

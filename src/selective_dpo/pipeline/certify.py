@@ -1,4 +1,7 @@
-"""Protocol `certified`: seeds are added until the selected set is predicted to be stable.
+"""Protocol `certified`: seeds are added until the selected set is known to be stable, and how well.
+
+It stops where the lower end of the predicted overlap with a fresh repetition reaches the target. That end
+assumes what `ASSUMES` says, which is told wherever the certificate is.
 
 `scores/certificate.json` says how many seeds that took and what was predicted from them. It is made from
 the records, so where it is missing or belongs to other records it is simply made again.
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 
 FEWEST_SEEDS = 2
 """Below this there is nothing to compare."""
+ASSUMES = "if all pairs of a seed share nothing, such as its scorers' taste for length"
+"""What the interval rests on (see `core.stability.predict_overlap`)."""
 
 
 def certified_runs(run: Run) -> tuple[ScorerRun, ...]:
@@ -40,7 +45,7 @@ def certified_runs(run: Run) -> tuple[ScorerRun, ...]:
 
 
 def ensure_certified(run: Run, score: Callable[[Sequence[ScorerRun]], None]) -> None:
-    """Score seed after seed until the prediction reaches the target, or the recipe has no further seed.
+    """Score seed after seed until the lower end reaches the target, or the recipe has no further seed.
 
     `score` makes the records of the scorers it is given, where they are missing.
     """
@@ -84,6 +89,7 @@ def _key(run: Run, scorers: Sequence[ScorerRun]) -> str:
         aggregate=select.aggregate,
         rule=asdict(rule_of(select)),
         target=_target(run),
+        decides="lower end",
     )
 
 
@@ -97,6 +103,7 @@ def _as_json(prediction: Prediction, key: str, target: float) -> dict[str, Any]:
         "seeds": prediction.seeds,
         "target": target,
         "reached": is_stable(prediction, target),
+        "assumes": ASSUMES,
         "seeds_needed": seeds_needed(prediction, target),
         "prediction": prediction.as_json(),
     }
@@ -104,8 +111,13 @@ def _as_json(prediction: Prediction, key: str, target: float) -> dict[str, Any]:
 
 def _words(found: dict[str, Any]) -> str:
     repetition = found["prediction"]["repetition"]
+    low, high = (_percent(repetition[end]) for end in ("low", "high"))
     return (
         f"{found['seeds']} seeds: a fresh repetition is predicted to select {repetition['value']:.1%} of the "
-        f"same pairs (95% interval {repetition['low']:.1%} to {repetition['high']:.1%}; target "
-        f"{found['target']:.0%})"
+        f"same pairs, 95% interval {low} to {high} {ASSUMES}; "
+        f"the lower end decides, target {found['target']:.0%}"
     )
+
+
+def _percent(share: float | None) -> str:
+    return "unknown" if share is None else f"{share:.1%}"

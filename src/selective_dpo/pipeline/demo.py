@@ -11,14 +11,14 @@ import pyarrow.parquet as pq
 import torch
 
 from selective_dpo.artifacts import read_json
-from selective_dpo.core.estimates import clustered_mean
+from selective_dpo.core.estimates import clustered_share
 from selective_dpo.core.identity import positions_of
 from selective_dpo.core.results import EvaluationResults, from_json
 from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.pipeline.lock import alone
 from selective_dpo.pipeline.verbs import evaluate, open_run, report
 from selective_dpo.reporting.content import TruthRow, save_findings
-from selective_dpo.reporting.tables import agreement_table, arms_table
+from selective_dpo.reporting.tables import agreement_table, arms_table, share_with_reach
 from selective_dpo.worlds.build import World, build_world
 from selective_dpo.worlds.config import WorldConfig
 from selective_dpo.worlds.recipe import world_recipe
@@ -110,8 +110,8 @@ def truth_about_selection(curriculum: Curriculum, world: World) -> list[TruthRow
     return [
         TruthRow(
             group,
-            clustered_mean(has_P[selected_P].astype(float), prompts_P[selected_P]),
-            clustered_mean(has_P[~selected_P].astype(float), prompts_P[~selected_P]),
+            clustered_share(has_P[selected_P].astype(float), prompts_P[selected_P]),
+            clustered_share(has_P[~selected_P].astype(float), prompts_P[~selected_P]),
         )
         for group, has_P in groups.items()
     ]
@@ -128,8 +128,6 @@ def _world_line(world: World) -> str:
 def _truth_lines(truth: list[TruthRow]) -> list[str]:
     lines = ["What was kept and what was dropped (share of the pairs, with 95% interval):"]
     for row in truth:
-        kept, dropped = (
-            f"{each.value:.1%} ± {(each.high - each.low) / 2:.1%}" for each in (row.selected, row.deselected)
-        )
+        kept, dropped = (share_with_reach(each) for each in (row.selected, row.deselected))
         lines.append(f"  {row.group:<28} kept {kept:<16} dropped {dropped}")
     return lines

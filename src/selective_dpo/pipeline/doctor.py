@@ -12,7 +12,7 @@ from typing import ParamSpec, TypeVar
 from selective_dpo.config import Recipe
 from selective_dpo.engine.models import load_tokenizer
 from selective_dpo.errors import SelectiveDPOError
-from selective_dpo.evaluation.preflight import check_evaluation
+from selective_dpo.evaluation.preflight import check_evaluation, policy_names
 from selective_dpo.pipeline.checks import environment
 from selective_dpo.pipeline.checks import model as models
 from selective_dpo.pipeline.checks.check import Check, ok, refused
@@ -132,7 +132,7 @@ def _trained_blocks(recipe: Recipe) -> tuple[str, ...]:
 
 def _check_evaluation(recipe: Recipe) -> Check:
     check_evaluation(recipe.evaluate, has_test=bool(recipe.data.test))
-    arms = ", ".join(["selected", *recipe.evaluate.controls])
+    arms = ", ".join(policy_names(recipe.evaluate))
     return ok("evaluate", f"arms {arms}; {recipe.evaluate.generation.prompts:,} prompts to answer")
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from selective_dpo.artifacts import content_key, read_manifest
 from selective_dpo.config import ScoreConfig, SelectConfig, TrainConfig
 from selective_dpo.core.identity import ids_digest
+from selective_dpo.core.results import repeat_name
 from selective_dpo.curriculum.table import TABLE, Curriculum
 from selective_dpo.data.store import TOKENS
 from selective_dpo.errors import ArtifactError
@@ -21,6 +22,22 @@ from selective_dpo.training.train import TrainingJob
 
 if TYPE_CHECKING:
     from selective_dpo.pipeline.stages import Run
+
+
+class Training(NamedTuple):
+    """What one policy is trained on, and where it goes."""
+
+    select: SelectConfig
+    curriculum: Path
+    """The folder that holds it."""
+    policy: Path
+    seed: int | None = None
+    """In place of the recipe's own."""
+
+    @property
+    def label(self) -> str:
+        """In words."""
+        return label_for(self.select) + ("" if self.seed is None else f", seed {self.seed}")
 
 
 def reference_key(run: Run, pairs: Path) -> str:
@@ -100,11 +117,21 @@ def has_curriculum(folder: Path, key: str) -> bool:
         return False
 
 
+def trainings(run: Run) -> dict[str, Training]:
+    """Every policy that is trained: of each arm, and of the run's own with each of the other seeds."""
+    own = run.recipe.select
+    arms = {name: Training(select, at, at / "policy") for name, (select, at) in run.arms.items()}
+    return arms | {
+        repeat_name(seed): Training(own, run.folder.root, run.folder.repeat(seed) / "policy", seed)
+        for seed in run.recipe.evaluate.training_seeds
+    }
+
+
 def training_job(run: Run, name: str) -> TrainingJob:
-    """What trains the arm `name`, from its curriculum as it is on disk."""
+    """What trains the policy `name` of `trainings`, from its curriculum as it is on disk."""
     recipe = run.recipe
-    select, folder = run.arms[name]
-    curriculum = Curriculum.load(folder)
+    training = trainings(run)[name]
+    curriculum = Curriculum.load(training.curriculum)
     has_test = bool(recipe.data.test)
     key = content_key(
         stage="policy",
@@ -116,20 +143,22 @@ def training_job(run: Run, name: str) -> TrainingJob:
         tokens=read_manifest(run.folder.pairs).files[TOKENS],
         reference=read_manifest(run.folder.reference).files,
         held_out=read_manifest(run.folder.test_reference).files if has_test else {},
+        **({} if training.seed is None else {"seed": training.seed}),
     )
     return TrainingJob(
         recipe,
         name,
-        label_for(select),
+        training.label,
         run.folder.pairs,
         run.folder.reference,
         run.folder.test_pairs if has_test else None,
         run.folder.test_reference if has_test else None,
-        folder / TABLE,
-        folder / "policy",
+        training.curriculum / TABLE,
+        training.policy,
         key,
         run.folder.tracking / name,
         _checkpoints(run, name, key),
+        training.seed,
     )
 
 

@@ -106,6 +106,10 @@ class RunDirectory:
         """Whether a run has made its first result here (see `claim`)."""
         return (self.root / CONFIG).exists()
 
+    def repeat(self, seed: int) -> Path:
+        """The run's own training with another seed: its `policy` folder."""
+        return self.root / "training-seeds" / str(seed)
+
     def require_unchanged(self, recipe: Recipe) -> None:
         """Refuse a recipe that differs from the one this folder was claimed for; nothing is written.
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from selective_dpo.artifacts import is_complete
 from selective_dpo.config import Recipe, SelectConfig
 from selective_dpo.core.identity import positions_of
+from selective_dpo.core.results import SELECTED
 from selective_dpo.curriculum.outside import Outside, read_outside
 from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.data.store import load_tokens, require_known
@@ -18,6 +19,7 @@ from selective_dpo.engine.models import load_policy, load_tokenizer, model_diges
 from selective_dpo.engine.processes import making, this_process, wait_for_everyone, whole_on_each_process
 from selective_dpo.engine.reference import publish_reference, require_finite_reference
 from selective_dpo.errors import ConfigError, name_some
+from selective_dpo.evaluation.judges import judge_for
 from selective_dpo.launch.workers import run_in_workers
 from selective_dpo.pipeline import told
 from selective_dpo.pipeline.certify import certified_runs, ensure_certified
@@ -28,6 +30,7 @@ from selective_dpo.pipeline.jobs import (
     scorer_job,
     trained_ids,
     training_job,
+    trainings,
 )
 from selective_dpo.pipeline.pairs_stage import ensure_prepared
 from selective_dpo.pipeline.room import require_room_for_evaluations
@@ -47,9 +50,6 @@ from selective_dpo.training.train import TrainingJob, train_policy
 
 Job = TypeVar("Job", ScorerJob, TrainingJob)
 
-SELECTED = "selected"
-"""Name of the run's own arm, beside its controls."""
-
 
 @dataclass(frozen=True)
 class Run:
@@ -68,6 +68,12 @@ class Run:
     def model_digest(self) -> str:
         """What identifies the starting policy's weights."""
         return model_digest(self.recipe.model)
+
+    @cached_property
+    def judge_digest(self) -> str:
+        """What identifies the judge's content; empty where there is none."""
+        judge = judge_for(self.recipe.evaluate)
+        return judge.fingerprint() if judge else ""
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -205,12 +211,12 @@ def ensure_curriculum(run: Run) -> Curriculum:
 
 
 def ensure_policy(run: Run) -> None:
-    """Train the run's policy, and its controls', where they are missing."""
+    """Train the run's policy, its controls' and those of other seeds, where they are missing."""
     ensure_curriculum(run)
     if run.recipe.curriculum:
         _ensure_references(run)
         require_finite_reference(run.folder.reference)
-    jobs = [training_job(run, name) for name in run.arms]
+    jobs = [training_job(run, name) for name in trainings(run)]
     complete, missing = _by_completeness(jobs)
     if not missing:
         return

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from selective_dpo.artifacts import read_json, write_json
+from selective_dpo.artifacts import file_digest, read_json, write_json
 from selective_dpo.data.sources import source_digest, source_label
 from selective_dpo.data.templates import template_digest
 from selective_dpo.data.tokenize import tokenizer_digest
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from selective_dpo.pipeline.stages import Run
 
 INPUTS = "inputs.json"
+JUDGE = "judge"
+"""What the judge is called there, before its name."""
 _SHOWN = 12
 """Digits of a digest in a message."""
 
@@ -37,6 +39,8 @@ class Trained(Protocol):
 def input_digests(run: Run) -> dict[str, str]:
     """SHA-256 of the content that the recipe names, by the key that names it."""
     recipe = run.recipe
+    evaluate, prompts = recipe.evaluate, recipe.evaluate.generation.source
+    has_judge = evaluate.judge != "none"
     sources = {"data.train": recipe.data.train, "data.test": recipe.data.test}
     return {
         f"model {recipe.model.path}": run.model_digest,
@@ -48,6 +52,8 @@ def input_digests(run: Run) -> dict[str, str]:
             for number, source in enumerate(listed)
         },
         **({f"curriculum {recipe.curriculum}": run.outside.digest} if run.outside else {}),
+        **({f"{JUDGE} {evaluate.reward_model or evaluate.judge}": run.judge_digest} if has_judge else {}),
+        **({f"evaluate.generation.source {prompts}": file_digest(Path(prompts))} if prompts else {}),
     }
 
 

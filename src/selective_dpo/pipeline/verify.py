@@ -16,17 +16,18 @@ import yaml
 
 from selective_dpo.artifacts import read_json
 from selective_dpo.config import Recipe
+from selective_dpo.core.results import SELECTED, repeat_name
 from selective_dpo.curriculum.outside import Outside, imported_from, read_outside
 from selective_dpo.curriculum.table import TABLE, Curriculum
 from selective_dpo.engine.logprobs import PairLogps
 from selective_dpo.engine.reference import load_reference
 from selective_dpo.errors import ArtifactError
-from selective_dpo.evaluation.preflight import check_arm_names
+from selective_dpo.evaluation.preflight import check_arm_names, policy_names
 from selective_dpo.pipeline.evaluation_stage import evaluation_key, prompts_to_answer
 from selective_dpo.pipeline.jobs import scorer_job, training_job
 from selective_dpo.pipeline.run_directory import CONFIG, RECIPE, RunDirectory
-from selective_dpo.pipeline.stages import SELECTED, Run
-from selective_dpo.pipeline.unchanged import INPUTS
+from selective_dpo.pipeline.stages import Run
+from selective_dpo.pipeline.unchanged import INPUTS, JUDGE
 from selective_dpo.pipeline.verification.check import DAMAGE, Check, Checks
 from selective_dpo.pipeline.verification.curricula import MODEL, Arm, Written, check_curriculum
 from selective_dpo.pipeline.verification.evaluation import check_evaluation
@@ -99,6 +100,11 @@ def verify_run(root: str | Path) -> Verification:
     for arm in arms:
         curricula[arm.name] = check_curriculum(checks, folder, arm, kept, outside)
         check_policy(checks, folder.root, arm, curricula[arm.name])
+    repeats = _repeats(folder, recipe)
+    for repeat in repeats:
+        curricula[repeat.name] = curricula[SELECTED]
+        check_policy(checks, folder.root, repeat, curricula[SELECTED])
+    arms += repeats
     run = None if recipe is None else _run(folder, recipe, curricula)
     check_evaluation(checks, folder.evaluation, arms, curricula, held_out, _prompts(run))
     if run is not None:
@@ -115,7 +121,7 @@ def _check_recipe(checks: Checks, folder: RunDirectory) -> Recipe | None:
             check.absent("what depends on the recipe is not checked")
             return None
         resolved = make_recipe(read_json(folder.root / CONFIG))
-        check_arm_names([SELECTED, *resolved.evaluate.controls])  # they name folders
+        check_arm_names(policy_names(resolved.evaluate))  # they name folders
         recipe = resolved
         check.counted = recipe.name
         given = yaml.safe_load((folder.root / RECIPE).read_text("utf-8"))
@@ -186,8 +192,18 @@ def _outside(recipe: Recipe | None) -> Outside | None:
         return None
 
 
+def _repeats(folder: RunDirectory, recipe: Recipe | None) -> list[Arm]:
+    """The run's own training with other seeds: those that the recipe asks for, else those that are there."""
+    if recipe is None:
+        found = sorted(path.name for path in folder.root.glob("training-seeds/*") if path.name.isdecimal())
+        seeds = tuple(map(int, found))
+    else:
+        seeds = recipe.evaluate.training_seeds
+    return [Arm(repeat_name(seed), folder.repeat(seed), None) for seed in seeds]
+
+
 def _run(folder: RunDirectory, recipe: Recipe, curricula: Mapping[str, Written | None]) -> Run | None:
-    """The run with the model's digest as it was written down then; None where it was not."""
+    """The run with the model's digest, and the judge's, as written down then; None where it was not."""
     digests = [
         (each.facts.get("provenance") or {}).get("inputs", {}).get(MODEL)
         for each in curricula.values()
@@ -201,8 +217,10 @@ def _run(folder: RunDirectory, recipe: Recipe, curricula: Mapping[str, Written |
     known = next((digest for digest in digests if isinstance(digest, str)), None)
     if known is None:
         return None
+    judge = next((digest for name, digest in inputs.items() if name.startswith(f"{JUDGE} ")), "")
     run = Run(recipe, folder)
-    vars(run)["model_digest"] = known  # else it would be worked out from the weights, wherever they are now
+    # Else they would be worked out from the weights, wherever these are now.
+    vars(run).update(model_digest=known, judge_digest=judge)
     return run
 
 

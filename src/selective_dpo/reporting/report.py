@@ -79,6 +79,7 @@ def render_report(content: ReportContent) -> str:
         provenance=_facts(content.provenance),
         cost=_facts(content.cost),
         config=json.dumps(content.config, indent=2) if content.config else "",
+        seeds_note=tables.seeds_note(content.results) if content.results else "",
         agreement_note=narrative.agreement_note(content.agreement),
         preview=preview,
         turns=turns,

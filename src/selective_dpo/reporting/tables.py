@@ -16,12 +16,15 @@ from selective_dpo.core.results import (
     EvaluationResults,
     estimate_from_json,
     main_measure,
+    training_spread,
 )
 from selective_dpo.data.pairs import KEPT
 from selective_dpo.reporting.content import DropCount
 from selective_dpo.reporting.text import printable
 
 DEFAULT_FRACTION = 0.5
+_LOPSIDED = 0.1
+"""An interval whose sides differ by more than this share of its width is shown by its ends."""
 
 
 def label_for(select: SelectConfig) -> str:
@@ -72,7 +75,24 @@ def arms_table(results: EvaluationResults) -> str:
         row += [share_with_reach(measure.values.get(arm.name))] if measure else []
         row += ["" if arm.name == SELECTED else points_with_reach(arm.difference)] if with_difference else []
         rows.append(row)
-    return text_table(header, rows, left=2)
+    note = [] if measure is None else ["", seeds_note(results)]
+    return "\n".join([text_table(header, rows, left=2), *note])
+
+
+def seeds_note(results: EvaluationResults) -> str:
+    """What the intervals leave out: how far trainings lie apart that differ by their seed alone."""
+    spread = training_spread(results)
+    if spread is None:
+        return (
+            "The intervals are over prompts. Another seed of the same training moves a result as well, in "
+            "the paper by 0.6 to 1.4 points; evaluate.training_seeds measures how far."
+        )
+    values = ", ".join(f"{value:.1%}" for value in spread.values)
+    return (
+        f"{len(spread.values)} trainings of selected that differ by their seed alone: {spread.measure} "
+        f"{spread.mean:.1%} on average, with a standard deviation of {100 * spread.deviation:.1f} points "
+        f"({values}). The intervals are over prompts and leave that out."
+    )
 
 
 def drops_table(drops: Sequence[DropCount]) -> str:
@@ -125,7 +145,7 @@ def chance_in_words(chance: float) -> tuple[str, str]:
 
 
 def share_with_reach(estimate: Estimate | None) -> str:
-    """A share in percent and half its 95% interval: "55.8% ± 1.4"."""
+    """A share in percent and half its 95% interval: "55.8% ± 1.4"; or both ends: "98.0% [93.1, 99.4]"."""
     return _with_reach(estimate, ".1f", scale=100, unit="%")
 
 
@@ -145,6 +165,10 @@ def _with_reach(
     if estimate is None or math.isnan(estimate.value):
         return ""
     value = f"{scale * estimate.value:{sign}{form}}{unit}"
-    half = scale * (estimate.high - estimate.low) / 2
+    below, above = scale * (estimate.value - estimate.low), scale * (estimate.high - estimate.value)
     # With one prompt only there is no standard error.
-    return f"{value} (no interval)" if math.isnan(half) else f"{value} ± {half:{form}}"
+    if math.isnan(below + above):
+        return f"{value} (no interval)"
+    if abs(above - below) > _LOPSIDED * (above + below) and f"{above:{form}}" != f"{below:{form}}":
+        return f"{value} [{scale * estimate.low:{sign}{form}}, {scale * estimate.high:{sign}{form}}]"
+    return f"{value} ± {(above + below) / 2:{form}}"

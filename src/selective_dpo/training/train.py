@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from selective_dpo.artifacts import write_atomic, write_json
-from selective_dpo.config import Recipe
+from selective_dpo.config import TRAINING_SEED, Recipe
 from selective_dpo.core.identity import positions_of
 from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.data.store import load_tokens
@@ -29,8 +29,6 @@ from selective_dpo.training.publish import (
 from selective_dpo.training.resumable import ResumableTrainer, train_resumably
 from selective_dpo.training.selective_trainer import SelectiveDPOTrainer
 from selective_dpo.training.trackers import training_folder
-
-DEFAULT_SEED = 42
 
 
 class TrainingJob(NamedTuple):
@@ -54,6 +52,8 @@ class TrainingJob(NamedTuple):
     """Where the local files of trackers go; None: they are deleted."""
     checkpoints: CheckpointPlan | None = None
     """None: a killed training begins anew."""
+    seed: int | None = None
+    """In place of the recipe's own."""
 
 
 class _PolicyTrainer(ResumableTrainer, SelectiveDPOTrainer):
@@ -111,12 +111,13 @@ def _make_trainer(job: TrainingJob, curriculum: Curriculum, folder: Path) -> Any
     _require_same_pairs(curriculum, list(tokens["pair_id"]))
     at = positions_of(curriculum.order, list(tokens["pair_id"]), what="prepared pairs")
     rows = with_reference(tokens.select(at), load_reference(job.reference))
+    seed = {} if job.seed is None else {"seed": job.seed}
     args = dpo_arguments(
-        {"run_name": f"{recipe.name}-{job.name}", **recipe.train.trainer},
+        {"run_name": f"{recipe.name}-{job.name}", **recipe.train.trainer, **seed},
         model=recipe.model,
         max_length=recipe.data.max_length,
         output_dir=folder,
-        seed=DEFAULT_SEED,
+        seed=TRAINING_SEED,
         sequential=True,
     )
     held = weights_dtype(recipe.model, recipe.train.lora, recipe.train.trainer)

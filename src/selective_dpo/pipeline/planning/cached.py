@@ -17,6 +17,7 @@ from selective_dpo.pipeline.jobs import (
     reference_key,
     scorer_job,
     training_job,
+    trainings,
 )
 from selective_dpo.pipeline.pairs_stage import prepared_key
 from selective_dpo.pipeline.stages import Run
@@ -52,8 +53,9 @@ def complete_results(run: Run) -> frozenset[Path]:
     # Where difficulty is imported, the reference comes after the curricula: it is that of the selected pairs.
     if run.recipe.curriculum and (len(built) < len(run.arms) or not _has_references(run, found)):
         return frozenset(found)
-    jobs = [training_job(run, name) for name in built]
-    if sum(_note(found, job.folder, lambda key: key, job.key) for job in jobs) == len(run.arms):
+    planned = trainings(run)
+    jobs = [training_job(run, name) for name, training in planned.items() if training.curriculum in found]
+    if sum(_note(found, job.folder, lambda key: key, job.key) for job in jobs) == len(planned):
         _note(found, run.folder.evaluation, evaluation_key, run)
     return frozenset(found)
 

@@ -39,7 +39,7 @@ def disk_need(recipe: Recipe, models: Models | None) -> Disk | None:
     """What a run with these models takes; None if they are not known."""
     if models is None:
         return None
-    policies = 1 + len(recipe.evaluate.controls)
+    policies = 1 + len(recipe.evaluate.controls) + len(recipe.evaluate.training_seeds)
     scorers = 0 if recipe.curriculum else len(planned_runs(recipe.score))
     dtype = recipe.model.dtype
     results = policies * saved_bytes(models.sizes, adapter=models.policy_adapter, dtype=dtype)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from selective_dpo.config import Recipe, ScoreConfig
 from selective_dpo.data.store import PairsSummary
+from selective_dpo.evaluation.preflight import policy_names
 from selective_dpo.pipeline.planning.device import ASSUMED_UTILISATION
 from selective_dpo.pipeline.planning.pricing import PlannedJob
 from selective_dpo.pipeline.planning.protocol_words import protocols_text
@@ -73,7 +74,7 @@ def _decisive_lines(plan: Plan) -> list[str]:
         *_scoring_rows(plan, adapters[0]),
         ("selection", label_for(recipe.select)),
         ("training", _training_words(recipe.train.lora, adapters[1], plan.training, recipe)),
-        ("controls", ", ".join(recipe.evaluate.controls) or "none"),
+        ("controls", ", ".join(policy_names(recipe.evaluate)[1:]) or "none"),
         ("judge", ", ".join(part for part in (recipe.evaluate.judge, answers) if part)),
         ("launch", *spread),
     ]

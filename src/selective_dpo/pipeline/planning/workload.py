@@ -9,9 +9,11 @@ from typing import Literal, NamedTuple
 
 from selective_dpo.config import SelectConfig
 from selective_dpo.core.identity import positions_of
+from selective_dpo.core.results import SELECTED
 from selective_dpo.core.selection import rank_window, size_of
 from selective_dpo.curriculum.build import rule_of
 from selective_dpo.curriculum.table import Curriculum
+from selective_dpo.pipeline.jobs import trainings
 from selective_dpo.pipeline.planning.batches import (
     NO_WORK,
     Work,
@@ -67,7 +69,7 @@ def workloads(
     jobs = [_reference(run, run.folder.reference, referenced, cached, forwarding)]
     jobs += [_reference(run, run.folder.test_reference, test, cached, forwarding)] if has_test else []
     jobs += [_scorer(run, scorer, pairs, cached, forwarding) for scorer in run.scorer_runs]
-    jobs += [_policy(run, name, inputs, cached, forwarding) for name in run.arms]
+    jobs += [_policy(run, name, inputs, cached, forwarding) for name in trainings(run)]
     jobs += [_held_out(run, test, cached, forwarding)] if has_test else []
     if run.recipe.evaluate.generation.prompts:
         jobs.append(_answers(run, inputs, cached))
@@ -130,21 +132,22 @@ def _scorer(
 def _policy(
     run: Run, name: str, inputs: Inputs | None, cached: Collection[Path], forwarding: Forwarding
 ) -> Workload:
-    select, folder = run.arms[name]
+    training = trainings(run)[name]
     dealing = dealing_of(run.recipe, "train", forwarding)
-    place = folder / "policy"
+    place, folder = training.policy, training.curriculum
     job = Workload("policy", place, place in cached, rows_per_pair=dealing.rows_per_pair)
     if inputs is None:
         return job
     pairs, test = inputs.pairs, inputs.test
     job = job._replace(longest=pairs.longest_row(dealing.rows_per_pair))
-    order = Curriculum.load(folder).order if folder in cached else inputs.orders.get(name)
+    arm = name if training.seed is None else SELECTED
+    order = Curriculum.load(folder).order if folder in cached else inputs.orders.get(arm)
     if order is not None:
         count = len(order)
         at = positions_of(order, pairs.pair_ids, what=f"curriculum in {folder}")
         epoch = ordered_work(pairs.rows(at).parts, dealing)
     else:
-        known = selected_count(select, len(pairs.pair_ids))
+        known = selected_count(training.select, len(pairs.pair_ids))
         if known is None:
             return job
         count = known
@@ -174,7 +177,7 @@ def _held_out(run: Run, test: KeptPairs | None, cached: Collection[Path], forwar
         folder,
         folder in cached,
         pairs=len(test.pair_ids),
-        forwarded=once.times(len(run.arms) + 1),  # the starting model is measured too
+        forwarded=once.times(len(trainings(run)) + 1),  # the starting model is measured too
         rows_per_pair=forwarding.rows_per_pair,
         longest=test.longest_row(forwarding.rows_per_pair),
     )
@@ -193,7 +196,7 @@ def _answers(run: Run, inputs: Inputs | None, cached: Collection[Path]) -> Workl
         folder,
         folder in cached,
         pairs=len(lengths_G),
-        forwarded=once.times(generation.samples * (len(run.arms) + 1)),
+        forwarded=once.times(generation.samples * (len(trainings(run)) + 1)),
         longest=int(lengths_G.max(initial=0)),
     )
 

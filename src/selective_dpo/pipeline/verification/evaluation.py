@@ -43,9 +43,9 @@ def check_evaluation(
         results = from_json(read_json(folder / RESULTS))
         answers = pq.read_table(folder / GENERATIONS)
         verdicts = pq.read_table(folder / VERDICTS)
-        check.counted = f"{len(results.arms)} arms, {len(answers):,} answers, {len(verdicts):,} verdicts"
+        check.counted = f"{len(results.policies)} arms, {len(answers):,} answers, {len(verdicts):,} verdicts"
         wanted = sorted([REFERENCE, *(arm.name for arm in arms)])
-        check.equal(f"evaluation/{RESULTS}", "arms", sorted(arm.name for arm in results.arms), wanted)
+        check.equal(f"evaluation/{RESULTS}", "arms", sorted(arm.name for arm in results.policies), wanted)
         _check_arms(check, arms, curricula, results, held_out)
         _check_answers(check, answers, results)
         known = set(answers["prompt_id"].to_pylist())
@@ -73,7 +73,7 @@ def _check_arms(
             check.equal(name, f"pairs of {arm.name}", found.pairs, len(curriculum.order))
         if cost.is_file():
             check.equal(name, f"updates of {arm.name}", found.updates, read_json(cost)["optimizer_steps"])
-    for result in results.arms:
+    for result in results.policies:
         if result.held_out is not None and held_out is not None:
             counts = (result.held_out.pairs, result.held_out.prompts)
             wanted = (len(held_out.pair_ids), len(set(held_out.prompt_ids)))
@@ -85,7 +85,7 @@ def _check_answers(check: Check, answers: pa.Table, results: EvaluationResults) 
     columns = (answers[column].to_pylist() for column in ("arm", "prompt_id", "sample"))
     found = Counter(zip(*columns, strict=True))
     prompts = sorted(set(answers["prompt_id"].to_pylist()))
-    arms = [arm.name for arm in results.arms] if len(answers) else []
+    arms = [arm.name for arm in results.policies] if len(answers) else []
     wanted = set(product(arms, prompts, range(results.samples)))
     check.equal(f"evaluation/{RESULTS}", "prompts", results.prompts, len(prompts))
     for keys, problem in (
@@ -127,7 +127,7 @@ def _check_verdicts(check: Check, answers: pa.Table, verdicts: pa.Table, results
             problem = f"win rate of {arm} is {result.win_rate.value:.6f}, and its verdicts give {again:.6f}"
             is_same = abs(again - result.win_rate.value) <= _TOLERANCE
             check.require(is_same, f"evaluation/{RESULTS}", problem)
-    silent = [arm.name for arm in results.arms if arm.win_rate is not None and arm.name not in by_arm]
+    silent = [arm.name for arm in results.policies if arm.win_rate is not None and arm.name not in by_arm]
     check.require(not silent, name, f"win rates without verdicts: {name_some(silent)}")
 
 

@@ -21,6 +21,7 @@ _KINDS = {
     "scores/*": "records",
     "policy": "policy",
     "controls/*/policy": "policy",
+    "training-seeds/*/policy": "policy",
     "evaluation": "evaluation",
     "world": "world",
 }
