@@ -18,7 +18,6 @@ from selective_dpo.engine.processes import combine_by_position, on_any_process, 
 from selective_dpo.engine.shared_rows import IGNORED_LABEL
 from selective_dpo.engine.ways import PathName, choose_way
 from selective_dpo.errors import Interrupted
-from selective_dpo.launch.interruption import REMEDY
 from selective_dpo.progress import Progress
 
 __all__ = [
@@ -30,6 +29,9 @@ __all__ = [
     "pair_lengths",
     "pair_logps",
 ]
+
+
+_REMEDY = "run the same command to go on"
 
 
 class MeasurementStopped(Interrupted):
@@ -90,7 +92,7 @@ def pair_logps(
         def stop_if_asked() -> None:
             # Those that share a model's weights wait for each other in each batch, so they stop together.
             if on_any_process(stop()) if sharded else stop():
-                raise MeasurementStopped(f"interrupted by SIGTERM while measuring {what}: {REMEDY}")
+                raise MeasurementStopped(f"interrupted by SIGTERM while measuring {what}: {_REMEDY}")
 
         def run(rows: NDArray[np.int64]) -> None:
             stop_if_asked()
@@ -113,7 +115,7 @@ def pair_logps(
         except MeasurementStopped as error:
             stopped = error
         if on_any_process(stopped is not None):
-            raise stopped or MeasurementStopped(f"another process was interrupted by SIGTERM: {REMEDY}")
+            raise stopped or MeasurementStopped(f"another process was interrupted by SIGTERM: {_REMEDY}")
     values_P2 = combine_by_position(values_P2, done_P, ids, what=what)
     return PairLogps(ids, values_P2[:, 0], values_P2[:, 1])
 

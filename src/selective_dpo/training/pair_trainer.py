@@ -109,6 +109,7 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
 
     @ref_model.setter
     def ref_model(self, model: Any) -> None:
+        """Set by TRL."""
         self._ref_model = None if model is _IN_ROWS else model
 
     def get_train_dataloader(self) -> DataLoader[Any]:
