@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from selective_dpo.artifacts import read_json, write_json
 from selective_dpo.config import Recipe
 from selective_dpo.errors import RunChangedError
 from selective_dpo.pipeline.run_directory import RunDirectory
@@ -94,6 +95,17 @@ def test_what_does_not_change_results_may_change(tmp_path: Path) -> None:
     run.claim(recipe(tmp_path))
     moved = recipe(tmp_path, name="moved", output_dir="elsewhere", launch={"workers": 4})
     run.require_unchanged(moved)
+
+
+def test_a_key_that_came_later_counts_as_its_default(tmp_path: Path) -> None:
+    run = RunDirectory.of(recipe(tmp_path))
+    run.claim(recipe(tmp_path))
+    config = read_json(run.root / "config.json")
+    del config["curriculum"], config["score"]["min_fold_prompts"]
+    write_json(run.root / "config.json", config)
+    run.require_unchanged(recipe(tmp_path))
+    with pytest.raises(RunChangedError, match="score.min_fold_prompts: 5 -> 1"):
+        run.require_unchanged(recipe(tmp_path, score={"min_fold_prompts": 1}))
 
 
 def test_many_changes_are_counted(tmp_path: Path) -> None:

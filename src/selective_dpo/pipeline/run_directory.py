@@ -6,16 +6,17 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
+from pydantic import ValidationError
 
 from selective_dpo.artifacts import read_json, write_atomic
+from selective_dpo.config import Recipe
 from selective_dpo.errors import RunChangedError, name_some
 from selective_dpo.recipe_io import diff_config, dump_config
 
 if TYPE_CHECKING:
-    from selective_dpo.config import Recipe
     from selective_dpo.scoring.plan import ScorerRun
 
 RECIPE, CONFIG = "recipe.yaml", "config.json"
@@ -120,7 +121,7 @@ class RunDirectory:
             return
         changes = [
             change
-            for change in diff_config(read_json(self.root / CONFIG), dump_config(recipe))
+            for change in diff_config(_with_defaults(read_json(self.root / CONFIG)), dump_config(recipe))
             if re.split(r"[.:]", change)[0] not in _WITHOUT_EFFECT_ON_RESULTS
         ]
         if changes:
@@ -144,3 +145,11 @@ class RunDirectory:
             path = self.root / name
             if not path.is_file() or path.read_bytes() != content.encode("utf-8"):
                 write_atomic(path, content)
+
+
+def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
+    """A dumped recipe, with the defaults of keys that came after it was written."""
+    try:
+        return dump_config(Recipe.model_validate(config))
+    except ValidationError:  # a key has gone: it is named as a difference
+        return config
