@@ -104,7 +104,7 @@ def test_a_key_that_came_later_counts_as_its_default(tmp_path: Path) -> None:
     del config["curriculum"], config["score"]["min_fold_prompts"]
     write_json(run.root / "config.json", config)
     run.require_unchanged(recipe(tmp_path))
-    with pytest.raises(RunChangedError, match="score.min_fold_prompts: 5 -> 1"):
+    with pytest.raises(RunChangedError, match=r"score\.min_fold_prompts: 5 -> 1"):
         run.require_unchanged(recipe(tmp_path, score={"min_fold_prompts": 1}))
 
 
