@@ -23,7 +23,7 @@ from selective_dpo.reporting.content import DropCount
 from selective_dpo.reporting.text import printable
 
 DEFAULT_FRACTION = 0.5
-_LOPSIDED = 0.1
+_LOPSIDED = 0.2
 """An interval whose sides differ by more than this share of its width is shown by its ends."""
 
 
