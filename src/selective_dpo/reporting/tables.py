@@ -15,8 +15,6 @@ from selective_dpo.core.results import (
     estimate_from_json,
     main_measure,
 )
-from selective_dpo.data.pairs import KEPT
-from selective_dpo.reporting.content import DropCount
 from selective_dpo.reporting.text import printable
 
 DEFAULT_FRACTION = 0.5
@@ -73,22 +71,6 @@ def arms_table(results: EvaluationResults) -> str:
         row += ["" if arm.name == SELECTED else points_with_reach(arm.difference)] if with_difference else []
         rows.append(row)
     return text_table(header, rows, left=2)
-
-
-def drops_table(drops: Sequence[DropCount]) -> str:
-    """Rows of each source by status, kept ones first; the last line is the sum, all input rows."""
-    several = len({drop.source for drop in drops}) > 1
-    rows = [
-        [
-            *([drop.source] if several else []),
-            drop.status if drop.status == KEPT else f"dropped: {drop.status}",
-            f"{drop.rows:,}",
-        ]
-        for drop in drops
-    ]
-    rows.append([*([""] if several else []), "input rows", f"{sum(drop.rows for drop in drops):,}"])
-    header = [*(["source"] if several else []), "status", "rows"]
-    return text_table(header, rows, left=len(header) - 1)
 
 
 def agreement_table(agreement: Mapping[str, Any]) -> str:
