@@ -16,11 +16,13 @@ from transformers import AutoModelForCausalLM
 from selective_dpo.artifacts import read_json, verify_folder
 from selective_dpo.config import Recipe
 from selective_dpo.core.records import Records
-from selective_dpo.curriculum.records_io import read_records
+from selective_dpo.curriculum.build import build_curriculum
+from selective_dpo.curriculum.records_io import read_records, write_records
 from selective_dpo.data.store import load_tokens
 from selective_dpo.errors import ConfigError, NotFiniteError, RecordsError
 from selective_dpo.pipeline.stages import Run
-from selective_dpo.pipeline.verbs import open_run, score
+from selective_dpo.pipeline.verbs import curriculum, open_run, score
+from selective_dpo.pipeline.verify import verify_run
 from selective_dpo.scoring import score as score_module
 from selective_dpo.scoring import scorer as scorer_module
 from selective_dpo.scoring.score import collect_records
@@ -250,6 +252,42 @@ class TestTheNumbers:
                 assert records.loss[row] == pytest.approx(dpo_loss(records.margin[row]), rel=1e-12)
                 moved = max(moved, abs(margin))
         assert moved > 0.01
+
+    def test_the_difficulty_is_the_loss_that_the_scorer_is_trained_with(
+        self, inputs: Path, tmp_path: Path
+    ) -> None:
+        losses = {"loss_type": ["ipo", "hinge"], "loss_weights": [0.5, 2.0]}
+        settings = {"learning_rate": 1e-3, "beta": 0.1, **losses}
+        run = open_run(recipe_for(inputs, tmp_path, lora=None, trainer=settings), say=lambda line: None)
+        made = curriculum(run)
+        tokens = {row["pair_id"]: row for row in load_tokens(run.folder.pairs)}
+        records = records_of(run)
+        for row, pair_id in enumerate(records.pair_id):
+            pair = tokens[pair_id]
+            chosen, rejected = (
+                getattr(records, f"policy_{side}_logp")[row] - getattr(records, f"reference_{side}_logp")[row]
+                for side in ("chosen", "rejected")
+            )
+            per_token = chosen / len(pair["chosen_ids"]) - rejected / len(pair["rejected_ids"])
+            # IPO: (difference per token - 1 / (2 beta))^2, halved; hinge: max(0, 1 - margin), doubled.
+            expected = 0.5 * (per_token - 5.0) ** 2 + 2.0 * max(0.0, 1.0 - 0.1 * (chosen - rejected))
+            assert records.loss[row] == pytest.approx(expected, rel=1e-12)
+        assert np.abs(records.margin).max() > 0.01
+        # A policy that has not moved: half of 25, and two.
+        agreement = made.facts["agreement"]
+        assert agreement["chance_loss"] == pytest.approx(14.5)
+        above = (made.difficulty_P > 14.5).mean()
+        assert 0.0 < above < 1.0 and agreement["above_chance"]["value"] == pytest.approx(above)
+        # Without the run nobody knows what the loss of such records is at chance.
+        assert build_curriculum(records).facts["agreement"]["above_chance"] is None
+        assert verify_run(run.folder.root).problems == []
+        path = run.folder.scores(run.scorer_runs[0]) / RECORDS
+        as_dpos = dataclasses.replace(read_records(path), loss=np.logaddexp(0, -read_records(path).margin))
+        write_records(as_dpos, path)
+        assert any(
+            "loss is not that of the log-probs (ipo+hinge, beta 0.1)" in problem
+            for problem in verify_run(run.folder.root).problems
+        )
 
     def test_how_pairs_are_batched_does_not_matter(self, inputs: Path, tmp_path: Path) -> None:
         small = records_of(scored(inputs, tmp_path / "small", tokens_per_batch=1))

@@ -107,6 +107,19 @@ def test_ranks_are_not_called_losses(content: ReportContent) -> None:
         assert "nats" not in svg
 
 
+def test_another_loss_has_its_own_chance_and_no_nats(content: ReportContent) -> None:
+    hinge = replace(content, agreement={**content.agreement, "chance_loss": 0.5})
+    above = (content.curriculum.difficulty_P > 0.5).mean()
+    assert f"{above:.1%} lie above 0.5" in svg_of(difficulty_svg, hinge)
+    unknown = replace(content, agreement={**content.agreement, "chance_loss": None})
+    for other in (hinge, unknown):
+        for draw in (difficulty_svg, length_svg, training_svg):
+            svg = svg_of(draw, other)
+            assert "ln 2" not in svg and "nats" not in svg
+    assert "lie above" not in svg_of(difficulty_svg, unknown)
+    assert "ln 2" in svg_of(difficulty_svg, content)
+
+
 def test_undefined_agreement_is_not_drawn(content: ReportContent) -> None:
     # What one prompt gives: every correlation is null.
     nothing = [[None if a != b else 1.0 for a in range(15)] for b in range(15)]

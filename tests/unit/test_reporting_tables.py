@@ -116,7 +116,10 @@ def test_agreement_table() -> None:
     text = agreement_table({"seeds": [seeds], "above_chance": estimate(0.183, 0.01)})
     assert text.splitlines()[2].split("  ")[0] == "seeds 41 and 42"
     assert text.count("0.90 ± 0.02") == 3
-    assert text.endswith("18.3% ± 1.0")
+    assert text.endswith("pairs above ln 2 (the scorers disagree with the label): 18.3% ± 1.0")
+    hinge = agreement_table({"seeds": [], "chance_loss": 1.0, "above_chance": estimate(0.183, 0.01)})
+    assert hinge == "pairs above 1 (the scorers do worse than a policy that has not moved): 18.3% ± 1.0"
+    assert agreement_table({"seeds": [], "chance_loss": None, "above_chance": None}) == ""
     assert agreement_table({"seeds": []}) == ""
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from selective_dpo.config.base import Block, Count, Fraction, Seed, Settings, TokenBudget
+from selective_dpo.core.aggregation import CRITERIA
 
 
 class Protocol(NamedTuple):
@@ -27,7 +28,7 @@ DEFAULT_TARGET = 0.95
 
 
 class ScoreConfig(Block):
-    """Difficulty: held-out DPO loss from cross-fitted scorers."""
+    """Difficulty: held-out loss from cross-fitted scorers, DPO's own or the one that `trainer` names."""
 
     protocol: Literal["paper", "fast", "certified", "custom"] = "paper"
     """`paper`: seeds 41, 42, 43 and five evaluations; `fast`: seed 41, measured in the middle and at the
@@ -52,7 +53,8 @@ class ScoreConfig(Block):
     )
     """PEFT `LoraConfig` keys; null: full fine-tuning."""
     trainer: Settings = Field(default_factory=dict)
-    """TRL `DPOConfig` keys for the scorers' training."""
+    """TRL `DPOConfig` keys for the scorers' training. Their loss is the difficulty, so `loss_type` must be
+    one that each pair has for itself: not `aot`, `aot_unpaired` or `sft`."""
     tokens_per_batch: TokenBudget = "auto"
     """Padded tokens in one forward pass of the reference and of an evaluation, per process; `auto`: the power
     of two that free memory allows, at most 4,096 on a CPU and 65,536 on a GPU."""
@@ -84,10 +86,23 @@ class ScoreConfig(Block):
         return self
 
 
+def _known_criterion(name: str) -> str:
+    if name not in CRITERIA:
+        raise ValueError(f"no criterion is called {name!r}; use {', '.join(CRITERIA)}")
+    return name
+
+
+CriterionName = Annotated[
+    str,
+    AfterValidator(_known_criterion),
+    Field(json_schema_extra=lambda schema: schema.update(enum=list(CRITERIA))),
+]
+
+
 class SelectConfig(Block):
     """Which pairs are kept, and in which order they are trained on."""
 
-    aggregate: Literal["mean", "final", "median", "rank-mean"] = "mean"
+    aggregate: CriterionName = "mean"
     """How a pair's records become its difficulty: mean or median of all losses, mean over seeds of
     the last evaluation's, or mean over all evaluations of the pair's rank, scaled to (0, 1]."""
     rule: Literal["easiest", "hardest", "random", "below", "band", "all"] = "easiest"
@@ -98,7 +113,7 @@ class SelectConfig(Block):
     count: Count | None = None
     """Number of pairs kept, instead of `fraction`."""
     threshold: float | None = None
-    """Largest difficulty kept by `below` (nats; ln 2 = 0.693 is chance)."""
+    """Largest difficulty kept by `below`; with DPO's own loss in nats, and ln 2 = 0.693 is chance."""
     band: tuple[float, float] | None = None
     """Lower and upper quantile kept by `band`, within [0, 1]."""
     order: Literal["easy-to-hard", "hard-to-easy", "shuffled"] = "easy-to-hard"

@@ -1,8 +1,10 @@
-"""From a pair's records to its difficulty."""
+"""From a pair's records to its difficulty, by one of the registered criteria."""
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,33 +12,67 @@ from numpy.typing import NDArray
 from selective_dpo.core.records import LossTable
 from selective_dpo.errors import RecordsError, name_some
 
-Aggregate = Literal["mean", "final", "median", "rank-mean"]
+Score = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+"""Losses [P, S, E], NaN where there is no record -> difficulty [P], larger is harder."""
+
+
+class Criterion(NamedTuple):
+    """How a pair's records become its difficulty, and how that is called."""
+
+    score: Score
+    words: str
+    """In the label of a selection; empty: it goes without saying."""
+    axis: str
+    """At the axis of a figure."""
+    is_loss: bool
+    """Whether a difficulty is as large as a loss, so that it can be compared with one."""
+
+
+CRITERIA: dict[str, Criterion] = {}
+"""`select.aggregate` -> the criterion."""
+
+
+def criterion(
+    name: str, *, words: str | None = None, axis: str | None = None, is_loss: bool = False
+) -> Callable[[Score], Score]:
+    """Register the decorated function as `select.aggregate: NAME`; reports, figures and exports know it then.
+
+    It gets losses_PSE [P, S, E], NaN where a pair lacks a record (only with `allow_partial`), and returns
+    the difficulty [P], NaN for a pair that has none of the records that it reads.
+    """
+
+    def register(score: Score) -> Score:
+        CRITERIA[name] = Criterion(
+            score, f"by {name}" if words is None else words, name if axis is None else axis, is_loss
+        )
+        return score
+
+    return register
 
 
 class Difficulty(NamedTuple):
     """One number a pair, and what it was made from."""
 
     difficulty_P: NDArray[np.float64]
-    """Larger is harder. Nats, but for `rank-mean`, whose values lie in (0, 1]."""
+    """Larger is harder. In the loss's unit, but for criteria that say otherwise, such as `rank-mean`."""
     spread_P: NDArray[np.float64]
-    """Standard deviation of the pair's own losses (divisor n: 0 for a single record), in nats."""
+    """Standard deviation of the pair's own losses (divisor n: 0 for a single record)."""
     count_P: NDArray[np.int64]
     """Number of the pair's records."""
 
 
-def difficulty(table: LossTable, how: Aggregate = "mean", *, allow_partial: bool = False) -> Difficulty:
-    """Reduce losses_PSE [P, S, E] to one difficulty for each pair.
+def difficulty(table: LossTable, how: str = "mean", *, allow_partial: bool = False) -> Difficulty:
+    """Reduce losses_PSE [P, S, E] to one difficulty for each pair, by the criterion `how`.
 
-    `mean` and `median` take all of a pair's losses; `final` the mean over seeds of the last
-    evaluation's; `rank-mean` the mean over the S * E columns of the pair's mid-rank in the column
-    (1 for the lowest loss, ties share their mean rank) divided by the column's number of pairs.
-
-    With `allow_partial` each is taken over the records that a pair has.
+    With `allow_partial` it is taken over the records that a pair has.
 
     Raises:
         RecordsError: a loss is infinite; a pair lacks records and `allow_partial` is off; or a pair
             has none of the records that `how` reads. Some of the pairs are named.
+        ValueError: there is no such criterion.
     """
+    if how not in CRITERIA:
+        raise ValueError(f"unknown criterion {how!r}: use {', '.join(CRITERIA)}")
     losses_PSE = table.losses_PSE
     if np.isinf(losses_PSE).any():
         bad = table.pair_ids_P[np.isinf(losses_PSE).any(axis=(1, 2))]
@@ -49,37 +85,59 @@ def difficulty(table: LossTable, how: Aggregate = "mean", *, allow_partial: bool
             f"{len(lacking):,} of {len(count_P):,} pairs lack some of their {complete} records: "
             f"{name_some(lacking)}; score them, or accept them with --allow-partial"
         )
-    read_PK = _values_read(losses_PSE, how)
-    empty = table.pair_ids_P[~np.isfinite(read_PK).any(axis=1)]
+    with warnings.catch_warnings():
+        # Of pairs without a record that is read, which are named below.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        difficulty_P = CRITERIA[how].score(losses_PSE)
+        spread_P = np.nanstd(by_record(losses_PSE), axis=1) if len(lacking) else by_record(losses_PSE).std(1)
+    empty = table.pair_ids_P[~np.isfinite(difficulty_P)]
     if len(empty):
         raise RecordsError(f"{len(empty):,} pairs have no record that '{how}' reads: {name_some(empty)}")
-    losses_PR = _by_record(losses_PSE)
-    # The NaN-skipping forms are reached only with `allow_partial`: on a complete table a NaN that
-    # slipped in must show, not be averaged away.
-    if how == "median":
-        difficulty_P = np.nanmedian(read_PK, axis=1) if len(lacking) else np.median(read_PK, axis=1)
-    else:
-        difficulty_P = np.nanmean(read_PK, axis=1) if len(lacking) else read_PK.mean(axis=1)
-    spread_P = np.nanstd(losses_PR, axis=1) if len(lacking) else losses_PR.std(axis=1)
     return Difficulty(difficulty_P, spread_P, count_P)
 
 
-def _values_read(losses_PSE: NDArray[np.float64], how: Aggregate) -> NDArray[np.float64]:
-    """The values [P, K] whose mean (or median) over K is the difficulty."""
-    if how == "final":
-        return losses_PSE[:, :, -1]
-    losses_PR = _by_record(losses_PSE)
-    if how == "rank-mean":
-        return np.stack([scaled_ranks(column_P) for column_P in losses_PR.T], axis=1)
-    if how in ("mean", "median"):
-        return losses_PR
-    raise ValueError(f"unknown aggregate {how!r}")
-
-
-def _by_record(losses_PSE: NDArray[np.float64]) -> NDArray[np.float64]:
+def by_record(losses_PSE: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The losses of each pair in one row, [P, S * E]."""
     # The width is spelled out: NumPy cannot tell it of a table without pairs.
     pairs, seeds, evaluations = losses_PSE.shape
     return losses_PSE.reshape(pairs, seeds * evaluations)
+
+
+def _mean_of_those_held(values_PK: NDArray[np.float64]) -> NDArray[np.float64]:
+    # The form that skips is slower, and most tables have no gaps.
+    has_gaps = np.isnan(values_PK).any()
+    return np.asarray(np.nanmean(values_PK, axis=1) if has_gaps else values_PK.mean(axis=1))
+
+
+@criterion("mean", words="", axis="mean held-out loss", is_loss=True)
+def _mean(losses_PSE: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The mean of all of a pair's losses: the method."""
+    return _mean_of_those_held(by_record(losses_PSE))
+
+
+@criterion("final", words="by final loss", axis="held-out loss at the end of training", is_loss=True)
+def _final(losses_PSE: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The mean over seeds of the last evaluation's losses."""
+    return _mean_of_those_held(losses_PSE[:, :, -1])
+
+
+@criterion("median", words="by median loss", axis="median held-out loss", is_loss=True)
+def _median(losses_PSE: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The median of all of a pair's losses."""
+    losses_PR = by_record(losses_PSE)
+    has_gaps = np.isnan(losses_PR).any()
+    return np.asarray(np.nanmedian(losses_PR, axis=1) if has_gaps else np.median(losses_PR, axis=1))
+
+
+@criterion("rank-mean", words="by mean rank", axis="mean rank of the held-out loss, 1 is the hardest")
+def _rank_mean(losses_PSE: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The mean over the S * E columns of the pair's mid-rank in the column, in (0, 1].
+
+    Rank 1 is the lowest loss, ties share their mean rank, and ranks are divided by the column's pairs.
+    """
+    return _mean_of_those_held(
+        np.stack([scaled_ranks(column_P) for column_P in by_record(losses_PSE).T], axis=1)
+    )
 
 
 def scaled_ranks(values_P: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from selective_dpo.core.aggregation import Aggregate, difficulty
+from selective_dpo.core.aggregation import CRITERIA, difficulty
 from selective_dpo.core.bootstrap import (
     LEVEL,
     REPLICATES,
@@ -23,20 +24,22 @@ from selective_dpo.core.bootstrap import (
     rows_for,
 )
 from selective_dpo.core.estimates import Estimate
+from selective_dpo.core.losses import LN_2
 from selective_dpo.core.rank_correlation import weighted_spearman
 from selective_dpo.core.records import LossTable
 from selective_dpo.core.selection import Rule, rank_window, ranks
+from selective_dpo.errors import RecordsError
 
-CHANCE_LOSS = math.log(2.0)
 _MOST_BINS = 1 << 12
 _COMPARED = ("spearman", "overlap", "jaccard")
 
 
 def agreement(
     table: LossTable,
-    how: Aggregate = "mean",
+    how: str = "mean",
     rule: Rule | None = None,
     *,
+    chance_loss: float | None = LN_2,
     replicates: int = REPLICATES,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -49,14 +52,15 @@ def agreement(
       `how`), and how far the sets A and B that `rule` selects by them coincide: `overlap`
       |A and B| / |A|, `jaccard` |A and B| / |A or B|. For rules that do not go by difficulty
       (`random`, `all`) the easiest half stands in; `fraction` is the share compared, null for `below`;
-    - `above_chance`: the share of pairs whose difficulty (for `rank-mean`: mean loss) is above ln 2.
+    - `above_chance`: the share of pairs whose difficulty (or mean loss, where that is no loss) is above
+      `chance_loss`, that of a policy that has not moved (see `core.losses`); null where that is None.
 
     Standard errors and intervals come from the cluster bootstrap over prompts (see `bootstrap`): ranks
     and selected sets are found anew in each resample, a pair's difficulty is held as it is. Of tables
     of more than 400,000 / columns pairs the resamples hold that many; `clusters_drawn` says how many
     prompts. `seed` decides the resamples. The numbers themselves are always those of all pairs.
     """
-    basis = _basis(table, how, rule or Rule())
+    basis = _basis(table, how, rule or Rule(), math.inf if chance_loss is None else chance_loss)
     draws = _draws(basis, replicates, seed)
     between = _between(len(basis.columns))
     low_K, high_K = bounds(draws)
@@ -71,7 +75,8 @@ def agreement(
             {"a": a, "b": b, **{name: _as_json(next(numbers)) for name in _COMPARED}}
             for a, b in itertools.combinations(basis.seeds, 2)
         ],
-        "above_chance": _as_json(next(numbers)),
+        "chance_loss": chance_loss,
+        "above_chance": None if chance_loss is None else _as_json(next(numbers)),
         "fraction": None if basis.window is None else round(basis.window[1] - basis.window[0], 12),
         "bootstrap": _how_resampled(replicates, draws),
     }
@@ -134,19 +139,16 @@ class _Sampler(NamedTuple):
         )
 
 
-def _basis(table: LossTable, how: Aggregate, rule: Rule) -> _Basis:
+def _basis(table: LossTable, how: str, rule: Rule, chance_loss: float) -> _Basis:
     held_PSE = np.isfinite(table.losses_PSE)
     present_SE = np.asarray(held_PSE.any(axis=0))
     whole_P = np.asarray(held_PSE[:, present_SE].all(axis=1))
     whole = table if whole_P.all() else _rows(table, whole_P)
-    read_SE = present_SE[:, -1:] if how == "final" else present_SE
-    seeds = np.flatnonzero(read_SE.any(axis=1)).tolist()
-    # The shape is given, because no pair may have all records, and then there is none to be read off.
-    own_SP = np.array([_own_difficulty(whole, s, how) for s in seeds]).reshape(
-        len(seeds), len(whole.pair_ids_P)
-    )
+    seeds, own_SP = _own_difficulties(whole, present_SE, how)
     losses_CP = whole.losses_PSE[:, present_SE].T
-    level_P = losses_CP.mean(axis=0) if how == "rank-mean" else _difficulty(whole, how)
+    # Partial, because whole columns may be missing; the pairs compared have all records of the others.
+    is_loss = CRITERIA[how].is_loss
+    level_P = difficulty(whole, how, allow_partial=True).difficulty_P if is_loss else losses_CP.mean(axis=0)
     return _Basis(
         prompt_P=cluster_codes(whole.prompt_ids_P),
         columns=[(table.seeds_S[s], table.evaluations_E[e]) for s, e in np.argwhere(present_SE)],
@@ -155,7 +157,7 @@ def _basis(table: LossTable, how: Aggregate, rule: Rule) -> _Basis:
         rank_SP=np.array([ranks(own_P, whole.pair_ids_P) for own_P in own_SP], dtype=np.intp),
         window=_window(len(whole_P), rule),
         kept_SP=own_SP <= (np.inf if rule.threshold is None else rule.threshold),
-        above_P=level_P > CHANCE_LOSS,
+        above_P=level_P > chance_loss,
     )
 
 
@@ -179,14 +181,18 @@ def _rows(table: LossTable, kept_P: NDArray[np.bool_]) -> LossTable:
     )
 
 
-def _own_difficulty(table: LossTable, s: int, how: Aggregate) -> NDArray[np.float64]:
-    alone = replace(table, seeds_S=table.seeds_S[s : s + 1], losses_PSE=table.losses_PSE[:, s : s + 1])
-    return _difficulty(alone, how)
-
-
-def _difficulty(table: LossTable, how: Aggregate) -> NDArray[np.float64]:
-    # Partial, because whole columns may be missing; the pairs compared have all records of the others.
-    return difficulty(table, how, allow_partial=True).difficulty_P
+def _own_difficulties(
+    table: LossTable, present_SE: NDArray[np.bool_], how: str
+) -> tuple[list[int], NDArray[np.float64]]:
+    """The seeds that have what the criterion reads, and the difficulties by each of them alone [S, P]."""
+    seeds, own = [], []
+    for s in np.flatnonzero(present_SE.any(axis=1)).tolist():
+        alone = replace(table, seeds_S=table.seeds_S[s : s + 1], losses_PSE=table.losses_PSE[:, s : s + 1])
+        with contextlib.suppress(RecordsError):  # such as the last evaluation, which this seed lacks
+            own.append(difficulty(alone, how, allow_partial=True).difficulty_P)
+            seeds.append(s)
+    # The shape is given, because there may be no seed to read it off.
+    return seeds, np.array(own).reshape(len(seeds), len(table.pair_ids_P))
 
 
 def _binned(code_P: NDArray[np.intp]) -> NDArray[np.uint16]:

@@ -9,6 +9,7 @@ arguments are the options that it reads, and their defaults must be TRL's.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -132,7 +133,8 @@ def pair_losses(
     weights = settings.get("loss_weights") or [1.0] * len(names)
     # The callers look for what is not finite; a NumPy warning beside their error would say nothing more.
     with np.errstate(invalid="ignore", over="ignore"):
-        ratios = LogRatios(*(policy - reference).T, *tokens.T)
+        chosen_P, rejected_P = (policy - reference).T
+        ratios = LogRatios(chosen_P, rejected_P, *tokens.T)
         loss_P = np.zeros(len(policy))
         for name, weight in zip(names, weights, strict=True):
             loss_P = loss_P + weight * _loss(name, ratios, settings)
@@ -172,18 +174,18 @@ def _loss(name: str, ratios: LogRatios, settings: Mapping[str, Any]) -> Floats:
         raise ValueError(f"{name!r} is not a pairwise loss: use one of {', '.join(LOSSES)}")
     loss = LOSSES[name]
     if loss.takes_divergence:
-        scores = (_f_score(ratio_P, settings) for ratio_P in (ratios.chosen_P, ratios.rejected_P))
-        ratios = LogRatios(*scores, ratios.chosen_tokens_P, ratios.rejected_tokens_P)
+        chosen_P, rejected_P = (
+            _f_score(ratio_P, settings) for ratio_P in (ratios.chosen_P, ratios.rejected_P)
+        )
+        ratios = ratios._replace(chosen_P=chosen_P, rejected_P=rejected_P)
     options = inspect.signature(loss.of).parameters.keys() & settings.keys()
     return loss.of(ratios, **{key: settings[key] for key in options})
 
 
 def _f_score(ratio_P: Floats, settings: Mapping[str, Any]) -> Floats:
     """f'(pi / pi_ref) of a divergence f, but for a constant (Wang et al. 2023, arXiv 2309.16240, table 1)."""
-    kind, alpha = (
-        settings.get("f_divergence_type", "reverse_kl"),
-        settings.get("f_alpha_divergence_coef", 0.5),
-    )
+    kind = settings.get("f_divergence_type", "reverse_kl")
+    alpha = float(settings.get("f_alpha_divergence_coef", 0.5))
     if kind == "reverse_kl" or (kind == "alpha_divergence" and abs(alpha - 1.0) < 1e-6):
         return ratio_P
     if kind == "forward_kl":
@@ -223,9 +225,8 @@ def _exo_pair(ratios: LogRatios, beta: float, label_smoothing: float = 0.0) -> F
         raise ValueError("exo_pair needs a label_smoothing above 0 and below 1, such as 0.001")
     margin_P = beta * ratios.delta_P
     won_P, lost_P = negative_log_sigmoid(margin_P), negative_log_sigmoid(-margin_P)
-    return np.exp(-won_P) * (-won_P - np.log1p(-label_smoothing)) + np.exp(-lost_P) * (
-        -lost_P - np.log(label_smoothing)
-    )
+    first_P = np.exp(-won_P) * (-won_P - math.log1p(-label_smoothing))
+    return np.asarray(first_P + np.exp(-lost_P) * (-lost_P - math.log(label_smoothing)))
 
 
 @pairwise_loss("nca_pair")

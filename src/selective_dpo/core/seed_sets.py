@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from selective_dpo.core.aggregation import Aggregate, difficulty
+from selective_dpo.core.aggregation import difficulty
 from selective_dpo.core.bootstrap import cluster_codes
 from selective_dpo.core.records import LossTable
 from selective_dpo.core.selection import Rule, rank_window, ranks, size_of
@@ -61,7 +61,7 @@ class SeedSets(NamedTuple):
         return self._replace(code_SP=self.code_SP * _MOST_BINS // self.pairs)
 
 
-def seed_sets(table: LossTable, how: Aggregate, rule: Rule) -> SeedSets:
+def seed_sets(table: LossTable, how: str, rule: Rule) -> SeedSets:
     """What `rule` selects by each seed's own difficulty, over the pairs that have all records.
 
     Raises:
@@ -114,7 +114,7 @@ def mean_overlap(sets: SeedSets, weights_P: NDArray[np.float64]) -> float:
     return shared / ((sets.seeds - 1) * selections) if selections > 0 else math.nan
 
 
-def _own_difficulty(table: LossTable, s: int, how: Aggregate) -> NDArray[np.float64]:
+def _own_difficulty(table: LossTable, s: int, how: str) -> NDArray[np.float64]:
     alone = replace(table, seeds_S=table.seeds_S[s : s + 1], losses_PSE=table.losses_PSE[:, s : s + 1])
     return difficulty(alone, how).difficulty_P
 

@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from selective_dpo.core.aggregation import Aggregate
 from selective_dpo.core.bootstrap import LEVEL, REPLICATES, Draws, cluster_bootstrap, rows_for
 from selective_dpo.core.estimates import Estimate
 from selective_dpo.core.latent_correlation import OverlapCurve, correlation_of_means, overlap_curve
@@ -89,7 +88,7 @@ class Prediction(NamedTuple):
 
 def predict_overlap(
     table: LossTable,
-    how: Aggregate = "mean",
+    how: str = "mean",
     rule: Rule | None = None,
     *,
     replicates: int = REPLICATES,

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from selective_dpo.config import SelectConfig
 from selective_dpo.core.aggregation import difficulty
 from selective_dpo.core.agreement import agreement
+from selective_dpo.core.losses import LN_2, PairLosses, is_dpos_own
 from selective_dpo.core.order import training_positions
 from selective_dpo.core.records import LossTable, Records, loss_table
 from selective_dpo.core.selection import DEFAULT_FRACTION, Rule
@@ -31,6 +32,7 @@ def build_curriculum(
     cost: Mapping[str, Any] | None = None,
     key: str = "",
     quarantined: Mapping[str, str] | None = None,
+    chance_loss: float | None = None,
 ) -> Curriculum:
     """Aggregate records into difficulties, select and order the pairs, and measure the agreement.
 
@@ -43,6 +45,9 @@ def build_curriculum(
         key: content key of everything that the curriculum is made from.
         quarantined: pairs that were set aside as not finite (pair id -> prompt id); `records` hold none of
             them. They are listed, not selected, without a difficulty.
+        chance_loss: the loss of a policy that has not moved (`core.losses.chance_loss` of the scorers'
+            settings), above which pairs are counted; default: ln 2, that of DPO's own loss. Of records with
+            another loss nothing is counted then.
 
     Returns:
         One row a pair, sorted by id. The facts hold the selection with its defaults filled in, as
@@ -55,8 +60,12 @@ def build_curriculum(
     """
     config = resolved_selection(select)
     losses = records
+    is_dpo = True
     if isinstance(losses, Records):
+        is_dpo = is_dpos_own(PairLosses(losses.margin, losses.loss))
         losses = loss_table(losses, allow_partial=config.allow_partial)
+    if chance_loss is None and is_dpo:
+        chance_loss = LN_2
     measured = difficulty(losses, config.aggregate, allow_partial=config.allow_partial)
     rule = rule_of(config)
     selected = apply_rule(measured.difficulty_P, losses.pair_ids_P, rule)
@@ -82,7 +91,7 @@ def build_curriculum(
         "evaluations": list(losses.evaluations_E),
         "quarantined": len(quarantined or {}),
         "partial": int((measured.count_P < complete).sum()),
-        "agreement": agreement(losses, config.aggregate, rule),
+        "agreement": agreement(losses, config.aggregate, rule, chance_loss=chance_loss),
         "provenance": dict(provenance or {}),
         "cost": dict(cost or {}),
     }

@@ -37,7 +37,8 @@ def export_curriculum(
     """Write the curriculum to `path`, whole or not at all, and return it.
 
     - `csv`: every pair with a difficulty, in the columns of the original repository: `prompt_id`,
-      `loss_step00_seed41` ..., `learning_order` (the mean loss); then `pair_id`, where it differs;
+      `loss_step00_seed41` ..., `learning_order` (the mean loss); then `difficulty`, where another
+      criterion makes it, and `pair_id`, where it differs;
     - `parquet`: every scored pair, the table as it is;
     - `jsonl`: the selected pairs in training order: ids, difficulty, prompt, chosen, rejected;
     - `datasets`: the same as a folder for `datasets.load_from_disk`, in the columns TRL reads.
@@ -109,6 +110,8 @@ def _original_columns(curriculum: Curriculum) -> pa.Table:
         **losses,
         "learning_order": _means(total_P, held_P),
     }
+    if (facts.get("select") or {}).get("aggregate", "mean") != "mean":
+        columns["difficulty"] = table["difficulty"]
     if table["pair_id"] != table["prompt_id"]:
         columns["pair_id"] = table["pair_id"]
     return pa.table(columns)

@@ -79,7 +79,7 @@ class Curriculum:
 
     @property
     def difficulty_P(self) -> NDArray[np.float64]:
-        """Difficulty of each row, in nats."""
+        """Difficulty in the unit of the scorers' loss (nats for DPO's own), or its criterion's."""
         return np.asarray(self.table["difficulty"].to_numpy(), dtype=np.float64)
 
     @property

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from selective_dpo.artifacts import MANIFEST, is_complete, read_json
 from selective_dpo.config import Recipe, SelectConfig
+from selective_dpo.core.losses import chance_loss
 from selective_dpo.core.records import LossTable
 from selective_dpo.curriculum.build import build_curriculum
 from selective_dpo.curriculum.quarantine import read_quarantine
@@ -45,7 +46,7 @@ from selective_dpo.reporting.tables import label_for
 from selective_dpo.scoring.plan import ScorerRun, planned_runs
 from selective_dpo.scoring.score import collect_losses, run_scorers
 from selective_dpo.scoring.scorer import COST, ScorerJob
-from selective_dpo.training.arguments import autocast_dtype
+from selective_dpo.training.arguments import ORIGINAL_DEFAULTS, autocast_dtype
 from selective_dpo.training.checkpoints import discard_checkpoints
 from selective_dpo.training.train import TrainingJob, train_policy
 
@@ -209,6 +210,7 @@ def build_curricula(run: Run) -> Curriculum:
                 cost={"scorers": cost},
                 key=key,
                 quarantined=read_quarantine([run.folder.reference, *folders]),
+                chance_loss=chance_loss({**ORIGINAL_DEFAULTS, **run.recipe.score.trainer}),
             )
             absent = [job.run.name for job in missing]
             more = {"certificate": certificate(run), "missing_scorers": absent}

@@ -161,7 +161,7 @@ def score_difficulty(
     dtype: str = "bfloat16",
     workers: int = 1,
 ) -> Records:
-    """Held-out DPO losses of preference pairs for a model: the records a curriculum is built from.
+    """Held-out losses of preference pairs for a model: the records a curriculum is built from.
 
     Args:
         model: Hub name or folder of the starting (SFT) policy.

@@ -107,9 +107,13 @@ def training_svg(content: ReportContent) -> str | None:
     panels = [
         (title, label, curves)
         for title, label, curves in (
-            ("Training loss", "loss (nats)", _curves(content, lambda log: log.loss)),
-            ("Held-out loss", "loss (nats)", _curves(content, lambda log: log.held_out_loss)),
-            ("Difficulty of the batch", "difficulty (nats)", _curves(content, lambda log: log.difficulty)),
+            ("Training loss", "loss", _curves(content, lambda log: log.loss)),
+            ("Held-out loss", "loss", _curves(content, lambda log: log.held_out_loss)),
+            (
+                "Difficulty of the batch",
+                f"difficulty{content.unit}",
+                _curves(content, lambda log: log.difficulty),
+            ),
         )
         if curves
     ]

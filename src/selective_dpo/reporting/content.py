@@ -15,7 +15,9 @@ from pydantic import ValidationError
 
 from selective_dpo.artifacts import SCHEMA_VERSION, read_json, write_json
 from selective_dpo.config import SelectConfig
+from selective_dpo.core.aggregation import CRITERIA
 from selective_dpo.core.estimates import Estimate
+from selective_dpo.core.losses import LN_2
 from selective_dpo.core.results import EvaluationResults, estimate_from_json, estimate_to_json, from_json
 from selective_dpo.curriculum.arrow_columns import id_positions
 from selective_dpo.curriculum.table import Curriculum
@@ -81,8 +83,19 @@ class ReportContent:
 
     @property
     def is_loss(self) -> bool:
-        """Whether difficulty is in nats, so that ln 2 means chance; mean ranks are not."""
-        return self.select.aggregate != "rank-mean"
+        """Whether difficulty is as large as a loss; mean ranks are not."""
+        return CRITERIA[self.select.aggregate].is_loss
+
+    @property
+    def chance(self) -> float | None:
+        """The loss of a policy that has not moved; None: not known, or difficulty is no loss."""
+        return self.agreement.get("chance_loss", LN_2) if self.is_loss else None
+
+    @property
+    def unit(self) -> str:
+        """What stands behind "difficulty" at an axis."""
+        words = f" {CRITERIA[self.select.aggregate].words}".rstrip()
+        return " (nats)" if self.chance == LN_2 else "" if self.is_loss else words
 
 
 def load_report_content(run_folder: Path) -> ReportContent:

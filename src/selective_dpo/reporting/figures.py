@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
+from selective_dpo.core.aggregation import CRITERIA
 from selective_dpo.core.estimates import Estimate
 from selective_dpo.curriculum.arrow_columns import codes
 from selective_dpo.reporting.content import ReportContent
@@ -26,14 +27,8 @@ from selective_dpo.reporting.style import (
     signed,
     to_svg,
 )
+from selective_dpo.reporting.tables import chance_in_words
 
-LN2 = math.log(2)
-_DIFFICULTY_IS = {
-    "mean": "mean held-out loss (nats)",
-    "final": "held-out loss at the end of training (nats)",
-    "median": "median held-out loss (nats)",
-    "rank-mean": "mean rank of the held-out loss, 1 is the hardest",
-}
 _BINS = 48
 _MOST_ANNOTATED_COLUMNS = 15
 _MOST_POINTS = 1500
@@ -42,7 +37,7 @@ _SHOWN_QUANTILES = (0.002, 0.998)
 
 
 def difficulty_svg(content: ReportContent) -> str:
-    """Histogram of the difficulty, the selected pairs apart from the others, and ln 2."""
+    """Histogram of the difficulty, the selected pairs apart from the others, and the loss at chance."""
     with report_style():
         figure, (axes,) = new_figure(3.3)
         draw_difficulty(axes, content)
@@ -69,12 +64,15 @@ def draw_difficulty(axes: Any, content: ReportContent) -> None:
         **bar,
     )
     title = f"{selected_P.sum():,} of {len(difficulty_P):,} pairs selected"
-    if content.is_loss:
-        title += f"; {float((difficulty_P > LN2).mean()):.1%} lie above ln 2"
-    if content.is_loss and edges[0] <= LN2 <= edges[-1]:
-        axes.axvline(LN2, color=VERMILLION, linestyle=(0, (4, 2)), linewidth=1.4, label="ln 2 (chance)")
+    if content.chance is not None:
+        name, _ = chance_in_words(content.chance)
+        title += f"; {float((difficulty_P > content.chance).mean()):.1%} lie above {name}"
+        if edges[0] <= content.chance <= edges[-1]:
+            line = {"color": VERMILLION, "linestyle": (0, (4, 2)), "linewidth": 1.4}
+            axes.axvline(content.chance, label=f"{name} (chance)", **line)
     axes.set_title(title)
-    axes.set_xlabel(f"difficulty: {_DIFFICULTY_IS[content.select.aggregate]}")
+    unit = content.unit if content.is_loss else ""
+    axes.set_xlabel(f"difficulty: {CRITERIA[content.select.aggregate].axis}{unit}")
     axes.set_ylabel("pairs")
     axes.margins(x=0.01)
     axes.set_ylim(0, 1.08 * max(selected + others))
@@ -167,7 +165,7 @@ def length_svg(content: ReportContent) -> str | None:
         _draw_length(
             difference, content, longer_P, "chosen minus rejected (tokens)", "Length of chosen over rejected"
         )
-        whole.set_ylabel("difficulty (nats)" if content.is_loss else "difficulty (mean rank)")
+        whole.set_ylabel(f"difficulty{content.unit}")
         titles = "; ".join(axes.get_title(loc="left") for axes in (whole, difference))
         return to_svg(figure, name="length", description=f"Difficulty against length. {titles}")
 
@@ -194,8 +192,8 @@ def _draw_length(axes: Any, content: ReportContent, length_P: Any, label: str, t
     bins = binned_medians(length_P, difficulty_P)
     axes.fill_between(bins.centres, bins.lower, bins.upper, color=BLUE, alpha=0.18, linewidth=0)
     axes.plot(bins.centres, bins.median, color=BLUE, linewidth=1.8, marker="o", markersize=4)
-    if content.is_loss:
-        axes.axhline(LN2, color=VERMILLION, linestyle=(0, (4, 2)), linewidth=1.2)
+    if content.chance is not None:
+        axes.axhline(content.chance, color=VERMILLION, linestyle=(0, (4, 2)), linewidth=1.2)
     rho = clustered_spearman(length_P, difficulty_P, clusters_P)
     axes.set_title(f"{title}\n{_in_words(rho)}")
     axes.set_xlabel(label)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from selective_dpo.core.estimates import Estimate
+from selective_dpo.core.losses import LN_2
 from selective_dpo.core.results import (
     REFERENCE,
     SELECTED,
@@ -17,7 +18,7 @@ from selective_dpo.core.results import (
     main_measure,
 )
 from selective_dpo.reporting.content import ReportContent
-from selective_dpo.reporting.tables import label_for
+from selective_dpo.reporting.tables import chance_in_words, label_for
 
 _JUDGES = {
     "embedded-world": "the world's own gold reward",
@@ -55,9 +56,8 @@ def tiles(content: ReportContent) -> list[Tile]:
     chance = content.agreement.get("above_chance")
     above = estimate_from_json(chance) if chance else None
     if above and np.isfinite(above.value):
-        shown.append(
-            Tile("Above ln 2", f"{above.value:.1%}", f"{interval(above)}; scorers disagree with the label")
-        )
+        name, meaning = chance_in_words(content.agreement.get("chance_loss", LN_2))
+        shown.append(Tile(f"Above {name}", f"{above.value:.1%}", f"{interval(above)}; {meaning}"))
     return shown
 
 

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from selective_dpo.config import SelectConfig
+from selective_dpo.core.aggregation import CRITERIA
 from selective_dpo.core.estimates import Estimate
+from selective_dpo.core.losses import LN_2
 from selective_dpo.core.results import (
     REFERENCE,
     SELECTED,
@@ -18,7 +20,6 @@ from selective_dpo.core.results import (
 from selective_dpo.reporting.text import printable
 
 DEFAULT_FRACTION = 0.5
-_AGGREGATES = {"final": "by final loss", "median": "by median loss", "rank-mean": "by mean rank"}
 
 
 def label_for(select: SelectConfig) -> str:
@@ -34,9 +35,8 @@ def label_for(select: SelectConfig) -> str:
         "all": "all pairs",
     }.get(select.rule, f"{select.rule} {size}")
     parts = [which, select.order.replace("-", " ")]
-    if select.aggregate != "mean":
-        parts.append(_AGGREGATES[select.aggregate])
-    return ", ".join(parts)
+    parts.append(CRITERIA[select.aggregate].words)
+    return ", ".join(filter(None, parts))
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
@@ -74,7 +74,7 @@ def arms_table(results: EvaluationResults) -> str:
 
 
 def agreement_table(agreement: Mapping[str, Any]) -> str:
-    """Agreement of each two seeds, with 95% intervals, and the share of pairs above ln 2."""
+    """Agreement of each two seeds, with 95% intervals, and the share of pairs above chance."""
     lines = [
         [
             f"seeds {entry['a']} and {entry['b']}",
@@ -91,8 +91,19 @@ def agreement_table(agreement: Mapping[str, Any]) -> str:
         parts.append(text_table(header, lines))
     if agreement.get("above_chance"):
         above = share_with_reach(estimate_from_json(agreement["above_chance"]))
-        parts.append(f"pairs above ln 2 (the scorers disagree with the label): {above}")
+        name, meaning = chance_in_words(agreement.get("chance_loss", LN_2))
+        parts.append(f"pairs above {name} ({meaning}): {above}")
     return "\n".join(parts)
+
+
+def chance_in_words(chance: float) -> tuple[str, str]:
+    """The loss of a policy that has not moved, and what it means for a pair to lie above it.
+
+    At ln 2, of DPO's own loss and those like it, a loss is above it exactly where the margin is below 0.
+    """
+    if chance == LN_2:
+        return "ln 2", "the scorers disagree with the label"
+    return f"{chance:.4g}", "the scorers do worse than a policy that has not moved"
 
 
 def share_with_reach(estimate: Estimate | None) -> str:
