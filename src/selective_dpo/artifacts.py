@@ -94,16 +94,6 @@ def publish_folder(folder: Path, *, kind: str, key: str) -> Iterator[Path]:
             raise
 
 
-def remove_partials(folder: Path) -> None:
-    """Remove what a killed writer of the file or folder `folder` left behind.
-
-    Raises:
-        BusyError: a writer is alive.
-    """
-    with holding(lock_beside(folder), what=str(folder)):
-        _remove_partials(folder)
-
-
 def _remove_partials(folder: Path) -> None:
     # The name's random end is spelled out: `.partial-a-*` would be those of a folder `a-b`, too.
     for leftover in folder.parent.glob(f".partial-{glob.escape(folder.name)}-{'[0-9a-f]' * 8}"):

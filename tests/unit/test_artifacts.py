@@ -20,7 +20,6 @@ from selective_dpo.artifacts import (
     publish_folder,
     read_json,
     read_manifest,
-    remove_partials,
     verify_folder,
     write_atomic,
     write_json,
@@ -169,9 +168,9 @@ def test_only_the_folders_own_leftovers_are_removed(tmp_path: Path) -> None:
     names = [f".partial-{folder}-0123abcd" for folder in ("a", "a-b", "a1", "a[1]")]
     for name in names:
         (tmp_path / name).mkdir()
-    remove_partials(tmp_path / "a")
+    publish(tmp_path / "a")
     assert hidden(tmp_path) == names[1:]
-    remove_partials(tmp_path / "a[1]")  # the brackets are no pattern
+    publish(tmp_path / "a[1]")  # the brackets are no pattern
     assert hidden(tmp_path) == names[1:3]
 
 

@@ -23,6 +23,7 @@ from selective_dpo.pipeline.planning.forwarding import Forwarding
 from selective_dpo.training.equal_weights import weigh_equally
 from selective_dpo.training.shared_step import pair_rows
 from selective_dpo.training.update_batches import can_deal_by_length, deal_by_length
+from tests.fixtures.families import tiny_family
 from tests.fixtures.models import tiny_recipe
 
 # Prompt, chosen, rejected -> the longer row, the shared row (without two last tokens), both rows together.
@@ -191,6 +192,9 @@ def test_which_rules_a_recipe_is_trained_by(tmp_path: Path) -> None:
     assert rules(train={**dropout, "lora": None}).shared
     with_dropout = takes_any_mask._replace(model=torch.nn.Dropout(0.1))
     assert not rules(with_dropout, train={**dropout, "lora": None}).shared
+    drops_attention = takes_any_mask._replace(model=tiny_family("qwen2", attention_dropout=0.1))
+    assert not rules(drops_attention, train={**dropout, "lora": None}).shared
+    assert rules(drops_attention, train={**dropout, "trainer": {}}).shared
     # Passes are for a CPU with one process; a GPU wants multiples of 8.
     assert rules(launch={"processes": 2}).worth_a_pass is None
     on_gpu = rules(takes_any_mask._replace(device="cuda"))

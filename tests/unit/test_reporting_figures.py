@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from xml.etree import ElementTree
 
 import matplotlib
@@ -14,10 +13,9 @@ import pytest
 
 from selective_dpo.config import SelectConfig
 from selective_dpo.core.estimates import Estimate
-from selective_dpo.errors import ConfigError
 from selective_dpo.reporting.arm_figures import _draw_estimates, arms_svg, training_svg
 from selective_dpo.reporting.content import ReportContent, load_report_content
-from selective_dpo.reporting.figures import agreement_svg, difficulty_svg, length_svg, save_readme_picture
+from selective_dpo.reporting.figures import agreement_svg, difficulty_svg, length_svg
 from selective_dpo.reporting.style import new_figure, signed
 from tests.fixtures.run_folder import make_run_folder
 
@@ -150,25 +148,6 @@ def test_the_users_matplotlib_settings_change_nothing(content: ReportContent) ->
     with matplotlib.rc_context({"axes.grid": True, "font.size": 30, "svg.fonttype": "path"}):
         assert difficulty_svg(content) == before
         assert matplotlib.rcParams["font.size"] == 30
-
-
-@pytest.mark.parametrize("kind", ["png", "svg"])
-def test_the_readme_picture_is_wide_and_deterministic(
-    kind: str, content: ReportContent, tmp_path: Path
-) -> None:
-    first = save_readme_picture(content, tmp_path / f"a.{kind}").read_bytes()
-    assert save_readme_picture(content, tmp_path / f"b.{kind}").read_bytes() == first
-    assert first.startswith(b"\x89PNG" if kind == "png" else b"<?xml")
-    if kind == "png":
-        width, height = (int.from_bytes(first[start : start + 4]) for start in (16, 20))
-        assert width > 2 * height
-    assert save_readme_picture(replace(content, results=None), tmp_path / f"c.{kind}").is_file()
-
-
-def test_other_kinds_of_picture_are_refused(content: ReportContent, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"\.png or \.svg"):
-        save_readme_picture(content, tmp_path / "a.gif")
-    assert not list(tmp_path.iterdir())
 
 
 def test_signed_numbers() -> None:

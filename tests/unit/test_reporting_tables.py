@@ -13,14 +13,7 @@ from selective_dpo.core.estimates import Estimate
 from selective_dpo.core.preference_metrics import preference_metrics
 from selective_dpo.core.results import ArmResult, EvaluationResults, from_json, main_measure, to_json
 from selective_dpo.errors import ArtifactError
-from selective_dpo.reporting.content import DropCount
-from selective_dpo.reporting.tables import (
-    agreement_table,
-    arms_table,
-    drops_table,
-    label_for,
-    share_with_reach,
-)
+from selective_dpo.reporting.tables import agreement_table, arms_table, label_for, share_with_reach
 
 
 @pytest.mark.parametrize(
@@ -128,14 +121,6 @@ def test_broken_results_are_one_clear_error(broken: dict[str, Any]) -> None:
         from_json({"schema_version": SCHEMA_VERSION, **broken})
 
 
-def test_drop_counts_add_up() -> None:
-    drops = [DropCount("a", "kept", 1000), DropCount("a", "too long", 7), DropCount("b", "kept", 20)]
-    lines = drops_table(drops).splitlines()
-    assert lines[3].split() == ["a", "dropped:", "too", "long", "7"]
-    assert lines[-1].split() == ["input", "rows", "1,027"]
-    assert "source" not in drops_table(drops[:2]), "one source needs no column"
-
-
 def test_agreement_table() -> None:
     seeds = {"a": 41, "b": 42, **{name: estimate(0.9, 0.02) for name in ("spearman", "overlap", "jaccard")}}
     text = agreement_table({"seeds": [seeds], "above_chance": estimate(0.183, 0.01)})
@@ -149,4 +134,6 @@ def test_agreement_table() -> None:
 
 
 def test_control_characters_do_not_reach_the_terminal() -> None:
-    assert "\x1b" not in drops_table([DropCount("\x1b[31mred", "kept", 1), DropCount("b", "kept", 1)])
+    agreed = {name: estimate(0.9, 0.0) for name in ("spearman", "overlap", "jaccard")}
+    text = agreement_table({"seeds": [{"a": "\x1b[31mred", "b": 2, **agreed}]})
+    assert "\x1b" not in text and "31mred" in text

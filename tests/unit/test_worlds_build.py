@@ -57,7 +57,7 @@ def test_the_method_sees_texts_only(world: World) -> None:
 def test_no_prompt_stands_in_two_places(world: World) -> None:
     train = [row["prompt"] for row in rows_of(world.pairs)]
     test = [row["prompt"] for row in rows_of(world.test_pairs)]
-    judged = world.read_test_prompts()
+    judged = [row["prompt"] for row in rows_of(world.test_prompts)]
     assert len(judged) == 30
     assert len(set(train) | set(test) | set(judged)) == len(train) + len(test) + len(judged)
 

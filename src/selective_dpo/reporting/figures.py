@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import math
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -12,13 +10,9 @@ import numpy as np
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
-from selective_dpo.artifacts import write_atomic
 from selective_dpo.core.aggregation import CRITERIA
 from selective_dpo.core.estimates import Estimate
-from selective_dpo.core.results import main_measure
 from selective_dpo.curriculum.arrow_columns import codes
-from selective_dpo.errors import ConfigError
-from selective_dpo.reporting.arm_figures import draw_arms
 from selective_dpo.reporting.content import ReportContent
 from selective_dpo.reporting.length import binned_medians, clustered_spearman
 from selective_dpo.reporting.style import (
@@ -28,7 +22,6 @@ from selective_dpo.reporting.style import (
     INK,
     MUTED,
     VERMILLION,
-    WIDTH_INCHES,
     new_figure,
     report_style,
     signed,
@@ -41,11 +34,6 @@ _MOST_ANNOTATED_COLUMNS = 15
 _MOST_POINTS = 1500
 # The few pairs beyond these quantiles would flatten everything else; they are counted, not hidden.
 _SHOWN_QUANTILES = (0.002, 0.998)
-# Neither the date nor the version of the writer: equal content gives an equal file.
-_README_METADATA: dict[str, dict[str, None]] = {
-    "png": {"Software": None},
-    "svg": {"Date": None, "Creator": None},
-}
 
 
 def difficulty_svg(content: ReportContent) -> str:
@@ -223,26 +211,3 @@ def _draw_length(axes: Any, content: ReportContent, length_P: Any, label: str, t
 def _in_words(rho: Estimate) -> str:
     value, low, high = (signed(number, 2) for number in (rho.value, rho.low, rho.high))
     return f"Spearman {value} (95% {low} to {high})"
-
-
-def save_readme_picture(content: ReportContent, path: Path) -> Path:
-    """Write histogram and arms side by side as one wide .png or .svg, and return its path.
-
-    Raises:
-        ConfigError: `path` ends in something else.
-    """
-    kind = path.suffix.removeprefix(".").lower()
-    if kind not in _README_METADATA:
-        raise ConfigError(f"the picture can be .png or .svg, not {path.suffix!r}")
-    measure = content.results and main_measure(content.results)
-    sink = io.BytesIO()
-    with report_style(outlines=True):
-        figure, axes = new_figure(
-            3.9, columns=2 if measure else 1, width_inches=11.5 if measure else WIDTH_INCHES
-        )
-        draw_difficulty(axes[0], content)
-        if content.results and measure:
-            draw_arms(axes[1], content.results, measure)
-        figure.savefig(sink, format=kind, dpi=160, facecolor="white", metadata=_README_METADATA[kind])
-    write_atomic(path, sink.getvalue())
-    return path

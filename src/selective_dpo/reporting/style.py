@@ -63,24 +63,19 @@ _STYLE: dict[str, Any] = {
 
 
 @contextlib.contextmanager
-def report_style(*, outlines: bool = False) -> Iterator[None]:
-    """matplotlib's defaults and ours for as long as this is open, whatever the user's settings are.
-
-    With `outlines`, letters are drawn as paths: for a picture on its own, whose reader may lack the font.
-    """
+def report_style() -> Iterator[None]:
+    """matplotlib's defaults and ours for as long as this is open, whatever the user's settings are."""
     defaults = {
         name: value for name, value in matplotlib.rcParamsDefault.items() if not name.startswith("backend")
     }
-    letters = {"svg.fonttype": "path" if outlines else "none", "svg.hashsalt": "selective-dpo"}
+    letters = {"svg.fonttype": "none", "svg.hashsalt": "selective-dpo"}
     with matplotlib.rc_context({**defaults, **_STYLE, **letters}):
         yield
 
 
-def new_figure(
-    height_inches: float, columns: int = 1, *, width_inches: float = WIDTH_INCHES, **options: Any
-) -> tuple[Figure, list[Any]]:
+def new_figure(height_inches: float, columns: int = 1, **options: Any) -> tuple[Figure, list[Any]]:
     """A figure and its axes, from left to right; `options` go to matplotlib's `Figure.subplots`."""
-    figure = Figure(figsize=(width_inches, height_inches), layout="constrained")
+    figure = Figure(figsize=(WIDTH_INCHES, height_inches), layout="constrained")
     axes = figure.subplots(1, columns, squeeze=False, **options)
     return figure, list(axes[0])
 

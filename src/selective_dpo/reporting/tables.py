@@ -18,8 +18,6 @@ from selective_dpo.core.results import (
     main_measure,
     training_spread,
 )
-from selective_dpo.data.pairs import KEPT
-from selective_dpo.reporting.content import DropCount
 from selective_dpo.reporting.text import printable
 
 DEFAULT_FRACTION = 0.5
@@ -93,22 +91,6 @@ def seeds_note(results: EvaluationResults) -> str:
         f"{spread.mean:.1%} on average, with a standard deviation of {100 * spread.deviation:.1f} points "
         f"({values}). The intervals are over prompts and leave that out."
     )
-
-
-def drops_table(drops: Sequence[DropCount]) -> str:
-    """Rows of each source by status, kept ones first; the last line is the sum, all input rows."""
-    several = len({drop.source for drop in drops}) > 1
-    rows = [
-        [
-            *([drop.source] if several else []),
-            drop.status if drop.status == KEPT else f"dropped: {drop.status}",
-            f"{drop.rows:,}",
-        ]
-        for drop in drops
-    ]
-    rows.append([*([""] if several else []), "input rows", f"{sum(drop.rows for drop in drops):,}"])
-    header = [*(["source"] if several else []), "status", "rows"]
-    return text_table(header, rows, left=len(header) - 1)
 
 
 def agreement_table(agreement: Mapping[str, Any]) -> str:

@@ -47,10 +47,15 @@ _IN_ROWS = object()
 class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
     """`DPOTrainer` that takes token and reference columns as they are, and sends no telemetry.
 
-    Rows without these columns are left to TRL, except that it may drop none of them in silence. Each
-    pair of an update weighs the same, also in the last update of an epoch (see `equal_weights`). Where
-    memory runs out an update is made in smaller passes (see `micro_batches`). A loss or gradient that is
-    not finite ends the training before the update, with a `NotFiniteError` that names the pairs.
+    Rows without these columns are tokenized by TRL, except that it may drop none of them in silence. Each
+    pair of an update weighs the same, also in the last update of an epoch (see `equal_weights`), and
+    `disable_dropout` disables attention's dropout, too. Where memory runs out an update is made in smaller
+    passes (see `micro_batches`). A loss or gradient that is not finite ends the training before the update,
+    with a `NotFiniteError` that names the pairs.
+
+    What TRL logs as means over the pairs of a batch are means over those of an update. `logits/*`, `entropy`
+    and `mean_token_accuracy` stay TRL's means over tokens, batch by batch, so with accumulation they depend
+    on which pairs share a batch.
 
     Args:
         path: `auto` computes the loss in one row a pair where the model's attention and the settings

@@ -32,9 +32,9 @@ class SelectiveDPOTrainer(PairTrainer):
     """`trl.DPOTrainer` plus `curriculum`: it trains on the selected pairs, in the curriculum's order.
 
     Rows are matched by `pair_id` (a column, or computed from prompt, chosen and rejected). Everything
-    else, any `loss_type` included, is TRL's, but that the pairs of an epoch's last update weigh the same
-    (see `equal_weights`). The mean difficulty of the pairs since the last log entry is logged as
-    `difficulty`, and `consumed_order` says which order was really trained on.
+    else, any `loss_type` included, is TRL's, but for what `PairTrainer` says. The mean difficulty of the
+    pairs since the last log entry is logged as `difficulty`, and `consumed_order` says which order was
+    really trained on.
 
     Args:
         curriculum: Selected pairs and their order; by name only.

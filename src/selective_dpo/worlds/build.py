@@ -77,11 +77,6 @@ class World(NamedTuple):
         """Gold rewards by pair_id (columns: `pairs.TRUTH_COLUMNS`). Not for the method."""
         return self.folder / "truth.parquet"
 
-    def read_test_prompts(self) -> list[str]:
-        """The prompts for judging, in file order."""
-        lines = self.test_prompts.read_text("utf-8").splitlines()
-        return [json.loads(line)["prompt"] for line in lines]
-
 
 class _Seeds(NamedTuple):
     """Independent seeds for the random choices that make a world."""
