@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from selective_dpo.core.records import LossTable
-from selective_dpo.core.stability import (
+from selective_dpo.curriculum.records import LossTable
+from selective_dpo.curriculum.stability import (
     SEED_NOISE_FREEDOM,
     TARGET,
     Prediction,

@@ -19,8 +19,8 @@ import numpy as np
 
 from findings_world import BETA, FRACTIONS, WorldJob, measure_world
 from selective_dpo import __version__
-from selective_dpo.artifacts import read_json, write_json
-from selective_dpo.launch.workers import run_in_workers
+from selective_dpo.distributed.workers import run_in_workers
+from selective_dpo.storage.artifacts import read_json, write_json
 
 ARMS = {
     "reference": "SFT against itself",

@@ -12,16 +12,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from selective_dpo.artifacts import content_key, read_json, write_json
 from selective_dpo.config import GenerationConfig, Recipe
-from selective_dpo.core.identity import positions_of
-from selective_dpo.core.results import REFERENCE, from_json
 from selective_dpo.curriculum.table import TABLE, Curriculum
+from selective_dpo.distributed.progress import quieten_libraries
 from selective_dpo.evaluation.evaluate import Arm, evaluate_arms
-from selective_dpo.launch.quiet import quieten_libraries
-from selective_dpo.pipeline.evaluation_stage import ensure_evaluation, load_arm, prompts_to_answer
-from selective_dpo.pipeline.stages import SELECTED, Run, training_job
-from selective_dpo.pipeline.verbs import open_run
+from selective_dpo.evaluation.results import REFERENCE, from_json
+from selective_dpo.identity import positions_of
+from selective_dpo.run.run import open_run
+from selective_dpo.run.stages import (
+    SELECTED,
+    Run,
+    ensure_evaluation,
+    load_arm,
+    prompts_to_answer,
+    training_job,
+)
+from selective_dpo.storage.artifacts import content_key, read_json, write_json
 from selective_dpo.training.train import train_policy
 from selective_dpo.worlds.build import World, build_world
 from selective_dpo.worlds.config import PairsConfig, WorldConfig

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from selective_dpo.artifacts import write_json
+from selective_dpo.storage.artifacts import write_json
 
 
 class Round(NamedTuple):

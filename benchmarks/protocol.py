@@ -40,8 +40,8 @@ from protocol_ours import PROTOCOLS, Ours
 from protocol_pairs import FACTS, PAIRS_PER_PROMPT, Start, make_start
 from protocol_timing import Amounts, Task, Times, in_turn
 from protocol_trl import EVALUATION_BATCH, score_as_the_original, train_on_all, updates
-from selective_dpo.config.selection import PROTOCOLS as CONFIGURED
-from selective_dpo.launch.quiet import quieten_libraries
+from selective_dpo.config.schema import PROTOCOLS as CONFIGURED
+from selective_dpo.distributed.progress import quieten_libraries
 from workload import MAX_LENGTH
 
 LORA: dict[str, Any] = {"r": 16, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": "all-linear"}

@@ -20,13 +20,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from selective_dpo.core.agreement import agreement
-from selective_dpo.core.records import LossTable
-from selective_dpo.core.selection import Rule, select
-from selective_dpo.core.stability import is_stable, predict_overlap, seeds_needed
-from selective_dpo.curriculum.importing import import_records
-from selective_dpo.curriculum.losses import curriculum_losses
-from selective_dpo.curriculum.table import TABLE, Curriculum
+from selective_dpo.curriculum.agreement import agreement
+from selective_dpo.curriculum.import_ import import_records
+from selective_dpo.curriculum.records import LossTable
+from selective_dpo.curriculum.select import Rule, select
+from selective_dpo.curriculum.stability import is_stable, predict_overlap, seeds_needed
+from selective_dpo.curriculum.table import TABLE, Curriculum, curriculum_losses
 
 RECORDS = Path(__file__).resolve().parents[2] / "shared" / "data" / "learning_records"
 TARGETS = (0.95, 0.98, 0.99)

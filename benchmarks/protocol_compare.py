@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from protocol_trl import HeldOut
-from selective_dpo.core.agreement import agreement
-from selective_dpo.core.records import LossTable, Records
-from selective_dpo.core.selection import Rule
+from selective_dpo.curriculum.agreement import agreement
+from selective_dpo.curriculum.records import LossTable, Records
+from selective_dpo.curriculum.select import Rule
 
 COMPARED = ("spearman", "overlap")
 

@@ -15,23 +15,23 @@ from unittest import mock
 
 from datasets import Dataset
 
-import selective_dpo.pipeline.stages
-import selective_dpo.scoring.scorer
+import selective_dpo.difficulty.scorer
+import selective_dpo.run.stages
 import selective_dpo.training.train
 from protocol_pairs import Start
-from selective_dpo.artifacts import read_json
-from selective_dpo.core.records import LossTable, Records
+from selective_dpo.config.load import make_recipe
+from selective_dpo.curriculum.records import LossTable, Records
 from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.data.store import load_tokens
-from selective_dpo.pipeline import verbs
-from selective_dpo.pipeline.stages import Run, ensure_pairs
-from selective_dpo.recipe_io import make_recipe
-from selective_dpo.scoring.score import collect_losses, collect_records
-from selective_dpo.training.shared_step import TOKEN_COLUMNS
+from selective_dpo.difficulty.scorer import collect_losses, collect_records
+from selective_dpo.run import run as verbs
+from selective_dpo.run.stages import Run, ensure_pairs
+from selective_dpo.storage.artifacts import read_json
+from selective_dpo.training.batching import TOKEN_COLUMNS
 from workload import MAX_LENGTH
 
 PROTOCOLS = ("paper", "certified", "fast")
-LOADERS = (selective_dpo.pipeline.stages, selective_dpo.scoring.scorer, selective_dpo.training.train)
+LOADERS = (selective_dpo.run.stages, selective_dpo.difficulty.scorer, selective_dpo.training.train)
 """Modules that load the starting policy."""
 
 

@@ -21,8 +21,8 @@ from transformers import AutoTokenizer, PrinterCallback
 from trl import DPOConfig
 
 from protocol_pairs import Start
-from selective_dpo.core.folds import FOLDS
-from selective_dpo.scoring.plan import ScorerRun, split_pairs
+from selective_dpo.difficulty.folds import FOLDS
+from selective_dpo.difficulty.protocols import ScorerRun, split_pairs
 from workload import MAX_LENGTH, TokenizedDPOTrainer
 
 EVALUATION_BATCH = 8

@@ -23,10 +23,10 @@ from trl import DPOConfig
 
 from harness import add_options, interleave, show, summary
 from on_gpu import Work, measure_on_gpu
-from selective_dpo.core.losses import pair_losses
-from selective_dpo.engine.logprobs import PairLogps, pair_logps
-from selective_dpo.engine.memory import TokenBudget
-from selective_dpo.launch.quiet import quieten_libraries
+from selective_dpo.distributed.progress import quieten_libraries
+from selective_dpo.logprobs.compute import PairLogps, pair_logps
+from selective_dpo.logprobs.memory import TokenBudget
+from selective_dpo.losses import pair_losses
 from workload import TokenizedDPOTrainer, byte_tokenizer, seven_billion, small_model, tokenized_pairs
 
 BETA = 0.1

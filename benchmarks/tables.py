@@ -34,11 +34,11 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import scipy.stats
 
-from selective_dpo.artifacts import write_json
 from selective_dpo.curriculum import build
-from selective_dpo.curriculum.exporting import export_curriculum
-from selective_dpo.curriculum.records_table import read_loss_table
+from selective_dpo.curriculum.export import export_curriculum
+from selective_dpo.curriculum.records import read_loss_table
 from selective_dpo.curriculum.table import Curriculum
+from selective_dpo.storage.artifacts import write_json
 from tables_data import BYTES_PER_PAIR, EVALUATIONS, SEEDS, write_files
 
 PARTS_OF_BUILD = {

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from selective_dpo.curriculum.records_io import SCHEMA
+from selective_dpo.curriculum.records import SCHEMA
 
 SEEDS = (41, 42, 43)
 EVALUATIONS = 5

@@ -27,10 +27,10 @@ from trl import DPOConfig, DPOTrainer
 
 from harness import add_options, interleave, show, summary
 from on_gpu import Work, measure_on_gpu
-from selective_dpo.engine.logprobs import pair_logps
-from selective_dpo.engine.reference import CHOSEN_COLUMN, REJECTED_COLUMN
-from selective_dpo.launch.quiet import quieten_libraries
-from selective_dpo.training.pair_trainer import PairTrainer
+from selective_dpo.distributed.progress import quieten_libraries
+from selective_dpo.logprobs.compute import pair_logps
+from selective_dpo.logprobs.reference import CHOSEN_COLUMN, REJECTED_COLUMN
+from selective_dpo.training.trainer import PairTrainer
 from workload import TokenizedDPOTrainer, byte_tokenizer, seven_billion, small_model, tokenized_pairs
 
 LORA: dict[str, Any] = {"r": 16, "lora_alpha": 16, "target_modules": "all-linear"}

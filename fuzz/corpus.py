@@ -13,10 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tests.fixtures.tokenizers import CHATML
 
-from selective_dpo.core.records import LossTable
 from selective_dpo.curriculum.build import build_curriculum
-from selective_dpo.curriculum.records_io import SCHEMA
-from selective_dpo.data.pairs import Pair, parse_row
+from selective_dpo.curriculum.records import SCHEMA, LossTable
+from selective_dpo.data.adapters import Pair, parse_row
 
 RECIPE = """\
 name: a-run
@@ -193,7 +192,7 @@ def curriculum_bytes() -> bytes:
 def _facts_bytes() -> bytes:
     import hashlib
 
-    from selective_dpo.digests import digest
+    from selective_dpo.storage.digests import digest
 
     facts = dict(curriculum().facts)
     table = hashlib.sha256(curriculum_bytes()).hexdigest()

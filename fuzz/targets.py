@@ -17,25 +17,23 @@ from typing import Any
 
 from tests.fixtures.tokenizers import byte_tokenizer
 
-from selective_dpo.artifacts import file_digest
 from selective_dpo.config import DataConfig, SourceConfig
-from selective_dpo.core.identity import prompt_id
-from selective_dpo.core.records import loss_table
-from selective_dpo.curriculum.exporting import export_curriculum
-from selective_dpo.curriculum.importing import import_records
-from selective_dpo.curriculum.records_io import read_records
-from selective_dpo.curriculum.records_table import read_loss_table
+from selective_dpo.config.load import dump_config, load_recipe, make_recipe
+from selective_dpo.curriculum.export import export_curriculum
+from selective_dpo.curriculum.import_ import import_records
+from selective_dpo.curriculum.records import loss_table, read_loss_table, read_records
 from selective_dpo.curriculum.table import FACTS, TABLE, Curriculum
 from selective_dpo.data.prepare import prepare_pairs
-from selective_dpo.data.prompts import read_prompts
 from selective_dpo.data.readers import count_file
+from selective_dpo.data.sources import read_prompts
 from selective_dpo.data.store import load_pairs, load_tokens
 from selective_dpo.data.templates import apply_template
 from selective_dpo.data.tokenize import tokenize_pairs
-from selective_dpo.digests import digest
 from selective_dpo.errors import SelectiveDPOError
-from selective_dpo.evaluation.prompt_tokens import encode_prompt
-from selective_dpo.recipe_io import dump_config, load_recipe, make_recipe
+from selective_dpo.evaluation.generate import encode_prompt
+from selective_dpo.identity import prompt_id
+from selective_dpo.storage.artifacts import file_digest
+from selective_dpo.storage.digests import digest
 
 Target = Callable[[bytes], None]
 LIMITS: dict[str, Any] = {"max_length": 96, "max_prompt_length": 48}

@@ -8,11 +8,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from selective_dpo.core.results import main_measure
-from selective_dpo.reporting.arm_figures import draw_arms
-from selective_dpo.reporting.content import load_report_content
-from selective_dpo.reporting.figures import draw_difficulty
-from selective_dpo.reporting.style import new_figure, report_style
+from selective_dpo.evaluation.results import main_measure
+from selective_dpo.report.content import load_report_content
+from selective_dpo.report.figures import draw_arms, draw_difficulty, new_figure, report_style
 
 PICTURE = Path(__file__).resolve().parents[1] / "docs" / "demo.png"
 

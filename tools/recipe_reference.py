@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from selective_dpo import config
-from selective_dpo.recipe_io import recipe_schema
+from selective_dpo.config.load import recipe_schema
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs" / "recipe.md"

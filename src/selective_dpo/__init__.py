@@ -13,9 +13,9 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from selective_dpo.config import Recipe, ScoreConfig, SelectConfig
     from selective_dpo.curriculum.build import build_curriculum
-    from selective_dpo.curriculum.outside import import_curriculum
+    from selective_dpo.curriculum.import_ import import_curriculum
     from selective_dpo.curriculum.table import Curriculum
-    from selective_dpo.pipeline.verbs import score_difficulty
+    from selective_dpo.run.run import score_difficulty
     from selective_dpo.training.selective_trainer import SelectiveDPOTrainer
 
 _HOMES = {
@@ -25,8 +25,8 @@ _HOMES = {
     "SelectConfig": "selective_dpo.config",
     "SelectiveDPOTrainer": "selective_dpo.training.selective_trainer",
     "build_curriculum": "selective_dpo.curriculum.build",
-    "import_curriculum": "selective_dpo.curriculum.outside",
-    "score_difficulty": "selective_dpo.pipeline.verbs",
+    "import_curriculum": "selective_dpo.curriculum.import_",
+    "score_difficulty": "selective_dpo.run.run",
 }
 
 __all__ = [

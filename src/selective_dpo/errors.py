@@ -1,5 +1,6 @@
 """The mistakes a user can mend. Each is one clear line with the remedy; the command line exits with 2,
-or with 75 where the same command has only to be run again."""
+or with 75 where the same command has only to be run again.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +9,8 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
+
+import torch
 
 
 class SelectiveDPOError(Exception):
@@ -107,6 +110,7 @@ _DISK_FAULTS = frozenset(  # not of this package
         errno.ELOOP,
     )
 )
+
 _OS_ERROR = re.compile(r"\(os error (\d+)\)|Os \{ code: (\d+)")
 """How libraries written in Rust tell an error's number."""
 
@@ -143,3 +147,13 @@ def name_some(items: Iterable[object], limit: int = 5) -> str:
     shown = ", ".join(listed[:limit])
     more = len(listed) - limit
     return f"{shown} and {more:,} more" if more > 0 else shown
+
+
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that an allocation failed, on any device."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)

@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
-from selective_dpo.core.losses import DIVERGENCES, LOSSES, NOT_PAIRWISE, OPTIONS, options_read, pair_losses
+from selective_dpo.losses import DIVERGENCES, LOSSES, NOT_PAIRWISE, OPTIONS, options_read, pair_losses
 from tests.fixtures.models import tiny_model_folder
 from tests.fixtures.tokenizers import byte_tokenizer
 from tests.fixtures.training import dpo_config, load_model, text_rows

@@ -12,9 +12,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from selective_dpo.core.records import LossTable, Records, loss_table
-from selective_dpo.curriculum.records_io import SCHEMA, concat_records, read_records, write_records
-from selective_dpo.curriculum.records_table import read_loss_table
+from selective_dpo.curriculum.records import (
+    SCHEMA,
+    LossTable,
+    Records,
+    concat_records,
+    loss_table,
+    read_loss_table,
+    read_records,
+    write_records,
+)
 from selective_dpo.errors import ArtifactError, RecordsError
 
 WHAT = ("pair_ids_P", "prompt_ids_P", "seeds_S", "evaluations_E", "losses_PSE")

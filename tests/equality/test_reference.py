@@ -15,18 +15,18 @@ from transformers import Qwen2ForCausalLM
 from trl import DPOConfig, DPOTrainer
 from trl.trainer import dpo_trainer
 
-from selective_dpo.core.identity import pair_id, positions_of
 from selective_dpo.data.store import load_tokens
-from selective_dpo.engine.models import load_policy, load_tokenizer
-from selective_dpo.engine.reference import load_reference, with_reference
-from selective_dpo.pipeline import stages
-from selective_dpo.pipeline.stages import Run, ensure_reference
-from selective_dpo.pipeline.verbs import open_run, train
-from selective_dpo.scoring import scorer as scorer_module
-from selective_dpo.scoring.score import collect_records
+from selective_dpo.difficulty import scorer as scorer_module
+from selective_dpo.difficulty.scorer import collect_records
+from selective_dpo.identity import pair_id, positions_of
+from selective_dpo.logprobs.reference import load_reference, with_reference
+from selective_dpo.models import load_policy, load_tokenizer
+from selective_dpo.run import stages
+from selective_dpo.run.run import open_run, train
+from selective_dpo.run.stages import Run, ensure_reference
 from selective_dpo.training import train as train_module
 from selective_dpo.training.arguments import dpo_arguments, lora_config
-from selective_dpo.training.pair_trainer import PairTrainer
+from selective_dpo.training.trainer import PairTrainer
 from tests.fixtures.models import LORA, tiny_model_folder, tiny_pairs_file, tiny_recipe
 
 pytestmark = pytest.mark.slow

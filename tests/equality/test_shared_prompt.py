@@ -11,11 +11,9 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
-from selective_dpo.core.losses import pair_losses
-from selective_dpo.engine.forward import shared_log_probs
-from selective_dpo.engine.heads import log_probs_only
-from selective_dpo.engine.logprobs import PairLogps, batch_logps, make_batch, pair_logps
-from selective_dpo.engine.shared_rows import make_shared_batch
+from selective_dpo.logprobs.compute import PairLogps, batch_logps, make_batch, pair_logps
+from selective_dpo.logprobs.packed import log_probs_only, make_shared_batch, shared_log_probs
+from selective_dpo.losses import pair_losses
 from tests.fixtures.families import FAMILIES, VOCABULARY, tiny_family
 
 # Of third parties: PEFT asks transformers by an old name; compiling loads an old part of torch.

@@ -18,15 +18,14 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from trl import DPOTrainer
 
-from selective_dpo.artifacts import read_json
-from selective_dpo.core.losses import LOSSES
-from selective_dpo.engine.forward import shared_outputs
+from selective_dpo.distributed.launch import launch_command
 from selective_dpo.errors import ConfigError
-from selective_dpo.launch.processes import launch_command
-from selective_dpo.training import shared_step
-from selective_dpo.training.equal_weights import weigh_equally
-from selective_dpo.training.pair_trainer import PairTrainer
-from selective_dpo.training.rows import has_reference
+from selective_dpo.logprobs.packed import shared_outputs
+from selective_dpo.losses import LOSSES
+from selective_dpo.storage.artifacts import read_json
+from selective_dpo.training import batching as shared_step
+from selective_dpo.training.batching import weigh_equally
+from selective_dpo.training.trainer import PairTrainer, has_reference
 from tests.fixtures.families import FAMILIES, tiny_family
 from tests.fixtures.models import tiny_model_folder
 from tests.fixtures.processes import make_trainer, trained_weights

@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from selective_dpo.artifacts import read_manifest
 from selective_dpo.config import DataConfig, SourceConfig
 from selective_dpo.data import prepare as prepare_module
+from selective_dpo.data import prepare as workers_module
 from selective_dpo.data import worker_main
-from selective_dpo.data import workers as workers_module
 from selective_dpo.data.prepare import prepare_pairs
 from selective_dpo.data.store import PairsSummary
 from selective_dpo.errors import TemplateError
+from selective_dpo.storage.artifacts import read_manifest
 from tests.fixtures.tokenizers import CHATML, byte_tokenizer
 
 ROWS = 400

@@ -12,7 +12,7 @@ from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer
 
 from selective_dpo import SelectiveDPOTrainer
-from selective_dpo.core.losses import LOSSES
+from selective_dpo.losses import LOSSES
 from tests.fixtures.tokenizers import byte_tokenizer
 from tests.fixtures.training import curriculum_of, dpo_config, load_model, text_rows
 

@@ -19,13 +19,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from trl import DPOConfig
 
-from selective_dpo.artifacts import file_digest
 from selective_dpo.config import DataConfig, SourceConfig
-from selective_dpo.core.identity import pair_id
-from selective_dpo.curriculum.exporting import export_curriculum
+from selective_dpo.curriculum.export import export_curriculum
 from selective_dpo.curriculum.table import FACTS, TABLE, Curriculum
 from selective_dpo.data.prepare import prepare_pairs
 from selective_dpo.errors import ArtifactError, DataError, IdentityError, SelectiveDPOError
+from selective_dpo.identity import pair_id
+from selective_dpo.storage.artifacts import file_digest
 from selective_dpo.training.selective_trainer import SelectiveDPOTrainer
 from tests.fixtures.bad_input import CASES, bounded, command, generated
 from tests.fixtures.bad_rows import (

@@ -30,15 +30,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from selective_dpo.config import DataConfig, SourceConfig
-from selective_dpo.core.identity import LONGEST_ID
-from selective_dpo.data.pairs import DropReason, Pair, parse_row
-from selective_dpo.data.prepare import prepare_pairs
+from selective_dpo.data.adapters import DropReason, Pair, parse_row
+from selective_dpo.data.prepare import RowSorter, prepare_pairs
 from selective_dpo.data.readers import Malformed, count_file, read_file, rows_of_batch
-from selective_dpo.data.sorting import RowSorter
 from selective_dpo.data.store import load_pairs, load_summary
 from selective_dpo.data.templates import apply_template, mentions_system
 from selective_dpo.data.tokenize import tokenize_pairs
 from selective_dpo.errors import ConfigError, DataError, TemplateError
+from selective_dpo.identity import LONGEST_ID
 from tests.fixtures.bad_input import CASES, FUZZED, bounded, command, generated
 from tests.fixtures.models import recipe_file, tiny_recipe
 from tests.fixtures.tokenizers import byte_tokenizer

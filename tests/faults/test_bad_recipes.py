@@ -19,11 +19,10 @@ from hypothesis import strategies as st
 
 from selective_dpo.cli.main import VERBS
 from selective_dpo.config import Recipe, ScoreConfig, SelectConfig, SourceConfig
+from selective_dpo.config.load import MOST_BYTES, dump_config, load_recipe, make_recipe
+from selective_dpo.config.messages import dotted_keys
+from selective_dpo.config.trainer_options import check_recipe_options
 from selective_dpo.errors import ConfigError, SelectiveDPOError
-from selective_dpo.pass_through import check_recipe_options
-from selective_dpo.recipe_errors import dotted_keys
-from selective_dpo.recipe_io import dump_config, load_recipe, make_recipe
-from selective_dpo.recipe_yaml import MOST_BYTES
 from tests.fixtures.bad_input import CASES, bounded, command, generated
 
 VALID: dict[str, Any] = yaml.safe_load(RECIPE)

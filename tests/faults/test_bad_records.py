@@ -17,11 +17,9 @@ from fuzz.targets import check_curriculum, records_csv, records_parquet, refusal
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from selective_dpo.core.records import LARGEST_LOSS, LossTable
 from selective_dpo.curriculum.build import build_curriculum
-from selective_dpo.curriculum.importing import import_records
-from selective_dpo.curriculum.records_io import SCHEMA, read_records
-from selective_dpo.curriculum.records_table import read_loss_table
+from selective_dpo.curriculum.import_ import import_records
+from selective_dpo.curriculum.records import LARGEST_LOSS, SCHEMA, LossTable, read_loss_table, read_records
 from selective_dpo.errors import ArtifactError, DataError, IdentityError, RecordsError, SelectiveDPOError
 from tests.fixtures.bad_input import CASES, bounded, command, generated
 from tests.fixtures.bad_rows import Damage, damages

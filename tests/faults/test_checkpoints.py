@@ -202,7 +202,7 @@ class Payload:
 
 def test_code_in_a_forged_checkpoint_does_not_run(killed: Killed, tmp_path: Path) -> None:  # noqa: F811
     """A checkpoint whose digests were forged, too: what hides in its states is not run."""
-    from selective_dpo.artifacts import folder_digests
+    from selective_dpo.storage.artifacts import folder_digests
 
     checkpoint = killed.checkpoints / NEWEST
     proof = tmp_path / "has run"

@@ -18,10 +18,10 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from selective_dpo.artifacts import folder_digests, read_json, verify_folder
 from selective_dpo.cli.main import main
 from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.errors import ArtifactError, ConfigError, disk_fault
+from selective_dpo.storage.artifacts import folder_digests, read_json, verify_folder
 from tests.fixtures.models import recipe_file, tiny_model_folder, tiny_pairs_file, tiny_recipe
 
 pytestmark = pytest.mark.slow

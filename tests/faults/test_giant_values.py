@@ -17,13 +17,14 @@ import pytest
 from fuzz.corpus import TEXT_ROWS, csv_bytes, json_lines, parquet_bytes
 
 from selective_dpo.config import DataConfig, SourceConfig
-from selective_dpo.curriculum import number_files
-from selective_dpo.curriculum.importing import import_records
-from selective_dpo.data import pairs, prepare, readers
-from selective_dpo.data.finishing import Finisher
-from selective_dpo.data.pairs import DropReason, parse_row
-from selective_dpo.data.prompts import read_prompts
+from selective_dpo.curriculum import import_ as number_files
+from selective_dpo.curriculum.import_ import import_records
+from selective_dpo.data import adapters as pairs
+from selective_dpo.data import prepare, readers
+from selective_dpo.data.adapters import DropReason, parse_row
+from selective_dpo.data.prepare import Finisher
 from selective_dpo.data.readers import read_file
+from selective_dpo.data.sources import read_prompts
 from selective_dpo.data.store import PAIRS, TOKENS, load_pairs
 from selective_dpo.errors import DataError
 from tests.fixtures.bad_input import bounded

@@ -19,17 +19,15 @@ import pytest
 from fuzz.corpus import json_lines
 
 from selective_dpo.config import DataConfig, ModelConfig, SourceConfig
-from selective_dpo.data import render_limits
-from selective_dpo.data.finishing import Finisher
-from selective_dpo.data.pairs import DropReason, Pair, parse_row
-from selective_dpo.data.prepare import CHUNK_ROWS, prepare_pairs
+from selective_dpo.data import templates as render_limits
+from selective_dpo.data.adapters import DropReason, Pair, parse_row
+from selective_dpo.data.prepare import CHUNK_ROWS, CHUNKS_ALONE, Finisher, finish_chunks, prepare_pairs
 from selective_dpo.data.templates import Conversation, apply_template, load_template, mentions_system, render
 from selective_dpo.data.tokenize import tokenize_pairs
-from selective_dpo.data.workers import CHUNKS_ALONE, finish_chunks
-from selective_dpo.engine.models import load_tokenizer
+from selective_dpo.distributed.signals import stopping_at_once
 from selective_dpo.errors import Interrupted, RunawayTemplateError
-from selective_dpo.evaluation.prompt_tokens import encode_conversation, encode_prompt, turn_end_id
-from selective_dpo.launch.interruption import stopping_at_once
+from selective_dpo.evaluation.generate import encode_conversation, encode_prompt, turn_end_id
+from selective_dpo.models import load_tokenizer
 from tests.fixtures.bad_input import command
 from tests.fixtures.hasty import SECONDS, HastyFinisher, outcomes
 from tests.fixtures.models import recipe_file, tiny_model_folder, tiny_recipe
@@ -210,7 +208,7 @@ def test_a_process_that_cannot_be_interrupted_ends() -> None:
     """By the system's hand, and not by a word of ours; but it does not hang."""
     script = (
         "from tests.fixtures.tokenizers import byte_tokenizer\n"
-        "from selective_dpo.data import render_limits, templates\n"
+        "from selective_dpo.data import templates as render_limits, templates\n"
         f"render_limits.MOST_SECONDS = {SECONDS}\n"
         f"tokenizer = byte_tokenizer(template={UNSTOPPABLE!r})\n"
         f"templates.render(tokenizer, [templates.Conversation({QUESTION!r})])\n"

@@ -24,9 +24,9 @@ from pathlib import Path
 
 import pytest
 
-from selective_dpo.artifacts import is_complete, publish_folder, read_manifest, verify_folder
 from selective_dpo.errors import BusyError
-from selective_dpo.locks import Holder, holding, lock_beside, run_lock
+from selective_dpo.storage.artifacts import is_complete, publish_folder, read_manifest, verify_folder
+from selective_dpo.storage.locks import Holder, holding, lock_beside, run_lock
 from tests.fixtures.fork_server import Forked, ForkServer
 from tests.fixtures.models import recipe_file, tiny_recipe
 
@@ -90,7 +90,7 @@ def started(server: ForkServer) -> Iterator[Started]:
 HOLD = """
     import sys
     from pathlib import Path
-    from selective_dpo.locks import holding
+    from selective_dpo.storage.locks import holding
     with holding(Path(sys.argv[1]), what="it", shared="shared" in sys.argv[2:]):
         print("held", flush=True)
         sys.stdin.readline()
@@ -151,7 +151,7 @@ def test_the_lock_of_a_killed_process_is_free_at_once(started: Started, tmp_path
 FORKING = """
     import os, sys, time
     from pathlib import Path
-    from selective_dpo.locks import holding
+    from selective_dpo.storage.locks import holding
     with holding(Path(sys.argv[1]), what="it"):
         child = os.fork()
         if child == 0:
@@ -230,7 +230,7 @@ CONTEND = """
     import random, sys, time
     from pathlib import Path
     from selective_dpo.errors import BusyError
-    from selective_dpo.locks import holding
+    from selective_dpo.storage.locks import holding
     lock, counter, times = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     random.seed(sys.argv[4])
     done = 0
@@ -332,7 +332,7 @@ def test_where_nothing_can_be_written_nothing_needs_a_lock(
 PUBLISH = """
     import sys
     from pathlib import Path
-    from selective_dpo.artifacts import publish_folder
+    from selective_dpo.storage.artifacts import publish_folder
     with publish_folder(Path(sys.argv[1]), kind="test", key="first") as partial:
         (partial / "a").write_text("by the first")
         print(partial, flush=True)
@@ -373,8 +373,8 @@ def test_a_second_writer_is_refused_and_the_first_ones_files_stay(
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model, pairs, and a run with its pairs and reference made."""
-    from selective_dpo.pipeline.stages import ensure_reference
-    from selective_dpo.pipeline.verbs import open_run
+    from selective_dpo.run.run import open_run
+    from selective_dpo.run.stages import ensure_reference
 
     folder = tmp_path_factory.mktemp("locks")
     ensure_reference(open_run(recipe_of(folder, folder / "runs"), say=lambda line: None))
@@ -499,7 +499,7 @@ def test_a_command_killed_at_any_moment_leaves_no_lock_behind(started: Started, 
 
 
 def test_files_that_a_killed_command_was_writing_are_removed_by_the_next(run: TinyRun) -> None:
-    from selective_dpo.pipeline.lock import alone
+    from selective_dpo.run.folder import alone
 
     leftovers = [
         run.root / ".partial-config.json-01234567",

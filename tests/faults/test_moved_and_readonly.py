@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 
-from selective_dpo.artifacts import folder_digests, verify_folder
 from selective_dpo.cli.main import main
 from selective_dpo.curriculum.table import Curriculum
-from selective_dpo.pipeline import pairs_stage, stages
-from selective_dpo.scoring import score as score_module
+from selective_dpo.difficulty import scorer as score_module
+from selective_dpo.run import stages
+from selective_dpo.run import stages as pairs_stage
+from selective_dpo.storage.artifacts import folder_digests, verify_folder
 from tests.fixtures.models import recipe_file, tiny_model_folder, tiny_pairs_file, tiny_recipe
 
 pytestmark = pytest.mark.slow

@@ -23,27 +23,25 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from selective_dpo import Curriculum
-from selective_dpo.artifacts import read_json, verify_folder
 from selective_dpo.cli.main import main
-from selective_dpo.core.records import Records
 from selective_dpo.curriculum.build import build_curriculum
-from selective_dpo.curriculum.losses import curriculum_losses
-from selective_dpo.curriculum.quarantine import FILE, read_quarantine, require_few, sift
-from selective_dpo.curriculum.records_io import read_records
+from selective_dpo.curriculum.records import Records, read_records, sift
+from selective_dpo.curriculum.table import curriculum_losses
 from selective_dpo.data.store import load_pairs
-from selective_dpo.engine.reference import load_reference
+from selective_dpo.difficulty import scorer as scorer_module
+from selective_dpo.difficulty.scorer import collect_records
+from selective_dpo.distributed.launch import launch_command
 from selective_dpo.errors import ArtifactError, IdentityError, NotFiniteError, RecordsError
-from selective_dpo.launch.processes import launch_command
-from selective_dpo.pipeline.inspect import Wanted, look_at
-from selective_dpo.pipeline.verbs import curriculum as build
-from selective_dpo.pipeline.verbs import open_run
-from selective_dpo.reporting.content import load_report_content
-from selective_dpo.reporting.narrative import headline
-from selective_dpo.scoring import scorer as scorer_module
-from selective_dpo.scoring.score import collect_records
+from selective_dpo.logprobs.nonfinite import FILE, read_quarantine, require_few
+from selective_dpo.logprobs.reference import load_reference
+from selective_dpo.report.content import load_report_content
+from selective_dpo.report.inspect import Wanted, look_at
+from selective_dpo.report.page import headline
+from selective_dpo.run.run import curriculum as build
+from selective_dpo.run.run import open_run
+from selective_dpo.storage.artifacts import read_json, verify_folder
 from selective_dpo.training import train as train_module
-from selective_dpo.training.finite import FiniteGradients
-from selective_dpo.training.pair_trainer import PairTrainer
+from selective_dpo.training.trainer import FiniteGradients, PairTrainer
 from tests.fixtures.models import LORA, recipe_file, tiny_model_folder, tiny_pairs_file, tiny_recipe
 from tests.fixtures.processes import trained_weights
 from tests.fixtures.tokenizers import byte_tokenizer

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from selective_dpo.launch.orphans import SECONDS_BETWEEN_LOOKS
-from selective_dpo.locks import holding, lock_beside, run_lock
+from selective_dpo.distributed.signals import SECONDS_BETWEEN_LOOKS
+from selective_dpo.storage.locks import holding, lock_beside, run_lock
 from tests.fixtures.models import recipe_file, tiny_recipe
 from tests.fixtures.process_tree import descendants, is_there, wait_until_gone
 
@@ -25,7 +25,7 @@ SOON = 10 * SECONDS_BETWEEN_LOOKS
 SLEEPERS = """
 import os, sys, time
 from pathlib import Path
-from selective_dpo.launch.workers import run_in_workers
+from selective_dpo.distributed.workers import run_in_workers
 
 def work(job):
     Path(job).touch()

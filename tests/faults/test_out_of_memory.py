@@ -24,7 +24,7 @@ from selective_dpo import SelectiveDPOTrainer
 from selective_dpo.cli.main import main
 from selective_dpo.errors import ModelError
 from selective_dpo.training import train as train_module
-from selective_dpo.training.micro_batches import ROW, cut, pairs_in, take_pairs
+from selective_dpo.training.batching import ROW, cut, pairs_in, take_pairs
 from tests.fixtures.models import LORA, recipe_file, tiny_recipe
 from tests.fixtures.processes import trained_weights
 from tests.fixtures.scarce import Phase, Scarce
@@ -268,7 +268,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from trl import DPOConfig
-from selective_dpo.training.pair_trainer import PairTrainer
+from selective_dpo.training.trainer import PairTrainer
 from tests.fixtures.families import tiny_family
 from tests.fixtures.scarce import Phase, Scarce
 from tests.fixtures.tokenizers import byte_tokenizer

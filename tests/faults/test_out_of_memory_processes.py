@@ -21,17 +21,23 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from selective_dpo.artifacts import read_json
 from selective_dpo.cli.main import main
-from selective_dpo.curriculum.records_io import read_records
+from selective_dpo.curriculum.records import read_records
 from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.data.store import load_tokens
+from selective_dpo.distributed import launch as processes
 from selective_dpo.errors import Interrupted, ModelError, StartAgainError
-from selective_dpo.launch import processes
-from selective_dpo.training.checkpoints import CheckpointPlan, find_checkpoint, keep_only
-from selective_dpo.training.micro_batches import ROW, WithinMemory, cut_in_pairs, pairs_in
-from selective_dpo.training.pair_trainer import PairTrainer
-from selective_dpo.training.smaller_passes import PASSES, SmallerPasses, read_passes
+from selective_dpo.storage.artifacts import read_json
+from selective_dpo.training.batching import ROW, WithinMemory, cut_in_pairs, pairs_in
+from selective_dpo.training.checkpointing import (
+    PASSES,
+    CheckpointPlan,
+    SmallerPasses,
+    find_checkpoint,
+    keep_only,
+    read_passes,
+)
+from selective_dpo.training.trainer import PairTrainer
 from tests.fixtures import scarce
 from tests.fixtures.fork_server import REPOSITORY
 from tests.fixtures.models import TRAINER, recipe_file, tiny_recipe

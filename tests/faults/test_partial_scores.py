@@ -9,18 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from selective_dpo.artifacts import verify_folder
 from selective_dpo.cli.main import main
-from selective_dpo.curriculum.losses import curriculum_losses
-from selective_dpo.curriculum.table import Curriculum
+from selective_dpo.curriculum.table import Curriculum, curriculum_losses
+from selective_dpo.difficulty import scorer as score_module
+from selective_dpo.difficulty import scorer as scorer_module
 from selective_dpo.errors import ModelError, RecordsError
-from selective_dpo.pipeline.curriculum_stage import build_curricula
-from selective_dpo.pipeline.verbs import open_run
-from selective_dpo.pipeline.verbs import score as score_run
-from selective_dpo.reporting.content import load_report_content
-from selective_dpo.reporting.narrative import headline
-from selective_dpo.scoring import score as score_module
-from selective_dpo.scoring import scorer as scorer_module
+from selective_dpo.report.content import load_report_content
+from selective_dpo.report.page import headline
+from selective_dpo.run.run import open_run
+from selective_dpo.run.run import score as score_run
+from selective_dpo.run.stages import build_curricula
+from selective_dpo.storage.artifacts import verify_folder
 from tests.fixtures.models import recipe_file, tiny_recipe
 
 pytestmark = pytest.mark.slow

@@ -14,8 +14,8 @@ import pytest
 from numpy.typing import NDArray
 
 from selective_dpo.cli.main import main
-from selective_dpo.engine import logprobs
-from selective_dpo.training.pair_trainer import PairTrainer
+from selective_dpo.logprobs import compute as logprobs
+from selective_dpo.training.trainer import PairTrainer
 from tests.fixtures.models import TRAINER, recipe_file, tiny_pairs_file, tiny_recipe
 from tests.fixtures.results import differences, results_of
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from selective_dpo.curriculum.exporting import export_curriculum
-from selective_dpo.curriculum.importing import Imported, import_records
+from selective_dpo.curriculum.export import export_curriculum
+from selective_dpo.curriculum.import_ import Imported, import_records
 
 FOLDER = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "learning_records"
 MODELS = ("qwen-2.5-1.5b-argilla", "qwen-2.5-7b-argilla", "qwen-2.5-14b-argilla")

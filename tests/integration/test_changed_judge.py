@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForSequenceClassification
 
-from selective_dpo.artifacts import read_json, read_manifest
 from selective_dpo.config import Recipe
 from selective_dpo.errors import RunChangedError
-from selective_dpo.pipeline.unchanged import INPUTS
-from selective_dpo.pipeline.verbs import evaluate, open_run
-from selective_dpo.pipeline.verify import verify_run
+from selective_dpo.run.keys import INPUTS
+from selective_dpo.run.run import evaluate, open_run
+from selective_dpo.run.verify import verify_run
+from selective_dpo.storage.artifacts import read_json, read_manifest
 from tests.fixtures.models import tiny_recipe
 from tests.fixtures.tokenizers import PAD_ID, VOCABULARY_SIZE, byte_tokenizer
 

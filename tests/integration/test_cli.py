@@ -15,12 +15,13 @@ from typing import Any
 
 import pytest
 
-from selective_dpo import __version__, artifacts
-from selective_dpo.artifacts import MANIFEST
+from selective_dpo import __version__
 from selective_dpo.cli.main import VERBS, main
+from selective_dpo.config.load import load_recipe
 from selective_dpo.curriculum.table import Curriculum
-from selective_dpo.pipeline import verbs
-from selective_dpo.recipe_io import load_recipe
+from selective_dpo.run import run as verbs
+from selective_dpo.storage import artifacts
+from selective_dpo.storage.artifacts import MANIFEST
 from tests.fixtures.models import recipe_file, tiny_model_folder, tiny_pairs_file, tiny_recipe
 
 HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "pyarrow")

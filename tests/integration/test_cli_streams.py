@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from selective_dpo.cli.main import main
-from selective_dpo.launch.streams import settle_streams
+from selective_dpo.distributed.progress import settle_streams
 from tests.fixtures.fork_server import REPOSITORY
 from tests.fixtures.models import recipe_file, tiny_recipe
 from tests.fixtures.process_tree import descendants, wait_until_gone

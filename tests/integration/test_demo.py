@@ -10,12 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from selective_dpo.artifacts import read_json, verify_folder
-from selective_dpo.core.estimates import Estimate
-from selective_dpo.core.results import ArmResult, EvaluationResults, from_json
 from selective_dpo.curriculum.table import Curriculum
-from selective_dpo.pipeline.demo import comparisons, demo, hardest_half, truth_about_selection
-from selective_dpo.pipeline.verbs import curriculum, open_run
+from selective_dpo.evaluation.results import ArmResult, EvaluationResults, from_json
+from selective_dpo.run.demo import comparisons, demo, hardest_half, truth_about_selection
+from selective_dpo.run.run import curriculum, open_run
+from selective_dpo.stats.estimates import Estimate
+from selective_dpo.storage.artifacts import read_json, verify_folder
 from selective_dpo.worlds.build import build_world, load_world
 from selective_dpo.worlds.config import PairsConfig, SFTConfig, WorldConfig
 from selective_dpo.worlds.recipe import world_recipe

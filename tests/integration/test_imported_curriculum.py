@@ -13,20 +13,20 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from selective_dpo.artifacts import file_digest, read_json
 from selective_dpo.cli.main import main
 from selective_dpo.config import Recipe
-from selective_dpo.curriculum.outside import read_outside
-from selective_dpo.curriculum.quarantine import write_quarantine
+from selective_dpo.config.load import dump_config, make_recipe
+from selective_dpo.curriculum.import_ import read_outside
 from selective_dpo.curriculum.table import Curriculum
-from selective_dpo.data.pairs import Pair, parse_row
-from selective_dpo.engine.reference import load_reference, require_finite_reference
+from selective_dpo.data.adapters import Pair, parse_row
 from selective_dpo.errors import ConfigError, IdentityError, RecordsError, RunChangedError
-from selective_dpo.pipeline import verbs
-from selective_dpo.pipeline.plan import make_plan
-from selective_dpo.pipeline.planning.words import plan_text
-from selective_dpo.pipeline.verify import verify_run
-from selective_dpo.recipe_io import dump_config, make_recipe
+from selective_dpo.logprobs.nonfinite import write_quarantine
+from selective_dpo.logprobs.reference import load_reference, require_finite_reference
+from selective_dpo.run import run as verbs
+from selective_dpo.run.plan import make_plan
+from selective_dpo.run.planning.words import plan_text
+from selective_dpo.run.verify import verify_run
+from selective_dpo.storage.artifacts import file_digest, read_json
 from tests.fixtures.models import recipe_file, tiny_model_folder, tiny_pairs_file, tiny_recipe
 
 AUTHORS = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "learning_records"

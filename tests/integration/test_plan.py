@@ -13,17 +13,19 @@ import torch
 from transformers import Qwen2ForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 
-from selective_dpo.artifacts import folder_digests, read_json
 from selective_dpo.cli.main import main
 from selective_dpo.config import Recipe
-from selective_dpo.engine import logprobs, reference, ways
+from selective_dpo.config.load import load_recipe
 from selective_dpo.errors import ConfigError, DataError
-from selective_dpo.pipeline import verbs
-from selective_dpo.pipeline.plan import Plan, make_plan
-from selective_dpo.pipeline.planning import dealing
-from selective_dpo.pipeline.planning.pricing import PlannedJob
-from selective_dpo.recipe_io import load_recipe
-from selective_dpo.training import shared_step
+from selective_dpo.logprobs import compute as logprobs
+from selective_dpo.logprobs import packing_support as ways
+from selective_dpo.logprobs import reference
+from selective_dpo.run import run as verbs
+from selective_dpo.run.plan import Plan, make_plan
+from selective_dpo.run.planning import dealing
+from selective_dpo.run.planning.pricing import PlannedJob
+from selective_dpo.storage.artifacts import folder_digests, read_json
+from selective_dpo.training import batching as shared_step
 from tests.fixtures.models import LORA, TRAINER, recipe_file, tiny_pairs_file, tiny_recipe
 
 # PEFT still reads the old name of a property that transformers has renamed.

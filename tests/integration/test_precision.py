@@ -11,22 +11,17 @@ import torch
 from safetensors.torch import load_file
 from trl.trainer.utils import add_fused_lm_head
 
-from selective_dpo.artifacts import read_json, read_manifest
 from selective_dpo.cli.main import main
 from selective_dpo.config import Recipe
 from selective_dpo.data.store import load_tokens
-from selective_dpo.engine.logprobs import pair_logps
-from selective_dpo.engine.models import load_policy
-from selective_dpo.engine.reference import load_reference
-from selective_dpo.pipeline.stages import ensure_reference
-from selective_dpo.pipeline.verbs import open_run
+from selective_dpo.logprobs.compute import pair_logps
+from selective_dpo.logprobs.reference import load_reference
+from selective_dpo.models import load_policy
+from selective_dpo.run.run import open_run
+from selective_dpo.run.stages import ensure_reference
+from selective_dpo.storage.artifacts import read_json, read_manifest
 from selective_dpo.training import train as train_module
-from selective_dpo.training.arguments import (
-    autocast_dtype,
-    dpo_arguments,
-    hold_for_training,
-    weights_dtype,
-)
+from selective_dpo.training.arguments import autocast_dtype, dpo_arguments, hold_for_training, weights_dtype
 from tests.fixtures.models import recipe_file, tiny_model_folder, tiny_recipe
 
 pytestmark = pytest.mark.slow

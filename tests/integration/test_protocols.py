@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from selective_dpo.artifacts import read_json
 from selective_dpo.config import Recipe
+from selective_dpo.config.load import make_recipe
 from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.errors import ConfigError
-from selective_dpo.pipeline.stages import Run
-from selective_dpo.pipeline.verbs import curriculum, open_run, score
-from selective_dpo.recipe_io import make_recipe
+from selective_dpo.run.run import curriculum, open_run, score
+from selective_dpo.run.stages import Run
+from selective_dpo.storage.artifacts import read_json
 from tests.fixtures.models import tiny_recipe
 
 

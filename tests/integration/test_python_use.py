@@ -12,8 +12,8 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from selective_dpo import Curriculum, build_curriculum, score_difficulty
-from selective_dpo.core.identity import ids_digest
 from selective_dpo.errors import ConfigError
+from selective_dpo.identity import ids_digest
 from tests.fixtures.models import LORA, TRAINER, tiny_model_folder, tiny_pairs_file
 from tests.fixtures.training import pair_of
 

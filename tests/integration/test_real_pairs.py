@@ -24,14 +24,14 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from selective_dpo.artifacts import read_json, verify_folder
 from selective_dpo.cli.main import main
-from selective_dpo.core.estimates import clustered_mean
-from selective_dpo.core.identity import ids_digest, pair_id
-from selective_dpo.core.results import from_json
-from selective_dpo.curriculum.records_io import read_records
+from selective_dpo.curriculum.records import read_records
 from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.data.store import load_pairs, load_tokens
+from selective_dpo.evaluation.results import from_json
+from selective_dpo.identity import ids_digest, pair_id
+from selective_dpo.stats.estimates import clustered_mean
+from selective_dpo.storage.artifacts import read_json, verify_folder
 
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 TRAIN, TEST = DATA / "alpaca_pairs_train.jsonl.gz", DATA / "alpaca_pairs_test.jsonl.gz"

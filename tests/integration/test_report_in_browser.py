@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from selective_dpo.reporting.report import write_report
+from selective_dpo.report.page import write_report
 from tests.fixtures.run_folder import HOSTILE, make_run_folder
 
 pytestmark = pytest.mark.browser

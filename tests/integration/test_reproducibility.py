@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from selective_dpo.artifacts import read_json
+from selective_dpo.storage.artifacts import read_json
 from tests.fixtures.results import differences, results_of
 from tests.fixtures.resuming import resuming_recipe
 

@@ -13,20 +13,18 @@ import peft
 import pytest
 from transformers import AutoModelForCausalLM
 
-from selective_dpo.artifacts import read_json, verify_folder
 from selective_dpo.config import Recipe
-from selective_dpo.core.records import Records
 from selective_dpo.curriculum.build import build_curriculum
-from selective_dpo.curriculum.records_io import read_records, write_records
+from selective_dpo.curriculum.records import Records, read_records, write_records
 from selective_dpo.data.store import load_tokens
+from selective_dpo.difficulty import scorer as score_module
+from selective_dpo.difficulty import scorer as scorer_module
+from selective_dpo.difficulty.scorer import RECORDS, ScorerJob, collect_records, run_scorer
 from selective_dpo.errors import ConfigError, NotFiniteError, RecordsError
-from selective_dpo.pipeline.stages import Run
-from selective_dpo.pipeline.verbs import curriculum, open_run, score
-from selective_dpo.pipeline.verify import verify_run
-from selective_dpo.scoring import score as score_module
-from selective_dpo.scoring import scorer as scorer_module
-from selective_dpo.scoring.score import collect_records
-from selective_dpo.scoring.scorer import RECORDS, ScorerJob, run_scorer
+from selective_dpo.run.run import curriculum, open_run, score
+from selective_dpo.run.stages import Run
+from selective_dpo.run.verify import verify_run
+from selective_dpo.storage.artifacts import read_json, verify_folder
 from tests.fixtures.by_hand import dpo_loss, dpo_margin, sequence_logp
 from tests.fixtures.models import tiny_model_folder, tiny_pairs_file, tiny_recipe
 from tests.fixtures.tokenizers import END

@@ -17,10 +17,10 @@ from torch.utils.data import RandomSampler
 from trl import DPOTrainer
 
 from selective_dpo import Curriculum, SelectiveDPOTrainer
-from selective_dpo.core.identity import ids_digest
-from selective_dpo.engine.logprobs import pair_logps
-from selective_dpo.engine.reference import with_reference
 from selective_dpo.errors import ConfigError, DataError, IdentityError
+from selective_dpo.identity import ids_digest
+from selective_dpo.logprobs.compute import pair_logps
+from selective_dpo.logprobs.reference import with_reference
 from tests.fixtures.tokenizers import PAD_ID, byte_tokenizer
 from tests.fixtures.training import (
     InputSpy,

@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from selective_dpo.artifacts import read_json, verify_folder
-from selective_dpo.engine.reference import load_reference
+from selective_dpo.logprobs.reference import load_reference
+from selective_dpo.storage.artifacts import read_json, verify_folder
 from tests.fixtures.models import TRAINER, recipe_file, tiny_model_folder, tiny_pairs_file, tiny_recipe
 
 REPOSITORY = Path(__file__).resolve().parents[2]

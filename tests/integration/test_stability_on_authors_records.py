@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from selective_dpo.core.records import LossTable
-from selective_dpo.core.selection import Rule, select
-from selective_dpo.core.stability import Prediction, is_stable, predict_overlap, seeds_needed
-from selective_dpo.curriculum.importing import import_records
-from selective_dpo.curriculum.losses import curriculum_losses
+from selective_dpo.curriculum.import_ import import_records
+from selective_dpo.curriculum.records import LossTable
+from selective_dpo.curriculum.select import Rule, select
+from selective_dpo.curriculum.stability import Prediction, is_stable, predict_overlap, seeds_needed
+from selective_dpo.curriculum.table import curriculum_losses
 
 FOLDER = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "learning_records"
 MODELS = ("qwen-2.5-1.5b-argilla", "qwen-2.5-7b-argilla", "qwen-2.5-14b-argilla")

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from torch.utils.data import RandomSampler
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from selective_dpo.artifacts import is_complete, read_json, read_manifest, verify_folder
 from selective_dpo.cli.main import main
 from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.errors import IdentityError
+from selective_dpo.storage.artifacts import is_complete, read_json, read_manifest, verify_folder
 from selective_dpo.training import publish
 from selective_dpo.training.selective_trainer import SelectiveDPOTrainer
 from selective_dpo.training.train import _require_same_pairs

@@ -18,12 +18,12 @@ from transformers import TrainerCallback
 from trl import DPOTrainer
 
 from selective_dpo import SelectiveDPOTrainer
-from selective_dpo.artifacts import read_json
-from selective_dpo.core.identity import ids_digest
 from selective_dpo.curriculum.table import Curriculum
+from selective_dpo.distributed.launch import launch_command
 from selective_dpo.errors import ArtifactError, IdentityError, SelectiveDPOError
-from selective_dpo.launch.processes import launch_command
-from selective_dpo.training.order import STATE
+from selective_dpo.identity import ids_digest
+from selective_dpo.storage.artifacts import read_json
+from selective_dpo.training.selective_trainer import STATE
 from tests.fixtures.fork_server import REPOSITORY
 from tests.fixtures.models import tiny_model_folder
 from tests.fixtures.tokenizers import byte_tokenizer

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from selective_dpo.artifacts import read_json, verify_folder
 from selective_dpo.cli.main import main
-from selective_dpo.core.identity import ids_digest
 from selective_dpo.curriculum.table import Curriculum
-from selective_dpo.launch.processes import launch_command
+from selective_dpo.distributed.launch import launch_command
+from selective_dpo.identity import ids_digest
+from selective_dpo.storage.artifacts import read_json, verify_folder
 from tests.fixtures.models import recipe_file, tiny_model_folder, tiny_recipe
 from tests.fixtures.training import curriculum_of, sequence_names, text_rows, tokens_of
 

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from selective_dpo.artifacts import read_json, read_manifest
-from selective_dpo.core.estimates import Estimate
-from selective_dpo.core.results import ArmResult, EvaluationResults, from_json, training_spread
 from selective_dpo.errors import ConfigError
-from selective_dpo.pipeline.plan import make_plan
-from selective_dpo.pipeline.planning.cached import complete_results
-from selective_dpo.pipeline.verbs import open_run, run_all
-from selective_dpo.pipeline.verify import verify_run
-from selective_dpo.reporting.tables import seeds_note
+from selective_dpo.evaluation.results import ArmResult, EvaluationResults, from_json, training_spread
+from selective_dpo.report.tables import seeds_note
+from selective_dpo.run.plan import make_plan
+from selective_dpo.run.planning.cached import complete_results
+from selective_dpo.run.run import open_run, run_all
+from selective_dpo.run.verify import verify_run
+from selective_dpo.stats.estimates import Estimate
+from selective_dpo.storage.artifacts import read_json, read_manifest
 from tests.fixtures.models import TRAINER, tiny_pairs_file, tiny_recipe
 
 

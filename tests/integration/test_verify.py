@@ -17,7 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from selective_dpo.artifacts import (
+from selective_dpo.cli.main import main
+from selective_dpo.errors import ArtifactError
+from selective_dpo.run.run import curriculum as build_curriculum
+from selective_dpo.run.run import open_run
+from selective_dpo.run.verify import Verification, verify_run
+from selective_dpo.storage.artifacts import (
     MANIFEST,
     SCHEMA_VERSION,
     file_digest,
@@ -25,12 +30,7 @@ from selective_dpo.artifacts import (
     read_json,
     write_json,
 )
-from selective_dpo.cli.main import main
-from selective_dpo.digests import digest
-from selective_dpo.errors import ArtifactError
-from selective_dpo.pipeline.verbs import curriculum as build_curriculum
-from selective_dpo.pipeline.verbs import open_run
-from selective_dpo.pipeline.verify import Verification, verify_run
+from selective_dpo.storage.digests import digest
 from tests.faults.test_not_finite import poison_folder, write_inputs
 from tests.fixtures.finished import finished_demo
 from tests.fixtures.models import tiny_recipe

@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from selective_dpo.config import Recipe
-from selective_dpo.training.model_card import code_block, code_span, model_card
-from selective_dpo.training.order import ConsumedOrder
+from selective_dpo.training.card import code_block, code_span, model_card
+from selective_dpo.training.selective_trainer import ConsumedOrder
 
 ATTACKS = [
     "`</code><script>alert(1)</script>`",

@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from selective_dpo.artifacts import folder_digests
 from selective_dpo.cli.main import main
 from selective_dpo.errors import CheckpointError
-from selective_dpo.training import loading
-from selective_dpo.training.loading import reading
-from selective_dpo.training.pair_trainer import PairTrainer
+from selective_dpo.storage.artifacts import folder_digests
+from selective_dpo.training import checkpointing as loading
+from selective_dpo.training.checkpointing import reading
+from selective_dpo.training.trainer import PairTrainer
 from tests.fixtures.fork_server import ForkServer, Moment
 from tests.fixtures.interrupted import Killed, killed, killed_runs  # noqa: F401  (fixtures)
 from tests.fixtures.models import tiny_model_folder

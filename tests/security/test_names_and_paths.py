@@ -11,7 +11,7 @@ import pytest
 
 from selective_dpo.cli.main import main
 from selective_dpo.config import Recipe
-from selective_dpo.pipeline.verify import verify_run
+from selective_dpo.run.verify import verify_run
 from tests.fixtures.finished import finished_demo
 from tests.fixtures.models import recipe_file, tiny_recipe
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from selective_dpo.pipeline.verify import verify_run
+from selective_dpo.run.verify import verify_run
 from tests.fixtures.models import recipe_file, tiny_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,7 +53,7 @@ GUARDED = """
 """
 DEMO = """
     os.cpu_count = lambda: 1
-    from selective_dpo.pipeline.demo import demo
+    from selective_dpo.run.demo import demo
     from tests.fixtures.finished import SMALL
     demo(Path(sys.argv[2]), seed=3, config=SMALL, say=lambda line: None)
 """
@@ -73,7 +73,7 @@ ASKING = """
             assert "cut off" in str(error)
 """
 IMPORT = """
-    import selective_dpo, selective_dpo.pipeline.verbs, selective_dpo.pipeline.verify
+    import selective_dpo, selective_dpo.run.run, selective_dpo.run.verify
     from selective_dpo import SelectiveDPOTrainer
 """
 

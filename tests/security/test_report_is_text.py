@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from selective_dpo.artifacts import file_digest, read_json, write_json
 from selective_dpo.curriculum.table import Curriculum
-from selective_dpo.reporting.report import write_report
+from selective_dpo.report.page import write_report
+from selective_dpo.storage.artifacts import file_digest, read_json, write_json
 from tests.fixtures.run_folder import make_run_folder
 
 pytestmark = pytest.mark.browser

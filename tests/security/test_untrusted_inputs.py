@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from selective_dpo.artifacts import read_json
+from selective_dpo import models
 from selective_dpo.cli.main import main
 from selective_dpo.curriculum.table import Curriculum
-from selective_dpo.engine import models
+from selective_dpo.storage.artifacts import read_json
 from tests.fixtures.models import recipe_file, tiny_model_folder, tiny_pairs_file, tiny_recipe
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from selective_dpo import artifacts
-from selective_dpo.artifacts import (
+from selective_dpo.errors import ArtifactError
+from selective_dpo.storage import artifacts
+from selective_dpo.storage.artifacts import (
     MANIFEST,
     content_key,
     file_digest,
@@ -24,7 +25,6 @@ from selective_dpo.artifacts import (
     write_atomic,
     write_json,
 )
-from selective_dpo.errors import ArtifactError
 
 # SHA-256 of the empty text and of "abc", from FIPS 180-2's examples.
 OF_NOTHING = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
@@ -128,8 +128,8 @@ def test_a_folder_is_replaced_with_all_it_held(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from selective_dpo.artifacts import publish_folder
-from selective_dpo import artifacts
+from selective_dpo.storage.artifacts import publish_folder
+from selective_dpo.storage import artifacts
 
 folder, moment = Path(sys.argv[1]), sys.argv[2]
 def die(*_):

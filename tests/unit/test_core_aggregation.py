@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from numpy.typing import ArrayLike
 
-from selective_dpo.core.aggregation import difficulty, scaled_ranks
-from selective_dpo.core.records import LossTable
+from selective_dpo.criteria import scaled_ranks
+from selective_dpo.curriculum.records import LossTable, difficulty
 from selective_dpo.errors import RecordsError
 
 NAN = float("nan")

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from selective_dpo.core import agreement as agreement_module
-from selective_dpo.core import bootstrap as bootstrap_module
-from selective_dpo.core.agreement import agreement
-from selective_dpo.core.bootstrap import Draws, bounds, cluster_bootstrap, cluster_codes, estimates, rows_for
-from selective_dpo.core.rank_correlation import weighted_spearman
-from selective_dpo.core.records import LossTable
-from selective_dpo.core.selection import Rule, select
+from selective_dpo.curriculum import agreement as agreement_module
+from selective_dpo.curriculum.agreement import agreement
+from selective_dpo.curriculum.records import LossTable
+from selective_dpo.curriculum.select import Rule, select
+from selective_dpo.stats import bootstrap as bootstrap_module
+from selective_dpo.stats.bootstrap import Draws, bounds, cluster_bootstrap, cluster_codes, estimates, rows_for
+from selective_dpo.stats.rank_correlation import weighted_spearman
 
 
 def table_of(losses_PSE, prompts_P=None) -> LossTable:

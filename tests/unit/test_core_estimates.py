@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selective_dpo.core.estimates import NORMAL_95, clustered_mean, clustered_share
+from selective_dpo.stats.estimates import NORMAL_95, clustered_mean, clustered_share
 
 
 def test_two_clusters_on_paper() -> None:

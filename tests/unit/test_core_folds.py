@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selective_dpo.core.folds import assign_folds
+from selective_dpo.difficulty.folds import assign_folds
 
 prompt_lists = st.lists(st.integers(0, 12).map(str), min_size=2, max_size=60).filter(
     lambda prompts: len(set(prompts)) >= 2

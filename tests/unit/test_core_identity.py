@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selective_dpo.core.identity import (
+from selective_dpo.errors import IdentityError
+from selective_dpo.identity import (
     Text,
     canonical_text,
     ids_digest,
@@ -19,7 +20,6 @@ from selective_dpo.core.identity import (
     require_same,
     require_unique,
 )
-from selective_dpo.errors import IdentityError
 
 USER = [{"role": "user", "content": "hi"}]
 YES: Text = [{"role": "assistant", "content": "yes"}]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selective_dpo.core.losses import (
+from selective_dpo.losses import (
     LN_2,
     LOSSES,
     PairLosses,

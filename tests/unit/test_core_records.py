@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from selective_dpo.core.records import LossTable, Records, loss_table
+from selective_dpo.curriculum.records import LossTable, Records, loss_table
 from selective_dpo.errors import RecordsError
 
 Cell = tuple[str, int, int, float]

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selective_dpo.core.schedule import evaluation_steps
+from selective_dpo.difficulty.held_out import evaluation_steps
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selective_dpo.core.order import training_positions
-from selective_dpo.core.selection import Rule, select, size_of
+from selective_dpo.curriculum.select import Rule, select, size_of, training_positions
 from selective_dpo.errors import ConfigError
 
 IDS = np.array(["d", "a", "c", "b", "e"])

@@ -9,14 +9,20 @@ import numpy as np
 import pytest
 from scipy.stats import multivariate_normal
 
-from selective_dpo.core import seed_sets as seed_sets_module
-from selective_dpo.core.estimates import Estimate
-from selective_dpo.core.latent_correlation import correlation_of_means, overlap_curve
-from selective_dpo.core.records import LossTable
-from selective_dpo.core.seed_sets import mean_overlap, seed_sets
-from selective_dpo.core.selection import Rule, select
-from selective_dpo.core.stability import Prediction, is_stable, predict_overlap, seeds_needed
+from selective_dpo.curriculum import stability as seed_sets_module
+from selective_dpo.curriculum.records import LossTable
+from selective_dpo.curriculum.select import Rule, select
+from selective_dpo.curriculum.stability import (
+    Prediction,
+    is_stable,
+    mean_overlap,
+    predict_overlap,
+    seed_sets,
+    seeds_needed,
+)
 from selective_dpo.errors import ConfigError, RecordsError
+from selective_dpo.stats.estimates import Estimate
+from selective_dpo.stats.latent_correlation import correlation_of_means, overlap_curve
 
 FRACTIONS = ((0.0, 0.5), (0.0, 0.3), (0.0, 0.02), (0.6, 1.0), (0.25, 0.75), (0.5, 0.55))
 

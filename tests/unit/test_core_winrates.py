@@ -7,8 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from selective_dpo.core.preference_metrics import preference_metrics
-from selective_dpo.core.winrates import (
+from selective_dpo.errors import IdentityError
+from selective_dpo.evaluation.results import preference_metrics
+from selective_dpo.stats.win_rates import (
     Verdicts,
     cross_pairing,
     prompt_scores,
@@ -16,7 +17,6 @@ from selective_dpo.core.winrates import (
     win_rate,
     win_rate_difference,
 )
-from selective_dpo.errors import IdentityError
 
 # Prompt a: 1, 1, .5, .5 -> 0.75; prompt b: 0 -> 0; prompt c: 1, .5 -> 0.75
 ARM = Verdicts(["a", "c", "a", "b", "a", "a", "c"], [1, 1, 1, 0, 0.5, 0.5, 0.5])

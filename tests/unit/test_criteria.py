@@ -13,17 +13,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from selective_dpo.config import SelectConfig
-from selective_dpo.core.aggregation import CRITERIA, by_record, criterion, difficulty
-from selective_dpo.core.records import LossTable
+from selective_dpo.config.load import make_recipe, recipe_schema
+from selective_dpo.criteria import CRITERIA, by_record, criterion
 from selective_dpo.curriculum.build import build_curriculum
-from selective_dpo.curriculum.exporting import export_curriculum
+from selective_dpo.curriculum.export import export_curriculum
+from selective_dpo.curriculum.records import LossTable, difficulty
 from selective_dpo.curriculum.table import Curriculum, loss_column
 from selective_dpo.errors import ConfigError, RecordsError
-from selective_dpo.recipe_io import make_recipe, recipe_schema
-from selective_dpo.reporting.content import load_report_content
-from selective_dpo.reporting.figures import difficulty_svg, length_svg
-from selective_dpo.reporting.report import render_report
-from selective_dpo.reporting.tables import label_for
+from selective_dpo.report.content import load_report_content
+from selective_dpo.report.figures import difficulty_svg, length_svg
+from selective_dpo.report.page import render_report
+from selective_dpo.report.tables import label_for
 from tests.fixtures.run_folder import EVALUATIONS, SEEDS, make_run_folder
 
 NAN = float("nan")

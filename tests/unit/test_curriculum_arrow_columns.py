@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from selective_dpo.curriculum.arrow_columns import codes, first_rows, id_positions, text_array
+from selective_dpo.curriculum.columns import codes, first_rows, id_positions, text_array
 from selective_dpo.errors import IdentityError
 
 

@@ -10,9 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from selective_dpo.config import SelectConfig
-from selective_dpo.core.records import Records
 from selective_dpo.curriculum.build import build_curriculum
-from selective_dpo.curriculum.records_io import concat_records, read_records, write_records
+from selective_dpo.curriculum.records import Records, concat_records, read_records, write_records
 from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.errors import ArtifactError, ConfigError, RecordsError
 

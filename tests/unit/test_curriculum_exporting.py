@@ -12,11 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, load_from_disk
 
-from selective_dpo.core import identity
-from selective_dpo.core.records import LossTable
-from selective_dpo.curriculum import texts as texts_module
+from selective_dpo import identity
+from selective_dpo.curriculum import export as texts_module
 from selective_dpo.curriculum.build import build_curriculum
-from selective_dpo.curriculum.exporting import export_curriculum
+from selective_dpo.curriculum.export import export_curriculum
+from selective_dpo.curriculum.records import LossTable
 from selective_dpo.errors import ConfigError, DataError, IdentityError
 
 PAIRS = 6

@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from selective_dpo.curriculum.importing import import_records
-from selective_dpo.curriculum.number_files import read_records
+from selective_dpo.curriculum.import_ import import_records, read_records
 from selective_dpo.errors import DataError, RecordsError, SelectiveDPOError
 
 ROWS = {"b": 0.5, "a": 0.1, "c": 0.9, "d": 0.7}

@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from selective_dpo.core.records import LossTable
 from selective_dpo.curriculum.build import build_curriculum
-from selective_dpo.curriculum.losses import curriculum_losses
-from selective_dpo.curriculum.table import Curriculum, loss_column
+from selective_dpo.curriculum.records import LossTable
+from selective_dpo.curriculum.table import Curriculum, curriculum_losses, loss_column
 from selective_dpo.errors import ArtifactError
 
 

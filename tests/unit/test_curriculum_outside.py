@@ -14,10 +14,10 @@ from datasets import Dataset
 
 from selective_dpo import import_curriculum
 from selective_dpo.cli.main import main
-from selective_dpo.core.identity import pair_id
-from selective_dpo.curriculum.outside import outside_curriculum, pairs_joined, read_outside
+from selective_dpo.curriculum.import_ import outside_curriculum, pairs_joined, read_outside
 from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.errors import ArtifactError, ConfigError, DataError, IdentityError, SelectiveDPOError
+from selective_dpo.identity import pair_id
 
 IDS, VALUES = ["b", "a", "c"], [0.5, 0.1, 0.9]
 CSV = "prompt_id,learning_order\n" + "".join(f"{i},{v}\n" for i, v in zip(IDS, VALUES, strict=True))

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from selective_dpo.core.identity import ids_digest
 from selective_dpo.curriculum.table import COLUMNS, FACTS, TABLE, Curriculum, loss_column
 from selective_dpo.errors import ArtifactError, IdentityError
+from selective_dpo.identity import ids_digest
 
 ROWS: dict[str, list[Any]] = {
     "pair_id": ["a", "b", "c", "d"],

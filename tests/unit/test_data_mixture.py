@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from selective_dpo.data.mixture import sample_rows
+from selective_dpo.data.sources import sample_rows
 
 
 def test_each_source_gives_its_share() -> None:

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from selective_dpo.core import identity
-from selective_dpo.data.pairs import DropReason, Pair, parse_row
+from selective_dpo import identity
+from selective_dpo.data.adapters import DropReason, Pair, parse_row
 
 
 def user(text: str) -> dict[str, Any]:

@@ -8,20 +8,14 @@ from typing import Any
 
 import pytest
 
-from selective_dpo.artifacts import is_complete, read_manifest
 from selective_dpo.config import DataConfig, SourceConfig
-from selective_dpo.core.identity import pair_id, prompt_id
 from selective_dpo.data import prepare as prepare_module
 from selective_dpo.data.prepare import pairs_key, prepare_pairs
-from selective_dpo.data.store import (
-    PairsSummary,
-    load_pairs,
-    load_summary,
-    load_tokens,
-    prompt_keys,
-)
+from selective_dpo.data.store import PairsSummary, load_pairs, load_summary, load_tokens, prompt_keys
 from selective_dpo.data.templates import load_template
 from selective_dpo.errors import ArtifactError, ConfigError, DataError, TemplateError
+from selective_dpo.identity import pair_id, prompt_id
+from selective_dpo.storage.artifacts import is_complete, read_manifest
 from tests.fixtures.tokenizers import CHATML, byte_tokenizer
 
 GOOD = [{"prompt": f"question {number}", "chosen": " yes", "rejected": " no"} for number in range(4)]

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from selective_dpo.config import SourceConfig
-from selective_dpo.data.pairs import DropReason, parse_row
+from selective_dpo.data.adapters import DropReason, parse_row
 from selective_dpo.data.readers import Malformed
 from selective_dpo.data.sources import open_source, source_digest, source_label
 from selective_dpo.errors import ConfigError, DataError

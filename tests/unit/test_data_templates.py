@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from selective_dpo.data.pairs import Pair, parse_row
+from selective_dpo.data.adapters import Pair, parse_row
 from selective_dpo.data.templates import (
     apply_template,
     load_template,
@@ -17,7 +17,7 @@ from selective_dpo.data.templates import (
 )
 from selective_dpo.data.tokenize import PairTokens, tokenize_pairs
 from selective_dpo.errors import ConfigError, TemplateError
-from selective_dpo.evaluation.prompt_tokens import encode_prompt
+from selective_dpo.evaluation.generate import encode_prompt
 from tests.fixtures.tokenizers import BOS_ID, byte_tokenizer
 
 CONVERSATION = [

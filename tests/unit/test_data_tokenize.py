@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from selective_dpo.config import DataConfig, SourceConfig
-from selective_dpo.data.pairs import DropReason, Pair, parse_row
+from selective_dpo.data.adapters import DropReason, Pair, parse_row
 from selective_dpo.data.templates import load_template
 from selective_dpo.data.tokenize import PairTokens, fit_length, tokenize_pairs, tokenizer_digest
 from selective_dpo.errors import ConfigError, ModelError

@@ -7,8 +7,8 @@ import hashlib
 import pytest
 
 from selective_dpo import errors
-from selective_dpo.digests import canonical_json, digest
 from selective_dpo.errors import SelectiveDPOError, name_some
+from selective_dpo.storage.digests import canonical_json, digest
 
 
 def test_equal_values_have_one_spelling() -> None:

@@ -17,18 +17,19 @@ from safetensors.torch import load_file, save_file
 from selective_dpo import score_difficulty
 from selective_dpo.cli.main import main
 from selective_dpo.config import Recipe
-from selective_dpo.data.pairs import Pair, parse_row
+from selective_dpo.config.load import make_recipe
+from selective_dpo.data.adapters import Pair, parse_row
 from selective_dpo.errors import ConfigError
-from selective_dpo.pipeline import doctor, pairs_stage, verbs
-from selective_dpo.pipeline.checks import data, environment
-from selective_dpo.pipeline.checks.check import Check
-from selective_dpo.pipeline.checks.data import check_source
-from selective_dpo.pipeline.doctor import diagnose
-from selective_dpo.pipeline.planning.device import Device
-from selective_dpo.pipeline.planning.disk import Disk
-from selective_dpo.pipeline.run_directory import RunDirectory
-from selective_dpo.pipeline.stages import Run
-from selective_dpo.recipe_io import make_recipe
+from selective_dpo.run import doctor
+from selective_dpo.run import doctor as data
+from selective_dpo.run import doctor as environment
+from selective_dpo.run import run as verbs
+from selective_dpo.run import stages as pairs_stage
+from selective_dpo.run.doctor import Check, check_source, diagnose
+from selective_dpo.run.folder import RunDirectory
+from selective_dpo.run.planning.device import Device
+from selective_dpo.run.planning.disk import Disk
+from selective_dpo.run.stages import Run
 from tests.fixtures.models import TRAINER, recipe_file, tiny_model_folder, tiny_pairs_file, tiny_recipe
 
 CPU = Device("cpu", "CPU", 1, 1 << 30)

@@ -10,7 +10,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
-from selective_dpo.engine.logprobs import IGNORED_LABEL, make_batch, pair_lengths, pair_logps
+from selective_dpo.logprobs.compute import IGNORED_LABEL, make_batch, pair_lengths, pair_logps
 from tests.fixtures.by_hand import sequence_logp
 from tests.fixtures.models import tiny_model_folder
 from tests.fixtures.tokenizers import END_ID, PAD_ID

@@ -10,16 +10,10 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selective_dpo.engine import memory
-from selective_dpo.engine.logprobs import pair_logps
-from selective_dpo.engine.memory import (
-    Budget,
-    bounded_batches,
-    budget_for,
-    is_out_of_memory,
-    run_within_memory,
-)
-from selective_dpo.errors import ModelError
+from selective_dpo.errors import ModelError, is_out_of_memory
+from selective_dpo.logprobs import memory
+from selective_dpo.logprobs.compute import pair_logps
+from selective_dpo.logprobs.memory import Budget, bounded_batches, budget_for, run_within_memory
 from tests.fixtures.families import tiny_family
 
 OUT_OF_MEMORY = RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")

@@ -9,10 +9,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from selective_dpo.artifacts import verify_folder
-from selective_dpo.engine import processes
-from selective_dpo.engine.processes import combine_by_position, publish_from_main, this_process
+from selective_dpo.distributed import processes
+from selective_dpo.distributed.processes import combine_by_position, publish_from_main, this_process
 from selective_dpo.errors import IdentityError
+from selective_dpo.storage.artifacts import verify_folder
 
 IDS = ["a", "b", "c"]
 

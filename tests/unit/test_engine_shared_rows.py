@@ -21,12 +21,10 @@ from transformers import (
 )
 from trl.trainer.utils import add_fused_lm_head
 
-from selective_dpo.engine import ways
-from selective_dpo.engine.forward import shared_log_probs
-from selective_dpo.engine.heads import completion_log_probs, is_sharded, language_model, log_probs_only
-from selective_dpo.engine.logprobs import pair_logps
-from selective_dpo.engine.paths import choose_path
-from selective_dpo.engine.shared_rows import (
+from selective_dpo.errors import ModelError
+from selective_dpo.logprobs import packing_support as ways
+from selective_dpo.logprobs.compute import pair_logps
+from selective_dpo.logprobs.packed import (
     CHOSEN,
     IGNORED_LABEL,
     PADDING,
@@ -34,10 +32,14 @@ from selective_dpo.engine.shared_rows import (
     REJECTED,
     additive_mask,
     block_mask,
+    completion_log_probs,
+    log_probs_only,
     make_shared_batch,
     shared_lengths,
+    shared_log_probs,
 )
-from selective_dpo.errors import ModelError
+from selective_dpo.logprobs.packing_support import choose_path
+from selective_dpo.models import is_sharded, language_model
 from tests.fixtures.families import tiny_family
 
 OFF = IGNORED_LABEL

@@ -16,19 +16,18 @@ from numpy.typing import NDArray
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from selective_dpo.config import EvaluateConfig, GenerationConfig
-from selective_dpo.core.identity import Text
-from selective_dpo.core.preference_metrics import PreferenceMetrics, preference_metrics
-from selective_dpo.core.results import from_json
-from selective_dpo.core.winrates import (
+from selective_dpo.errors import ConfigError
+from selective_dpo.evaluation.evaluate import Arm, evaluate_arms, judge_answers
+from selective_dpo.evaluation.generate import Answer, Prompt
+from selective_dpo.evaluation.results import PreferenceMetrics, from_json, preference_metrics
+from selective_dpo.identity import Text
+from selective_dpo.stats.win_rates import (
     Verdicts,
     cross_pairing,
     scores_from_rewards,
     win_rate,
     win_rate_difference,
 )
-from selective_dpo.errors import ConfigError
-from selective_dpo.evaluation.evaluate import Arm, evaluate_arms, judge_answers
-from selective_dpo.evaluation.generation import Answer, Prompt
 from tests.fixtures.tokenizers import VOCABULARY_SIZE, byte_tokenizer
 
 PROMPTS = [Prompt(f"p{number}", f"question {number}") for number in range(6)]

@@ -11,12 +11,18 @@ from peft import LoraConfig, get_peft_model
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from selective_dpo.config import GenerationConfig
-from selective_dpo.core.identity import Text
-from selective_dpo.data.pairs import Pair
+from selective_dpo.data.adapters import Pair
 from selective_dpo.data.tokenize import PairTokens, tokenize_pairs
 from selective_dpo.errors import ConfigError, DataError, IdentityError, ModelError, TemplateError
-from selective_dpo.evaluation.generation import Answer, Prompt, choose_prompts, generate_answers
-from selective_dpo.evaluation.prompt_tokens import encode_prompt, turn_end_id
+from selective_dpo.evaluation.generate import (
+    Answer,
+    Prompt,
+    choose_prompts,
+    encode_prompt,
+    generate_answers,
+    turn_end_id,
+)
+from selective_dpo.identity import Text
 from tests.fixtures.tokenizers import BOS_ID, END_ID, START_ID, VOCABULARY_SIZE, byte_tokenizer
 
 PROMPTS = [Prompt(f"p{number}", "x" * length) for number, length in enumerate([3, 9, 1, 5, 7])]

@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from selective_dpo.engine.logprobs import PairLogps
 from selective_dpo.errors import DataError, IdentityError, RecordsError
-from selective_dpo.evaluation.held_out import held_out_metrics
+from selective_dpo.evaluation.evaluate import held_out_metrics
+from selective_dpo.logprobs.compute import PairLogps
 
 POLICY = PairLogps(["a", "b", "c"], np.array([-1.0, -4.0, -2.0]), np.array([-5.0, -2.0, -2.0]))
 # Another order, and a pair that the policy was not asked for

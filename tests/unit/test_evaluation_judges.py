@@ -12,15 +12,10 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2ForSequenceClassification
 
 from selective_dpo.config import EvaluateConfig, GenerationConfig
-from selective_dpo.core.identity import Text
-from selective_dpo.core.winrates import scores_from_rewards
 from selective_dpo.errors import DataError, ModelError
-from selective_dpo.evaluation.judges import (
-    EmbeddedWorldJudge,
-    RewardJudge,
-    judge_for,
-)
-from selective_dpo.evaluation.reward_model import RewardModelJudge
+from selective_dpo.evaluation.judges import EmbeddedWorldJudge, RewardJudge, RewardModelJudge, judge_for
+from selective_dpo.identity import Text
+from selective_dpo.stats.win_rates import scores_from_rewards
 from tests.fixtures.tokenizers import PAD_ID, VOCABULARY_SIZE, byte_tokenizer
 
 PROMPTS: list[Text] = [

@@ -9,21 +9,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from selective_dpo.core.estimates import Estimate
-from selective_dpo.core.preference_metrics import preference_metrics
-from selective_dpo.core.results import ArmResult, EvaluationResults, from_json, to_json
-from selective_dpo.core.winrates import Verdicts
 from selective_dpo.errors import ArtifactError, DataError
-from selective_dpo.evaluation.alpaca_eval import instruction_of, write_model_outputs
-from selective_dpo.evaluation.generation import Answer, Prompt
-from selective_dpo.evaluation.results import arm_result
-from selective_dpo.evaluation.tables import (
+from selective_dpo.evaluation.evaluate import (
     GENERATION_COLUMNS,
     VERDICT_COLUMNS,
     ArmVerdicts,
+    arm_result,
     generations_table,
+    instruction_of,
     verdicts_table,
+    write_model_outputs,
 )
+from selective_dpo.evaluation.generate import Answer, Prompt
+from selective_dpo.evaluation.results import (
+    ArmResult,
+    EvaluationResults,
+    from_json,
+    preference_metrics,
+    to_json,
+)
+from selective_dpo.stats.estimates import Estimate
+from selective_dpo.stats.win_rates import Verdicts
 
 CHAT = [
     {"role": "user", "content": "first"},

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from selective_dpo.distributed import signals as interruption
+from selective_dpo.distributed.signals import passing_on, stopping_at_once, stopping_when_asked
 from selective_dpo.errors import Interrupted
-from selective_dpo.launch import interruption
-from selective_dpo.launch.interruption import passing_on, stopping_at_once, stopping_when_asked
 
 
 def strike() -> None:

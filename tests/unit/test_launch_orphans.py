@@ -11,12 +11,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from selective_dpo.launch.orphans import SECONDS_BETWEEN_LOOKS, SUPERVISOR
+from selective_dpo.distributed.signals import SECONDS_BETWEEN_LOOKS, SUPERVISOR
 from tests.fixtures.process_tree import is_there, wait_until_gone
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 SOON = 10 * SECONDS_BETWEEN_LOOKS
-CHILD = "import os, time; from selective_dpo.launch.orphans import {0}; {0}({1}); time.sleep(60)"
+CHILD = "import os, time; from selective_dpo.distributed.signals import {0}; {0}({1}); time.sleep(60)"
 PARENT = """
 import subprocess, sys
 child = subprocess.Popen([sys.executable, "-c", {0!r}])

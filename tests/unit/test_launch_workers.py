@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from selective_dpo.distributed.workers import run_in_workers
 from selective_dpo.errors import ConfigError, RecordsError
-from selective_dpo.launch.workers import run_in_workers
 
 
 class Job:

@@ -7,11 +7,21 @@ from typing import Any
 import pytest
 from accelerate.state import PartialState
 
+from selective_dpo.config.load import make_recipe
+from selective_dpo.config.trainer_options import (
+    DECIDED,
+    DECIDED_IN,
+    EVALUATION_KEYS,
+    POSITIVE,
+    RENAMED,
+    Stage,
+    check_dpo_options,
+    check_lora_options,
+    check_recipe_options,
+    fits,
+    phrase,
+)
 from selective_dpo.errors import ConfigError
-from selective_dpo.option_rules import DECIDED, DECIDED_IN, EVALUATION_KEYS, POSITIVE, RENAMED, Stage
-from selective_dpo.option_types import fits, phrase
-from selective_dpo.pass_through import check_dpo_options, check_lora_options, check_recipe_options
-from selective_dpo.recipe_io import make_recipe
 
 STAGES: tuple[Stage, ...] = ("score", "train")
 
@@ -207,7 +217,7 @@ def test_evaluation_during_training_needs_a_strategy_and_held_out_pairs() -> Non
 
 def test_refused_names_are_real_and_renamed_ones_are_gone() -> None:
     """The tables follow TRL: when it renames an option, this fails and the table is mended."""
-    from selective_dpo.pass_through import _dpo_options
+    from selective_dpo.config.trainer_options import _dpo_options
 
     known = set(_dpo_options())
     # No options of TRL: never were (tokenizer), or dropped (group_by_length, evaluation_strategy).

@@ -14,16 +14,16 @@ from hypothesis import strategies as st
 
 from selective_dpo.config import ModelConfig
 from selective_dpo.data.store import PairsSummary
-from selective_dpo.engine.padded_rows import PartLengths
-from selective_dpo.engine.paths import Path as RowPath
 from selective_dpo.errors import ConfigError
-from selective_dpo.pipeline.planning.architecture import (
+from selective_dpo.logprobs.packing_support import Path as RowPath
+from selective_dpo.logprobs.padded import PartLengths
+from selective_dpo.run.planning.architecture import (
     Architecture,
     adapter_parameters,
     architecture_of,
     build_on_meta,
 )
-from selective_dpo.pipeline.planning.batches import (
+from selective_dpo.run.planning.batches import (
     Epoch,
     Work,
     epoch_batches,
@@ -32,7 +32,7 @@ from selective_dpo.pipeline.planning.batches import (
     random_work,
     sequential_work,
 )
-from selective_dpo.pipeline.planning.costs import (
+from selective_dpo.run.planning.costs import (
     forward_flops,
     generation_memory,
     inference_memory,
@@ -40,11 +40,11 @@ from selective_dpo.pipeline.planning.costs import (
     training_flops,
     training_memory,
 )
-from selective_dpo.pipeline.planning.device import measured_rate, this_device
-from selective_dpo.pipeline.planning.forwarding import Forwarding
-from selective_dpo.pipeline.planning.inputs import KeptPairs
-from selective_dpo.pipeline.planning.settings import training_settings
-from selective_dpo.pipeline.planning.words import readable, readable_bytes, readable_time
+from selective_dpo.run.planning.device import measured_rate, this_device
+from selective_dpo.run.planning.forwarding import Forwarding
+from selective_dpo.run.planning.inputs import KeptPairs
+from selective_dpo.run.planning.settings import training_settings
+from selective_dpo.run.planning.words import readable, readable_bytes, readable_time
 from tests.fixtures.models import LORA, tiny_model_folder
 
 # 100 parameters of which 20 are looked up only; 2 layers, attention 4 wide.

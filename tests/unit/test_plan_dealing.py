@@ -14,15 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from selective_dpo.engine.padded_rows import PartLengths
-from selective_dpo.engine.paths import Path as RowPath
-from selective_dpo.engine.shared_rows import make_shared_batch
-from selective_dpo.pipeline.planning.batches import Work, epoch_batches
-from selective_dpo.pipeline.planning.dealing import Dealing, dealing_of, expected_work, ordered_work
-from selective_dpo.pipeline.planning.forwarding import Forwarding
-from selective_dpo.training.equal_weights import weigh_equally
-from selective_dpo.training.shared_step import pair_rows
-from selective_dpo.training.update_batches import can_deal_by_length, deal_by_length
+from selective_dpo.logprobs.packed import make_shared_batch
+from selective_dpo.logprobs.packing_support import Path as RowPath
+from selective_dpo.logprobs.padded import PartLengths
+from selective_dpo.run.planning.batches import Work, epoch_batches
+from selective_dpo.run.planning.dealing import Dealing, dealing_of, expected_work, ordered_work
+from selective_dpo.run.planning.forwarding import Forwarding
+from selective_dpo.training.batching import can_deal_by_length, deal_by_length, pair_rows, weigh_equally
 from tests.fixtures.families import tiny_family
 from tests.fixtures.models import tiny_recipe
 

@@ -12,20 +12,20 @@ import pytest
 from scipy.stats import spearmanr
 
 from selective_dpo.config import Recipe, ScoreConfig, SelectConfig
-from selective_dpo.core.records import LossTable
-from selective_dpo.core.selection import Rule, select
-from selective_dpo.curriculum.importing import import_records
-from selective_dpo.curriculum.losses import curriculum_losses
+from selective_dpo.curriculum.import_ import import_records
+from selective_dpo.curriculum.records import LossTable
+from selective_dpo.curriculum.select import Rule, select
+from selective_dpo.curriculum.table import curriculum_losses
 from selective_dpo.data.store import PairsSummary
-from selective_dpo.engine.padded_rows import PartLengths
-from selective_dpo.engine.paths import Path as RowPath
-from selective_dpo.pipeline.planning.architecture import Architecture
-from selective_dpo.pipeline.planning.forwarding import Forwarding
-from selective_dpo.pipeline.planning.inputs import KeptPairs
-from selective_dpo.pipeline.planning.measured import MEASURED, Range, expected_agreement
-from selective_dpo.pipeline.planning.pricing import Models
-from selective_dpo.pipeline.planning.protocol_words import protocols_text
-from selective_dpo.pipeline.planning.protocols import (
+from selective_dpo.logprobs.packing_support import Path as RowPath
+from selective_dpo.logprobs.padded import PartLengths
+from selective_dpo.run.planning.architecture import Architecture
+from selective_dpo.run.planning.forwarding import Forwarding
+from selective_dpo.run.planning.inputs import KeptPairs
+from selective_dpo.run.planning.measured import MEASURED, Range, expected_agreement
+from selective_dpo.run.planning.pricing import Models
+from selective_dpo.run.planning.protocol_words import protocols_text
+from selective_dpo.run.planning.protocols import (
     PlannedProtocol,
     Scoring,
     compared,

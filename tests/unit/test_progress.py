@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from selective_dpo import progress
-from selective_dpo.progress import SECONDS_BETWEEN_LINES, Progress
+from selective_dpo.distributed import progress
+from selective_dpo.distributed.progress import SECONDS_BETWEEN_LINES, Progress
 
 
 class Clock:

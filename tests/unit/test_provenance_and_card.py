@@ -13,12 +13,12 @@ import transformers
 import yaml
 
 from selective_dpo.config import Recipe
-from selective_dpo.digests import canonical_json, digest
-from selective_dpo.pipeline import provenance as module
-from selective_dpo.pipeline.provenance import git_state, provenance
-from selective_dpo.recipe_io import dump_config, make_recipe
-from selective_dpo.training.model_card import model_card
-from selective_dpo.training.order import ConsumedOrder
+from selective_dpo.config.load import dump_config, make_recipe
+from selective_dpo.run import keys as module
+from selective_dpo.run.keys import git_state, provenance
+from selective_dpo.storage.digests import canonical_json, digest
+from selective_dpo.training.card import model_card
+from selective_dpo.training.selective_trainer import ConsumedOrder
 
 RECIPE = make_recipe(
     {

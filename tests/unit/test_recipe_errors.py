@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from selective_dpo.config import Recipe
+from selective_dpo.config.load import make_recipe
+from selective_dpo.config.messages import did_you_mean, dotted_keys, kind_at, show
 from selective_dpo.errors import ConfigError
-from selective_dpo.recipe_errors import did_you_mean, dotted_keys, kind_at, show
-from selective_dpo.recipe_io import make_recipe
 
 MINIMAL: dict[str, Any] = {"name": "a", "model": {"path": "m"}, "data": {"train": [{"path": "x"}]}}
 RULES = "'easiest', 'hardest', 'random', 'below', 'band' or 'all'"

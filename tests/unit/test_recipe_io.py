@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from selective_dpo.config import Recipe
+from selective_dpo.config.load import diff_config, dump_config, load_recipe, make_recipe, recipe_schema
 from selective_dpo.errors import ConfigError
-from selective_dpo.recipe_io import diff_config, dump_config, load_recipe, make_recipe, recipe_schema
 
 MINIMAL = "name: a\nmodel: {path: org/model}\ndata: {train: [{path: org/pairs, split: train}]}\n"
 

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import pytest
 
 from selective_dpo.config import Recipe
-from selective_dpo.pass_through import check_recipe_options
-from selective_dpo.recipe_io import load_recipe
+from selective_dpo.config.load import load_recipe
+from selective_dpo.config.trainer_options import check_recipe_options
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 GPUS = 8

@@ -10,16 +10,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from selective_dpo.core.estimates import Estimate
 from selective_dpo.errors import ArtifactError, IdentityError
-from selective_dpo.reporting.content import (
+from selective_dpo.report.content import (
+    Curve,
     DropCount,
     TruthRow,
+    borderline,
     load_report_content,
     save_findings,
 )
-from selective_dpo.reporting.examples import borderline
-from selective_dpo.reporting.training_logs import Curve
+from selective_dpo.stats.estimates import Estimate
 from tests.fixtures.run_folder import DROPPED, HOSTILE, LONG_ANSWER, make_run_folder
 
 

@@ -12,11 +12,18 @@ import numpy as np
 import pytest
 
 from selective_dpo.config import SelectConfig
-from selective_dpo.core.estimates import Estimate
-from selective_dpo.reporting.arm_figures import _draw_estimates, arms_svg, training_svg
-from selective_dpo.reporting.content import ReportContent, load_report_content
-from selective_dpo.reporting.figures import agreement_svg, difficulty_svg, length_svg
-from selective_dpo.reporting.style import new_figure, signed
+from selective_dpo.report.content import ReportContent, load_report_content
+from selective_dpo.report.figures import (
+    _draw_estimates,
+    agreement_svg,
+    arms_svg,
+    difficulty_svg,
+    length_svg,
+    new_figure,
+    signed,
+    training_svg,
+)
+from selective_dpo.stats.estimates import Estimate
 from tests.fixtures.run_folder import make_run_folder
 
 Draw = Callable[[ReportContent], str | None]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from selective_dpo.reporting.length import binned_medians, clustered_spearman
+from selective_dpo.stats.rank_correlation import binned_medians, clustered_spearman
 
 
 @given(

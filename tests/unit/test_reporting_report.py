@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from selective_dpo.core.estimates import Estimate
-from selective_dpo.reporting import narrative
-from selective_dpo.reporting.content import DropCount, ReportContent, load_report_content
-from selective_dpo.reporting.report import render_report, write_report
-from selective_dpo.reporting.text import LONGEST_SHOWN, preview, printable, turns
+from selective_dpo.report import page as narrative
+from selective_dpo.report.content import DropCount, ReportContent, load_report_content
+from selective_dpo.report.page import render_report, write_report
+from selective_dpo.report.tables import LONGEST_SHOWN, preview, printable, turns
+from selective_dpo.stats.estimates import Estimate
 from tests.fixtures.run_folder import HOSTILE, make_run_folder
 
 

@@ -7,13 +7,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from selective_dpo.artifacts import SCHEMA_VERSION
 from selective_dpo.config import SelectConfig
-from selective_dpo.core.estimates import Estimate
-from selective_dpo.core.preference_metrics import preference_metrics
-from selective_dpo.core.results import ArmResult, EvaluationResults, from_json, main_measure, to_json
 from selective_dpo.errors import ArtifactError
-from selective_dpo.reporting.tables import agreement_table, arms_table, label_for, share_with_reach
+from selective_dpo.evaluation.results import (
+    ArmResult,
+    EvaluationResults,
+    from_json,
+    main_measure,
+    preference_metrics,
+    to_json,
+)
+from selective_dpo.report.tables import agreement_table, arms_table, label_for, share_with_reach
+from selective_dpo.stats.estimates import Estimate
+from selective_dpo.storage.artifacts import SCHEMA_VERSION
 
 
 @pytest.mark.parametrize(

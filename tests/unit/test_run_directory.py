@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from selective_dpo.artifacts import read_json, write_json
 from selective_dpo.config import Recipe
+from selective_dpo.config.load import load_recipe, make_recipe
+from selective_dpo.difficulty.protocols import ScorerRun
 from selective_dpo.errors import RunChangedError
-from selective_dpo.pipeline.run_directory import RunDirectory
-from selective_dpo.recipe_io import load_recipe, make_recipe
-from selective_dpo.scoring.plan import ScorerRun
+from selective_dpo.run.folder import RunDirectory
+from selective_dpo.storage.artifacts import read_json, write_json
 
 
 def recipe(folder: Path, **blocks: Any) -> Recipe:

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from selective_dpo.engine.logprobs import PairLogps
+from selective_dpo.difficulty.held_out import HeldOutEvaluations
 from selective_dpo.errors import ConfigError
-from selective_dpo.scoring.held_out import HeldOutEvaluations
+from selective_dpo.logprobs.compute import PairLogps
 
 ARGUMENTS = SimpleNamespace(per_device_train_batch_size=8, gradient_accumulation_steps=2)
 

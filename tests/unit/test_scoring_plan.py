@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from selective_dpo.config import ScoreConfig
+from selective_dpo.difficulty.protocols import ScorerRun, planned_runs, require_fold_sizes, split_pairs
 from selective_dpo.errors import DataError
-from selective_dpo.scoring.plan import ScorerRun, planned_runs, require_fold_sizes, split_pairs
 
 PROMPTS = ["a", "b", "a", "c", "d", "b", "e"]
 

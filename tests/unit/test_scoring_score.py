@@ -4,10 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from selective_dpo.core.records import Records
-from selective_dpo.curriculum.records_io import write_records
-from selective_dpo.scoring.score import collect_records
-from selective_dpo.scoring.scorer import RECORDS
+from selective_dpo.curriculum.records import Records, write_records
+from selective_dpo.difficulty.scorer import RECORDS, collect_records
 
 
 def write(folder: Path, rows: list[tuple[str, int, int]]) -> Path:

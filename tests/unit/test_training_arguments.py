@@ -11,13 +11,7 @@ import torch
 
 from selective_dpo.config import ModelConfig
 from selective_dpo.errors import ConfigError
-from selective_dpo.training.arguments import (
-    autocast_dtype,
-    beta,
-    dpo_arguments,
-    lora_config,
-    weights_dtype,
-)
+from selective_dpo.training.arguments import autocast_dtype, beta, dpo_arguments, lora_config, weights_dtype
 
 
 def arguments(settings: dict[str, Any], dtype: str = "float32", *, sequential: bool = True) -> Any:

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from safetensors import SafetensorError
 
-from selective_dpo.artifacts import publish_folder, write_json
-from selective_dpo.engine.logprobs import PairLogps
+from selective_dpo.config.trainer_options import DECIDED
+from selective_dpo.difficulty.held_out import HeldOutEvaluations, Measurement
 from selective_dpo.errors import ConfigError
-from selective_dpo.option_rules import DECIDED
-from selective_dpo.scoring.held_out import HeldOutEvaluations, Measurement
-from selective_dpo.training import checkpoints as module
-from selective_dpo.training.checkpoints import (
+from selective_dpo.logprobs.compute import PairLogps
+from selective_dpo.storage.artifacts import publish_folder, write_json
+from selective_dpo.training import checkpointing as module
+from selective_dpo.training.checkpointing import (
     KIND,
     PROGRESS,
     TRAINER,
@@ -26,12 +26,13 @@ from selective_dpo.training.checkpoints import (
     checkpoints_in,
     discard_checkpoints,
     find_checkpoint,
+    is_of_the_disk,
     keep_only,
     require_layout,
+    train_resumably,
+    write_sealed,
 )
-from selective_dpo.training.order import OrderLog
-from selective_dpo.training.resumable import train_resumably
-from selective_dpo.training.sealing import is_of_the_disk, write_sealed
+from selective_dpo.training.selective_trainer import OrderLog
 
 ORDER = ["a", "b", "c", "d", "e"]
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler
 
-from selective_dpo.training.equal_weights import BLANK, WEIGHT, Share, share_of, weigh_equally
+from selective_dpo.training.batching import BLANK, WEIGHT, Share, share_of, weigh_equally
 
 
 def dealt(pairs: int, batch_size: int, processes: int) -> list[list[list[int]]]:

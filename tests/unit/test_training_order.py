@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selective_dpo.core.identity import ids_digest
-from selective_dpo.training.order import OrderLog
+from selective_dpo.identity import ids_digest
+from selective_dpo.training.selective_trainer import OrderLog
 
 ORDER = ["d", "a", "c", "b", "e"]
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from selective_dpo.artifacts import read_json, write_json
 from selective_dpo.errors import ConfigError, ModelError
-from selective_dpo.training.publish import require_finite_weights, save_policy, training_log, weights_of
+from selective_dpo.storage.artifacts import read_json, write_json
+from selective_dpo.training.checkpointing import weights_of
+from selective_dpo.training.publish import require_finite_weights, save_policy, training_log
 
 
 def trainer_with(*, bad: float | None = None, frozen: float | None = None, others: int = 0) -> Any:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from transformers.integrations import integration_utils
 
+from selective_dpo.config.trainer_options import check_dpo_options
 from selective_dpo.errors import ConfigError
-from selective_dpo.pass_through import check_dpo_options
-from selective_dpo.training.trackers import tracker_names, training_folder
+from selective_dpo.training.train import tracker_names, training_folder
 
 
 @pytest.mark.parametrize(

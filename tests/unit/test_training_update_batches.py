@@ -7,10 +7,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from selective_dpo.training.equal_weights import BLANK, WEIGHT, weigh_equally
-from selective_dpo.training.length_groups import group_by_length
-from selective_dpo.training.shared_step import pair_rows
-from selective_dpo.training.update_batches import can_deal_by_length, deal_by_length
+from selective_dpo.training.batching import (
+    BLANK,
+    WEIGHT,
+    can_deal_by_length,
+    deal_by_length,
+    group_by_length,
+    pair_rows,
+    weigh_equally,
+)
 
 PROMPT = 2
 

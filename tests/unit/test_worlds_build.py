@@ -11,9 +11,9 @@ import pytest
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from selective_dpo.artifacts import verify_folder
-from selective_dpo.core.identity import pair_id
 from selective_dpo.errors import ArtifactError, DataError
+from selective_dpo.identity import pair_id
+from selective_dpo.storage.artifacts import verify_folder
 from selective_dpo.worlds.build import World, build_world, exact_shares, load_world, world_key
 from selective_dpo.worlds.config import PairsConfig, SFTConfig, TasksConfig, WorldConfig
 from selective_dpo.worlds.tasks import gold_reward

@@ -12,13 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 
 from selective_dpo.worlds.config import SFTConfig, TasksConfig
 from selective_dpo.worlds.demonstrations import IGNORED, draw_demonstrations, overwrite
-from selective_dpo.worlds.model import (
-    answer_loss,
-    learning_rate_factor,
-    model_config,
-    save_model,
-    train_sft,
-)
+from selective_dpo.worlds.model import answer_loss, learning_rate_factor, model_config, save_model, train_sft
 from selective_dpo.worlds.sampling import sample_answers
 from selective_dpo.worlds.tasks import correct_answer, draw_tasks, gold_reward, parse_prompt, prompt_text
 from selective_dpo.worlds.tokenizer import SYMBOL_IDS, VOCABULARY_SIZE, build_tokenizer

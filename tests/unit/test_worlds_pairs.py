@@ -8,8 +8,8 @@ import math
 import numpy as np
 import pytest
 
-from selective_dpo.core.identity import pair_id
-from selective_dpo.core.winrates import scores_from_rewards
+from selective_dpo.identity import pair_id
+from selective_dpo.stats.win_rates import scores_from_rewards
 from selective_dpo.worlds.judge import compare, gold_scores
 from selective_dpo.worlds.pairs import (
     TRUTH_COLUMNS,

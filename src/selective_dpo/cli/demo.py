@@ -21,10 +21,10 @@ def add_options(parser: argparse.ArgumentParser, verb: str) -> None:
 
 def execute(verb: str, options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:
     """Run it; its lines are printed as they come."""
-    from selective_dpo.launch.quiet import quieten_libraries
+    from selective_dpo.distributed.progress import quieten_libraries
 
     quieten_libraries()
-    from selective_dpo.pipeline.demo import demo
+    from selective_dpo.run.demo import demo
 
     demo(Path(options.out), seed=options.seed)
     return 0

@@ -18,14 +18,14 @@ def add_options(parser: argparse.ArgumentParser, verb: str) -> None:
 
 def execute(verb: str, options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:
     """Check, and print each answer as it comes."""
-    from selective_dpo.launch.quiet import quieten_libraries
+    from selective_dpo.distributed.progress import quieten_libraries
 
     if not options.recipe and overrides:
         raise ConfigError(f"--{overrides[0][0]} would have no effect without a recipe")
     recipe = read_recipe(options, overrides) if options.recipe else None
     quieten_libraries()
-    from selective_dpo.pipeline.doctor import diagnose
-    from selective_dpo.reporting.text import printable
+    from selective_dpo.report.tables import printable
+    from selective_dpo.run.doctor import diagnose
 
     counts = {"ok": 0, "warn": 0, "FAIL": 0}
     for check in diagnose(recipe):

@@ -33,11 +33,11 @@ def add_options(parser: argparse.ArgumentParser, verb: str) -> None:
 
 def execute(verb: str, options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:
     """Export and say what was written."""
-    from selective_dpo.artifacts import verify_folder
-    from selective_dpo.curriculum.exporting import export_curriculum
+    from selective_dpo.curriculum.export import export_curriculum
     from selective_dpo.curriculum.table import Curriculum
     from selective_dpo.data.store import pairs_file
-    from selective_dpo.reporting.text import printable
+    from selective_dpo.report.tables import printable
+    from selective_dpo.storage.artifacts import verify_folder
 
     if options.pairs and options.format not in WITH_TEXTS:
         raise ConfigError(f"--pairs has no effect with --format {options.format}; leave it out")

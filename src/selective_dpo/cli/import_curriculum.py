@@ -60,9 +60,13 @@ def add_options(parser: argparse.ArgumentParser, verb: str) -> None:
 
 def execute(verb: str, options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:
     """Import, write, and say what was found."""
-    from selective_dpo.curriculum.importing import import_records
-    from selective_dpo.curriculum.outside import import_curriculum, imported_in_words, is_records
-    from selective_dpo.reporting.text import printable
+    from selective_dpo.curriculum.import_ import (
+        import_curriculum,
+        import_records,
+        imported_in_words,
+        is_records,
+    )
+    from selective_dpo.report.tables import printable
 
     if options.allow_partial:
         overrides = [*overrides, ("select.allow_partial", "true")]

@@ -45,7 +45,7 @@ def add_options(parser: argparse.ArgumentParser, verb: str) -> None:
 
 def execute(verb: str, options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:
     """Find the pairs and print them."""
-    from selective_dpo.pipeline.inspect import DEFAULT, LONGEST, Wanted, group_text, look_at
+    from selective_dpo.report.inspect import DEFAULT, LONGEST, Wanted, group_text, look_at
 
     asked = Wanted(**{name: getattr(options, name) for name in _REGIONS}, pair_ids=tuple(options.pair))
     pairs = Path(options.pairs) if options.pairs else None

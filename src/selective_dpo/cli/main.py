@@ -14,10 +14,9 @@ from importlib import import_module
 from typing import NoReturn
 
 from selective_dpo import __version__
+from selective_dpo.distributed.progress import settle_streams
+from selective_dpo.distributed.signals import REMEDY, end_without_supervisor, stopping_at_once
 from selective_dpo.errors import BusyError, ConfigError, Interrupted, SelectiveDPOError, disk_fault
-from selective_dpo.launch.interruption import REMEDY, stopping_at_once
-from selective_dpo.launch.orphans import end_without_supervisor
-from selective_dpo.launch.streams import settle_streams
 
 # One module a verb, imported only when used: `--help` must not wait for torch.
 VERBS = {

@@ -22,13 +22,13 @@ def add_options(parser: argparse.ArgumentParser, verb: str) -> None:
 
 def execute(verb: str, options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:
     """Work the plan out and print it."""
-    from selective_dpo.launch.quiet import quieten_libraries
+    from selective_dpo.distributed.progress import quieten_libraries
 
     recipe = read_recipe(options, overrides)
     quieten_libraries()
-    from selective_dpo.artifacts import write_json
-    from selective_dpo.pipeline.plan import make_plan
-    from selective_dpo.pipeline.planning.words import plan_text
+    from selective_dpo.run.plan import make_plan
+    from selective_dpo.run.planning.words import plan_text
+    from selective_dpo.storage.artifacts import write_json
 
     plan = make_plan(recipe)
     print(plan_text(plan))

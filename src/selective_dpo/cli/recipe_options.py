@@ -21,8 +21,8 @@ def add_recipe_options(parser: argparse.ArgumentParser, *, optional: bool = Fals
 
 def read_recipe(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> Recipe:
     """The recipe with its overrides, fully checked."""
-    from selective_dpo.pass_through import check_recipe_options
-    from selective_dpo.recipe_io import load_recipe
+    from selective_dpo.config.load import load_recipe
+    from selective_dpo.config.trainer_options import check_recipe_options
 
     recipe = load_recipe(options.recipe, overrides)
     check_recipe_options(recipe)

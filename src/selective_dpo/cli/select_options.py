@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Sequence
 
 from selective_dpo.config import SelectConfig
+from selective_dpo.config.load import make_recipe
 from selective_dpo.errors import ConfigError
-from selective_dpo.recipe_io import make_recipe
 
 
 def add_select_options(parser: argparse.ArgumentParser) -> None:

@@ -33,13 +33,13 @@ def add_options(parser: argparse.ArgumentParser, verb: str) -> None:
 
 def execute(verb: str, options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:
     """Run the stage; several processes are started first where the recipe says so."""
-    from selective_dpo.launch.quiet import quieten_libraries
+    from selective_dpo.distributed.progress import quieten_libraries
 
     if getattr(options, "allow_partial", False):
         overrides = [*overrides, ("select.allow_partial", "true")]
     recipe = read_recipe(options, overrides)
     quieten_libraries()
-    from selective_dpo.pipeline import verbs
+    from selective_dpo.run import run as verbs
 
     only = tuple(name for name in getattr(options, "only", "").split(",") if name)
     return verbs.run_verb(verb, recipe, fresh=options.fresh, only=only, command_line=options.command_line)

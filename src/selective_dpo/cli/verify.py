@@ -27,12 +27,12 @@ def add_options(parser: argparse.ArgumentParser, verb: str) -> None:
 
 def execute(verb: str, options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> int:
     """Check everything, print the table, then each problem on a line of its own."""
-    from selective_dpo.launch.quiet import quieten_libraries
+    from selective_dpo.distributed.progress import quieten_libraries
 
     quieten_libraries()
-    from selective_dpo.artifacts import write_json
-    from selective_dpo.pipeline.verify import verify_run
-    from selective_dpo.reporting.text import printable
+    from selective_dpo.report.tables import printable
+    from selective_dpo.run.verify import verify_run
+    from selective_dpo.storage.artifacts import write_json
 
     found = verify_run(Path(options.run))
     if options.json == "-":

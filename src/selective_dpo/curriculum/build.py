@@ -11,17 +11,15 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from selective_dpo.config import SelectConfig
-from selective_dpo.core.aggregation import Difficulty, difficulty
-from selective_dpo.core.agreement import agreement
-from selective_dpo.core.losses import LN_2, PairLosses, is_dpos_own
-from selective_dpo.core.order import training_positions
-from selective_dpo.core.records import LossTable, Records, loss_table
-from selective_dpo.core.selection import DEFAULT_FRACTION, Rule
-from selective_dpo.core.selection import select as apply_rule
-from selective_dpo.curriculum.quarantine import REASON
+from selective_dpo.config.messages import explain
+from selective_dpo.curriculum.agreement import agreement
+from selective_dpo.curriculum.records import Difficulty, LossTable, Records, difficulty, loss_table
+from selective_dpo.curriculum.select import DEFAULT_FRACTION, Rule, training_positions
+from selective_dpo.curriculum.select import select as apply_rule
 from selective_dpo.curriculum.table import COLUMNS, Curriculum, loss_column
 from selective_dpo.errors import ConfigError, RecordsError, name_some
-from selective_dpo.recipe_errors import explain
+from selective_dpo.logprobs.nonfinite import REASON
+from selective_dpo.losses import LN_2, PairLosses, is_dpos_own
 
 
 def build_curriculum(

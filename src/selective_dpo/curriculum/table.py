@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -11,20 +12,30 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from pydantic import ValidationError
 
-from selective_dpo.artifacts import SCHEMA_VERSION, file_digest, read_json, replacing, write_json
-from selective_dpo.core.identity import ids_digest
-from selective_dpo.curriculum.checks import require_facts, require_losses, require_sound_table
-from selective_dpo.digests import digest
-from selective_dpo.errors import ArtifactError
-from selective_dpo.locks import holding, lock_beside
+from selective_dpo.config import SelectConfig
+from selective_dpo.curriculum.columns import require_plain, text_array
+from selective_dpo.curriculum.records import LossTable
+from selective_dpo.curriculum.select import ascending
+from selective_dpo.errors import ArtifactError, ConfigError, DataError, IdentityError, name_some
+from selective_dpo.identity import ids_digest, require_unique
+from selective_dpo.logprobs.nonfinite import REASON
+from selective_dpo.storage.artifacts import SCHEMA_VERSION, file_digest, read_json, replacing, write_json
+from selective_dpo.storage.digests import digest
+from selective_dpo.storage.locks import holding, lock_beside
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from numpy.typing import NDArray
 
+    from selective_dpo.data.adapters import Pair
+
 TABLE = "curriculum.parquet"
+
 FACTS = "curriculum.json"
+
 COLUMNS = {
     "pair_id": pa.string(),
     "prompt_id": pa.string(),
@@ -100,7 +111,7 @@ class Curriculum:
     def apply(self, dataset: Dataset, *, allow_unscored: bool = False) -> Dataset:
         """The selected pairs of a preference data set, in training order (see `apply_curriculum`)."""
         # Imported here: a curriculum can be read and inspected without loading `datasets`.
-        from selective_dpo.curriculum.apply import apply_curriculum
+        from selective_dpo.curriculum.table import apply_curriculum
 
         return apply_curriculum(self, dataset, allow_unscored=allow_unscored)
 
@@ -190,3 +201,282 @@ def _paths(path: Path) -> tuple[Path, Path]:
     if path.suffix == ".parquet":
         return path, path.with_suffix(".json")
     return path / TABLE, path / FACTS
+
+
+# ----------------------------------------------------------------------------------------------------
+# A curriculum applied to a data set: its selected rows, in training order.
+
+
+DIFFICULTY = "difficulty"
+
+PAIR_ID = "pair_id"
+
+PROMPT_ID = "prompt_id"
+
+_IDS = pa.schema({PAIR_ID: pa.string(), PROMPT_ID: pa.string()})
+
+logger = logging.getLogger(__name__)
+
+
+def apply_curriculum(curriculum: Curriculum, dataset: Dataset, *, allow_unscored: bool = False) -> Dataset:
+    """The selected pairs of `dataset` in training order, with columns `pair_id` and `difficulty`.
+
+    Rows are found by their `pair_id` column or, without one, by the id computed from `prompt`, `chosen`
+    and `rejected`. Of rows with the same id the first is used. The texts or tokens are not copied: the
+    result looks into `dataset` through indices.
+
+    Args:
+        allow_unscored: leave out rows that the curriculum does not know, and log how many, instead of
+            refusing them. They were never scored, so nothing says whether they belong in or out.
+
+    Raises:
+        ConfigError: `dataset` is no `datasets.Dataset`.
+        IdentityError: selected pairs are missing from `dataset`, or it holds rows that were not scored.
+        DataError: `dataset` has neither a `pair_id` column nor preference columns.
+    """
+    require_dataset(dataset)
+    ids = _pair_ids(dataset)
+    scored_row = pc.index_in(ids, value_set=curriculum.table[PAIR_ID].combine_chunks(), skip_nulls=True)
+    if scored_row.null_count and not allow_unscored:
+        raise IdentityError(
+            f"{scored_row.null_count:,} of {len(ids):,} rows are not in the curriculum "
+            f"({_unscored(ids, scored_row)}); {_remedy(curriculum)}, or leave them out: "
+            "apply(dataset, allow_unscored=True)"
+        )
+    if scored_row.null_count:
+        logger.warning(
+            "%s of %s rows are not in the curriculum and are left out",
+            f"{scored_row.null_count:,}",
+            f"{len(ids):,}",
+        )
+    order = pa.array(curriculum.order, type=pa.string())
+    # index_in gives the first of several equal ids, which is the row that the rest of the package keeps.
+    rows = pc.index_in(order, value_set=ids)
+    if rows.null_count:
+        absent = order.filter(pc.is_null(rows)).to_pylist()
+        raise IdentityError(
+            f"{len(absent):,} of {len(order):,} selected pairs are not in the data set: {name_some(absent)}; "
+            f"{_remedy(curriculum)}"
+        )
+    difficulty = curriculum.table[DIFFICULTY].take(scored_row)
+    # Columns go in before the rows are picked: adding them afterwards would copy the whole selection.
+    annotated = dataset.remove_columns([DIFFICULTY]) if DIFFICULTY in dataset.column_names else dataset
+    annotated = annotated.add_column(DIFFICULTY, difficulty.to_numpy())
+    if PAIR_ID not in annotated.column_names:
+        annotated = annotated.add_column(PAIR_ID, ids.to_pylist())
+    return annotated.select(np.asarray(rows, dtype=np.int64))
+
+
+def require_dataset(data: object) -> None:
+    """Refuse what is no `datasets.Dataset`: a folder of splits, a stream, rows of another kind.
+
+    Raises:
+        ConfigError: says what to pass.
+    """
+    from datasets import Dataset, DatasetDict
+
+    if isinstance(data, Dataset):
+        return
+    split = f", such as its split {next(iter(data), 'train')!r}" if isinstance(data, DatasetDict) else ""
+    raise ConfigError(f"the pairs are a {type(data).__name__}: pass a datasets.Dataset{split}")
+
+
+def _remedy(curriculum: Curriculum) -> str:
+    if curriculum.table[PAIR_ID] == curriculum.table[PROMPT_ID]:
+        return "its ids name prompts: join it with the data first, by import_curriculum(..., pairs=dataset)"
+    return "apply the curriculum to the data it was made from"
+
+
+def dataset_ids(dataset: Dataset) -> pa.Table:
+    """`pair_id` and `prompt_id` of each usable pair of a preference data set, once.
+
+    Columns of both names are taken as they are; else ids are those that preparing the rows would give.
+
+    Raises:
+        DataError: `dataset` has neither these nor preference columns.
+    """
+    if {PAIR_ID, PROMPT_ID} <= set(dataset.column_names):
+        return dataset.select_columns([PAIR_ID, PROMPT_ID]).with_format("arrow")[:].cast(_IDS)
+    prompt_of = {pair.pair_id: pair.prompt_id for pair in reversed(_pairs(dataset)) if pair is not None}
+    return pa.table([list(prompt_of), list(prompt_of.values())], schema=_IDS)
+
+
+def _unscored(ids: pa.Array, scored_row: pa.Array) -> str:
+    unknown = ids.filter(pc.is_null(scored_row))
+    unusable = unknown.null_count
+    parts = [f"{unusable:,} are not usable pairs"] if unusable else []
+    named = unknown.drop_null().to_pylist()
+    return ", ".join([*parts, *([name_some(named)] if named else [])])
+
+
+def _pair_ids(dataset: Dataset) -> pa.Array:
+    """Each row's pair id; null where the row is not a usable pair."""
+    names = set(dataset.column_names)
+    if PAIR_ID in names:
+        column = dataset.select_columns([PAIR_ID]).with_format("arrow")[:][PAIR_ID]
+        return column.cast(pa.string()).combine_chunks()
+    return pa.array([None if pair is None else pair.pair_id for pair in _pairs(dataset)], pa.string())
+
+
+def _pairs(dataset: Dataset) -> list[Pair | None]:
+    """Each row's pair; None where the row is not a usable one."""
+    names = set(dataset.column_names)
+    if not {"chosen", "rejected"} <= names:
+        raise DataError(
+            "the data set has neither a pair_id column nor chosen and rejected ones "
+            f"(it has: {name_some(sorted(names))})"
+        )
+    from selective_dpo.data.adapters import DropReason, parse_row
+
+    parsed = (parse_row(row) for row in dataset.with_format(None))
+    return [None if isinstance(pair, DropReason) else pair for pair in parsed]
+
+
+# ----------------------------------------------------------------------------------------------------
+# What must hold of a curriculum before anybody trains on it: each fault is counted and named.
+
+
+_FACTS: dict[str, type] = {
+    "key": str,
+    "pairs": int,
+    "selected": int,
+    "select": dict,
+    "seeds": list,
+    "evaluations": list,
+    "quarantined": int,
+    "partial": int,
+    "agreement": dict,
+    "provenance": dict,
+    "cost": dict,
+}
+
+_NO_PLACE = -1
+
+_REMEDY = "build the curriculum again from its records"
+
+
+def require_sound_table(table: pa.Table) -> None:
+    """Check the rows of a curriculum, whose columns have the right types already.
+
+    Raises:
+        IdentityError: an id is missing (null), stands twice, or out of order.
+        ArtifactError: a difficulty is not finite (null, of a pair set aside, is allowed); ranks or places in
+            the training order are not each there once; or a pair has a place and is not selected.
+    """
+    ids = table["pair_id"]
+    _require_sound_ids(ids)
+    require_plain(table["prompt_id"], what="curriculum: prompt ids")
+    is_aside_P = np.asarray(pc.is_null(table["difficulty"]), dtype=np.bool_)
+    _refuse(ids, ~is_aside_P & ~np.isfinite(table["difficulty"].to_numpy()), "have no finite difficulty")
+    rank_P, position_P = (_whole_numbers(table[name]) for name in ("rank", "position"))
+    wrong_rank_P = _out_of_place(rank_P, ~is_aside_P) | (is_aside_P & (rank_P != _NO_PLACE))
+    _refuse(ids, wrong_rank_P, "have a wrong rank")
+    _refuse(ids, np.asarray(pc.is_null(table["selected"]), dtype=np.bool_), "are neither selected nor not")
+    selected_P = np.asarray(table["selected"], dtype=np.bool_)
+    is_unlike_P = (selected_P != (position_P != _NO_PLACE)) | (selected_P & is_aside_P)
+    _refuse(ids, is_unlike_P, "are selected without a place in the order or a difficulty, or the reverse")
+    _refuse(ids, _out_of_place(position_P, selected_P), "have a wrong place in the training order")
+
+
+def require_facts(facts: Mapping[str, Any], table: pa.Table, where: object) -> None:
+    """Check that the facts read from a file are complete and of this table.
+
+    Raises:
+        ArtifactError: one is missing, of the wrong kind, or says another number than the table.
+    """
+    wrong = [name for name, kind in _FACTS.items() if not isinstance(facts.get(name), kind)]
+    wrong += [
+        name
+        for name in ("seeds", "evaluations")
+        if name not in wrong and not all(type(number) is int for number in facts[name])
+    ]
+    if wrong:
+        raise ArtifactError(f"{where}: {name_some(wrong)} missing or of the wrong kind; {_REMEDY}")
+    aside = table.filter(pc.is_null(table["difficulty"]))
+    counts = {
+        "pairs": len(table) - len(aside),
+        "selected": pc.sum(table["selected"]).as_py() or 0,
+        "quarantined": pc.sum(pc.equal(aside["reason"], REASON)).as_py() or 0,
+    }
+    differing = [f"{facts[name]:,} {name}" for name, count in counts.items() if facts[name] != count]
+    if differing:
+        raise ArtifactError(f"{where} says {name_some(differing)}, unlike its table; {_REMEDY}")
+    try:
+        SelectConfig(**facts["select"])
+    except (ValidationError, TypeError) as error:
+        raise ArtifactError(f"{where}: select is no selection; {_REMEDY}") from error
+
+
+def require_losses(table: pa.Table, names: Sequence[str], where: object) -> None:
+    """Check that the table has the columns of losses `names`, which its facts imply.
+
+    Raises:
+        ArtifactError: one is missing, there twice, or holds no numbers.
+    """
+    kinds = dict(zip(table.column_names, table.schema.types, strict=True))
+    wrong = [name for name in names if kinds.get(name) != pa.float64() or table.column_names.count(name) != 1]
+    if wrong:
+        raise ArtifactError(f"{where}: the table has no losses {name_some(wrong)}; {_REMEDY}")
+
+
+def _require_sound_ids(ids: pa.ChunkedArray) -> None:
+    if ids.null_count:
+        raise IdentityError(f"curriculum: {ids.null_count:,} of {len(ids):,} pair ids are missing; {_REMEDY}")
+    require_plain(ids, what="curriculum: pair ids")
+    if pc.count_distinct(ids, mode="all").as_py() < len(ids):
+        require_unique(ids.to_pylist(), what="curriculum")
+    before, after = ids.slice(0, max(0, len(ids) - 1)), ids.slice(1)
+    falls = pc.less(after, before)
+    count = pc.sum(falls).as_py() or 0
+    if count:
+        named = name_some(after.filter(falls).to_pylist())
+        raise IdentityError(f"curriculum: {count:,} pair ids are out of order: {named}; {_REMEDY}")
+
+
+def _whole_numbers(column: pa.ChunkedArray) -> NDArray[np.int64]:
+    # -2 stands for null: no row may have it.
+    return np.asarray(pc.fill_null(column, -2).to_numpy(), dtype=np.int64)
+
+
+def _out_of_place(place_P: NDArray[np.int64], counted_P: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Rows among those counted whose place is not one of 0 to n - 1, or is another row's, too."""
+    size = int(counted_P.sum())
+    inside_P = counted_P & (place_P >= 0) & (place_P < size)
+    times = np.bincount(place_P[inside_P], minlength=size)
+    wrong_P = counted_P & ~inside_P
+    wrong_P[inside_P] = times[place_P[inside_P]] > 1
+    return wrong_P
+
+
+def _refuse(ids: pa.ChunkedArray, wrong_P: NDArray[np.bool_], what: str) -> None:
+    if wrong_P.any():
+        named = name_some(ids.filter(pa.array(wrong_P)).to_pylist())
+        raise ArtifactError(
+            f"curriculum: {int(wrong_P.sum()):,} of {len(ids):,} pairs {what}: {named}; {_REMEDY}"
+        )
+
+
+# ----------------------------------------------------------------------------------------------------
+# The losses that a curriculum carries, as the table that core functions compute on.
+
+
+def curriculum_losses(curriculum: Curriculum) -> LossTable:
+    """The losses by pair, seed and evaluation, NaN where there is no record; rows sorted by pair id.
+
+    Pairs that were set aside as not finite are not among them.
+
+    Raises:
+        ArtifactError: the table lacks the losses of a seed and evaluation that the facts name.
+    """
+    curriculum = curriculum.measured
+    seeds, evaluations = (tuple(curriculum.facts[name]) for name in ("seeds", "evaluations"))
+    pair_ids, prompt_ids = (text_array(curriculum.table[name]) for name in ("pair_id", "prompt_id"))
+    losses = np.empty((len(pair_ids), len(seeds), len(evaluations)))
+    for s, seed in enumerate(seeds):
+        for e, evaluation in enumerate(evaluations):
+            name = loss_column(seed, evaluation)
+            if name not in curriculum.table.column_names:
+                raise ArtifactError(f"the curriculum has no column {name!r}, which its facts name")
+            losses[:, s, e] = curriculum.table[name].to_numpy()
+    order = ascending(pair_ids)
+    return LossTable(pair_ids[order], prompt_ids[order], seeds, evaluations, losses[order])

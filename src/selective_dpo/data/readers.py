@@ -18,12 +18,16 @@ import pyarrow.parquet as pq
 from selective_dpo.errors import DataError
 
 BATCH_ROWS = 1024
+
 LONGEST_LINE = 64 << 20
 """Bytes of a JSON Lines row; characters of a line or a cell of CSV."""
+
 MOST_WHOLE = 4 << 30
 """Bytes, unpacked, of a file that has to be read whole: a JSON array, or Parquet that is gzipped again."""
+
 BATCH_BYTES = 64 << 20
 """Of Parquet that are unpacked at once, as far as its metadata tell."""
+
 _MESSAGE_COLUMNS = ("prompt", "chosen", "rejected")
 
 

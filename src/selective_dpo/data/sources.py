@@ -3,21 +3,43 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from selective_dpo.artifacts import file_digest, folder_digests
+import numpy as np
+from numpy.typing import NDArray
+
 from selective_dpo.config import SourceConfig
-from selective_dpo.data.readers import BATCH_ROWS, Row, count_file, damage_named, read_file, rows_of_batch
-from selective_dpo.digests import digest
+from selective_dpo.data.adapters import (
+    MOST_CHARACTERS,
+    DropReason,
+    contents_of,
+    is_encodable,
+    read_messages,
+    text_size,
+)
+from selective_dpo.data.readers import (
+    BATCH_ROWS,
+    Malformed,
+    Row,
+    count_file,
+    damage_named,
+    read_file,
+    rows_of_batch,
+)
 from selective_dpo.errors import ConfigError, DataError, name_some
+from selective_dpo.identity import Text
+from selective_dpo.storage.artifacts import file_digest, folder_digests
+from selective_dpo.storage.digests import digest
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 _SAVED_DATASET = "dataset_info.json"
+
 _SAVED_DATASET_DICT = "dataset_dict.json"
+
 _LOCAL_PATH = re.compile(r"^[/~.\\]|[/\\].*[/\\]|\.[A-Za-z]+$")
 """What no hub name looks like: a leading slash, tilde or dot, two slashes, or a file's suffix."""
 
@@ -140,3 +162,71 @@ def _refuse_options(config: SourceConfig, names: tuple[str, ...], what: str) -> 
         raise ConfigError(
             f"source {config.path} is {what}: {', '.join(given)} would have no effect; remove it"
         )
+
+
+# ----------------------------------------------------------------------------------------------------
+# Which rows of several sources are used.
+
+
+_ALL_SOURCES = 0
+
+_FIRST_SOURCE = 1
+
+
+def sample_rows(
+    counts_S: Sequence[int], fractions_S: Sequence[float], *, max_rows: int = 0, seed: int = 0
+) -> list[NDArray[np.bool_]]:
+    """For each source a mask over its rows: True for those that are used, in their original order.
+
+    From source s, round(fraction * rows) rows are drawn without replacement (at least one, if it has any),
+    by a generator seeded with (seed, s): so what one source gives does not depend on the others. Of the
+    rows drawn, `max_rows` (0: all) are then drawn evenly over all sources.
+    """
+    masks = [
+        _draw(count, max(1, int(fraction * count + 0.5)), _generator(seed, _FIRST_SOURCE + index))
+        for index, (count, fraction) in enumerate(zip(counts_S, fractions_S, strict=True))
+    ]
+    used = np.concatenate([*masks, np.zeros(0, dtype=np.bool_)])
+    drawn = np.flatnonzero(used)
+    if 0 < max_rows < len(drawn):
+        used[drawn] = _draw(len(drawn), max_rows, _generator(seed, _ALL_SOURCES))
+    return np.split(used, np.cumsum(counts_S)[:-1]) if counts_S else []
+
+
+def _draw(count: int, size: int, generator: np.random.Generator) -> NDArray[np.bool_]:
+    mask = np.zeros(count, dtype=np.bool_)
+    if size >= count:
+        mask[:] = True
+    else:
+        mask[generator.choice(count, size=size, replace=False)] = True
+    return mask
+
+
+def _generator(seed: int, stream: int) -> np.random.Generator:
+    # NumPy takes no negative seeds, a recipe may hold one: it is read as 64 bits.
+    return np.random.default_rng([seed % 2**64, stream])
+
+
+# ----------------------------------------------------------------------------------------------------
+# A file of prompts to be answered, without completions.
+
+
+def read_prompts(path: Path) -> list[Text]:
+    """The column `prompt` of each row, text or messages; of these only role and content.
+
+    Raises:
+        DataError: the file cannot be read, or a row of it has no prompt that can be asked; it is named.
+    """
+    return [_prompt(row, f"{path}, row {number:,}") for number, row in enumerate(read_file(path))]
+
+
+def _prompt(row: Row, where: str) -> Text:
+    value = None if isinstance(row, Malformed) else row.get("prompt")
+    prompt = read_messages(value) if isinstance(value, list) and value else value
+    if isinstance(prompt, DropReason) or not prompt or not isinstance(prompt, (str, list)):
+        raise DataError(f"{where}: needs a prompt, as text or as messages of role and content")
+    if text_size(prompt) > MOST_CHARACTERS:
+        raise DataError(f"{where}: the prompt has more than {MOST_CHARACTERS:,} characters; leave it out")
+    if not all(map(is_encodable, contents_of(prompt))):
+        raise DataError(f"{where}: the prompt holds half of a character (a lone surrogate); mend the row")
+    return prompt

@@ -13,18 +13,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from selective_dpo.artifacts import read_json, read_manifest
-from selective_dpo.core.identity import ID_HEX_DIGITS, Text, canonical_text
-from selective_dpo.data.pairs import KEPT, DropReason, Pair
+from selective_dpo.data.adapters import KEPT, DropReason, Pair
 from selective_dpo.data.tokenize import PairTokens
-from selective_dpo.digests import canonical_json
 from selective_dpo.errors import ArtifactError, ConfigError, name_some
+from selective_dpo.identity import ID_HEX_DIGITS, Text, canonical_text
+from selective_dpo.storage.artifacts import read_json, read_manifest
+from selective_dpo.storage.digests import canonical_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 KIND = "pairs"
+
 PAIRS, TOKENS, SUMMARY = "pairs.parquet", "tokens.parquet", "summary.json"
+
 PAIRS_SCHEMA = pa.schema(
     {
         "row": pa.int64(),
@@ -46,6 +48,7 @@ PAIRS_SCHEMA = pa.schema(
 )
 """One row an input row. `row` counts from 0 within its source; texts are canonical JSON (ASCII); the
 numbers of tokens are 0 where a row was dropped before it was tokenized, and those after truncation."""
+
 TOKENS_SCHEMA = pa.schema(
     {
         "pair_id": pa.string(),

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jinja2
 
 from selective_dpo.config import DataConfig
-from selective_dpo.data.pairs import DropReason, Messages, Pair
+from selective_dpo.data.adapters import DropReason, Messages, Pair
 from selective_dpo.data.templates import Conversation, render, require_template
-from selective_dpo.digests import digest
 from selective_dpo.errors import ModelError, RunawayTemplateError
+from selective_dpo.storage.digests import digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 
-from selective_dpo.data.finishing import FinishedChunk, Finisher
+from selective_dpo.data.prepare import FinishedChunk, Finisher
 from selective_dpo.data.store import RowOutcome
 from selective_dpo.errors import SelectiveDPOError
 

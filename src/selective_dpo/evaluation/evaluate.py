@@ -9,7 +9,9 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,32 +20,55 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from numpy.typing import ArrayLike, NDArray
 
-from selective_dpo.artifacts import write_json
 from selective_dpo.config import EvaluateConfig, GenerationConfig
-from selective_dpo.core.preference_metrics import PreferenceMetrics
-from selective_dpo.core.results import REFERENCE, SELECTED, EvaluationResults, to_json
-from selective_dpo.core.winrates import Pairing, cross_pairing, self_pairing
-from selective_dpo.errors import ConfigError
-from selective_dpo.evaluation import alpaca_eval
-from selective_dpo.evaluation.generation import (
+from selective_dpo.config.schema import file_name
+from selective_dpo.errors import ConfigError, DataError, IdentityError, RecordsError, name_some
+from selective_dpo.evaluation import evaluate as alpaca_eval
+from selective_dpo.evaluation.generate import (
     Answer,
     Answers,
     Encode,
     Prompt,
+    check_generation,
     choose_prompts,
     generate_answers,
 )
 from selective_dpo.evaluation.judges import Judge, judge_for
-from selective_dpo.evaluation.preflight import check_arm_names, check_generation
-from selective_dpo.evaluation.results import arm_result
-from selective_dpo.evaluation.tables import ArmVerdicts, generations_table, verdicts_table
+from selective_dpo.evaluation.results import (
+    REFERENCE,
+    SELECTED,
+    ArmResult,
+    EvaluationResults,
+    PreferenceMetrics,
+    preference_metrics,
+    repeat_name,
+    to_json,
+)
+from selective_dpo.identity import Text, canonical_text, positions_of
+from selective_dpo.losses import is_pairwise, pair_losses
+from selective_dpo.stats.estimates import Estimate, clustered_mean
+from selective_dpo.stats.win_rates import (
+    Pairing,
+    Verdicts,
+    cross_pairing,
+    self_pairing,
+    win_rate,
+    win_rate_difference,
+)
+from selective_dpo.storage.artifacts import write_atomic, write_json
+from selective_dpo.storage.digests import canonical_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from selective_dpo.logprobs.compute import PairLogps
+
 RESULTS = "results.json"
+
 GENERATIONS = "generations.parquet"
+
 VERDICTS = "verdicts.parquet"
 
 
@@ -220,3 +245,256 @@ def _free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+# ----------------------------------------------------------------------------------------------------
+# One arm's result, from its answers and verdicts.
+
+
+def arm_result(
+    *,
+    name: str,
+    label: str,
+    pairs: int,
+    updates: int,
+    held_out: PreferenceMetrics | None,
+    answers: Answers,
+    verdicts: Verdicts | None,
+    selected_verdicts: Verdicts | None,
+) -> ArmResult:
+    """The result of one arm from its answers and verdicts.
+
+    `selected_verdicts` are those of the arm `selected`, None for that arm itself.
+
+    Raises:
+        IdentityError: the arm and `selected` were judged on different prompts.
+    """
+    difference = None
+    if verdicts is not None and selected_verdicts is not None:
+        difference = win_rate_difference(selected_verdicts, verdicts)
+    return ArmResult(
+        name=name,
+        label=label,
+        pairs=pairs,
+        updates=updates,
+        held_out=held_out,
+        win_rate=win_rate(verdicts) if verdicts is not None else None,
+        difference=difference,
+        answer_tokens=mean_answer_tokens(answers) if answers else None,
+    )
+
+
+def mean_answer_tokens(answers: Answers) -> Estimate:
+    """Mean number of tokens of an answer, clustered by prompt."""
+    lengths = [answer.tokens for samples in answers.values() for answer in samples]
+    prompt_ids = [prompt_id for prompt_id, samples in answers.items() for _ in samples]
+    return clustered_mean(lengths, prompt_ids)
+
+
+# ----------------------------------------------------------------------------------------------------
+# `generations.parquet` and `verdicts.parquet`: every answer, and every comparison.
+
+
+GENERATION_COLUMNS = {
+    "arm": pa.string(),
+    "prompt_id": pa.string(),
+    "prompt": pa.string(),
+    "sample": pa.int64(),
+    "answer": pa.string(),
+    "tokens": pa.int64(),
+}
+"""`prompt` is the JSON of a text or of messages, as in `pairs.parquet`."""
+
+VERDICT_COLUMNS = {
+    "arm": pa.string(),
+    "prompt_id": pa.string(),
+    "sample": pa.int64(),
+    "opponent_sample": pa.int64(),
+    "score": pa.float64(),
+}
+"""`score` is 1 where the arm's sample won, 0.5 for a tie, 0 where it lost."""
+
+
+class ArmVerdicts(NamedTuple):
+    """All comparisons of one arm; columns of equal length N."""
+
+    prompt_ids_N: list[str]
+    sample_N: NDArray[np.int64]
+    opponent_sample_N: NDArray[np.int64]
+    scores_N: NDArray[np.float64]
+
+    @property
+    def by_prompt(self) -> Verdicts:
+        """What a win rate is computed from."""
+        return Verdicts(self.prompt_ids_N, self.scores_N)
+
+
+def generations_table(prompts: Sequence[Prompt], answers_by_arm: Mapping[str, Answers]) -> pa.Table:
+    """One row an answer, by arm, prompt and sample; see `GENERATION_COLUMNS`."""
+    rows = [
+        {
+            "arm": arm,
+            "prompt_id": prompt.prompt_id,
+            "prompt": canonical_json(canonical_text(prompt.text)),
+            "sample": sample,
+            "answer": answer.text,
+            "tokens": answer.tokens,
+        }
+        for arm, answers in answers_by_arm.items()
+        for prompt in prompts
+        for sample, answer in enumerate(answers.get(prompt.prompt_id, ()))
+    ]
+    return pa.Table.from_pylist(rows, schema=pa.schema(GENERATION_COLUMNS))
+
+
+def verdicts_table(verdicts_by_arm: Mapping[str, ArmVerdicts]) -> pa.Table:
+    """One row a comparison; see `VERDICT_COLUMNS`."""
+    schema = pa.schema(VERDICT_COLUMNS)
+    tables = [
+        pa.table(
+            [
+                [arm] * len(verdicts.prompt_ids_N),
+                verdicts.prompt_ids_N,
+                verdicts.sample_N,
+                verdicts.opponent_sample_N,
+                verdicts.scores_N,
+            ],
+            schema=schema,
+        )
+        for arm, verdicts in verdicts_by_arm.items()
+    ]
+    return pa.concat_tables([schema.empty_table(), *tables])
+
+
+# ----------------------------------------------------------------------------------------------------
+# How a policy does on preference pairs that nothing was trained on.
+
+
+def held_out_metrics(
+    policy: PairLogps,
+    reference: PairLogps,
+    tokens_P2: ArrayLike,
+    prompt_ids: Mapping[str, str],
+    settings: Mapping[str, Any],
+) -> PreferenceMetrics:
+    """Loss, accuracy and margin of `policy` on its pairs, each clustered by prompt.
+
+    `reference` and `prompt_ids` (pair_id -> prompt_id) may hold further pairs, in any order; `tokens_P2` are
+    the completions' numbers of tokens, in the policy's order. `settings` are those that the policy was
+    trained with: the loss is the trained one, and DPO's own at that beta where the trained one is not
+    pairwise (see `core.losses`). Margins of policies with different betas are not comparable.
+
+    Raises:
+        DataError: no pairs.
+        IdentityError: a pair has no reference log-probs or no prompt id, or stands twice.
+        RecordsError: a loss is not finite; some of the pairs are named.
+    """
+    if not policy.pair_ids:
+        raise DataError("no held-out pairs are left to evaluate; look at the drop reasons of data.test")
+    place_P = positions_of(policy.pair_ids, reference.pair_ids, what="held-out reference log-probs")
+    missing = [pair_id for pair_id in policy.pair_ids if pair_id not in prompt_ids]
+    if missing:
+        raise IdentityError(f"{len(missing):,} held-out pairs have no prompt id: {name_some(missing)}")
+    if not is_pairwise(settings):
+        settings = {"beta": settings["beta"]}
+    policy_P2 = np.stack([policy.chosen_P, policy.rejected_P], axis=1)
+    reference_P2 = np.stack([reference.chosen_P, reference.rejected_P], axis=1)[place_P]
+    losses = pair_losses(policy_P2, reference_P2, tokens_P2, settings)
+    finite_P = np.isfinite(losses.loss_P)
+    if not finite_P.all():
+        bad = [policy.pair_ids[row] for row in np.flatnonzero(~finite_P)]
+        raise RecordsError(f"{len(bad):,} held-out pairs have a loss that is not finite: {name_some(bad)}")
+    return preference_metrics(
+        losses.loss_P, losses.margin_P, [prompt_ids[pair_id] for pair_id in policy.pair_ids]
+    )
+
+
+# ----------------------------------------------------------------------------------------------------
+# Answers in the form that AlpacaEval reads as `model_outputs`, for its official judge.
+#
+# The form is that of https://github.com/tatsu-lab/alpaca_eval: a JSON list of objects with `instruction`,
+# `output` and `generator`.
+
+
+FOLDER = "alpaca_eval_outputs"
+
+
+def write_model_outputs(path: Path, arm: str, prompts: Sequence[Prompt], answers: Answers) -> None:
+    """Write the first sample of each prompt, in the order of `prompts`, with `arm` as the generator.
+
+    Raises:
+        DataError: a prompt has no user message.
+    """
+    outputs = [
+        {
+            "instruction": instruction_of(prompt.text),
+            "output": answers[prompt.prompt_id][0].text,
+            "generator": arm,
+        }
+        for prompt in prompts
+    ]
+    write_atomic(path, json.dumps(outputs, indent=2) + "\n")
+
+
+def instruction_of(text: Text) -> str:
+    """Plain text as it is; of messages, the content of the last one by the user."""
+    if isinstance(text, str):
+        return text
+    for message in reversed(text):
+        if message["role"] == "user":
+            return str(message["content"])
+    raise DataError("a prompt without a user message has no instruction; drop it from data.test")
+
+
+# ----------------------------------------------------------------------------------------------------
+# What is wrong with an evaluation, found before anything is trained for it.
+
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+def check_evaluation(config: EvaluateConfig, *, has_test: bool) -> None:
+    """Check what the `evaluate` block asks for; `has_test` says whether there are held-out pairs.
+
+    Raises:
+        ConfigError: a control's name cannot be used, there is nothing to answer, or an option has no effect.
+        DataError: the file of prompts is not there.
+    """
+    check_arm_names(policy_names(config))
+    generation = config.generation
+    if generation.prompts == 0:
+        if generation.source:
+            raise ConfigError(
+                "evaluate.generation.source has no effect without evaluate.generation.prompts above 0"
+            )
+        return
+    check_generation(generation)
+    if generation.source and not Path(generation.source).is_file():
+        raise DataError(f"evaluate.generation.source: no file {generation.source}")
+    if not generation.source and not has_test:
+        raise ConfigError(
+            "evaluate.generation.prompts is above 0, but there are no prompts: give data.test or "
+            "evaluate.generation.source"
+        )
+
+
+def policy_names(config: EvaluateConfig) -> list[str]:
+    """Of all that is trained: the run's own arm, its repeats with other seeds, the controls."""
+    return [SELECTED, *map(repeat_name, config.training_seeds), *config.controls]
+
+
+def check_arm_names(names: Iterable[str]) -> None:
+    """Raise `ConfigError` where an arm's name is no file name, stands twice or is the starting model's."""
+    taken = {REFERENCE}
+    for name in names:
+        if not _NAME.fullmatch(name):
+            raise ConfigError(
+                f"evaluate.controls: {name!r} cannot be a name; use letters, digits, '.', '_' and '-'"
+            )
+        try:
+            file_name(name)
+        except ValueError as error:
+            raise ConfigError(f"evaluate.controls: {error}") from None
+        if name in taken:
+            raise ConfigError(f"evaluate.controls: the name {name!r} is taken; choose another")
+        taken.add(name)

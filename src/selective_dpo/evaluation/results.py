@@ -1,49 +1,235 @@
-"""One arm's result, from its answers and verdicts."""
+"""What each arm reached, and how sure that is: the content of `results.json` as types."""
 
 from __future__ import annotations
 
-from selective_dpo.core.estimates import Estimate, clustered_mean
-from selective_dpo.core.preference_metrics import PreferenceMetrics
-from selective_dpo.core.results import ArmResult
-from selective_dpo.core.winrates import Verdicts, win_rate, win_rate_difference
-from selective_dpo.evaluation.generation import Answers
+import math
+import statistics
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from selective_dpo.errors import ArtifactError
+from selective_dpo.stats.estimates import Estimate, clustered_mean, clustered_share
+from selective_dpo.storage.artifacts import SCHEMA_VERSION
+
+SELECTED = "selected"
+"""Name of the arm that is the run's own policy."""
+
+REFERENCE = "reference"
+"""Name of the arm that is the starting model, every arm's opponent."""
 
 
-def arm_result(
-    *,
-    name: str,
-    label: str,
-    pairs: int,
-    updates: int,
-    held_out: PreferenceMetrics | None,
-    answers: Answers,
-    verdicts: Verdicts | None,
-    selected_verdicts: Verdicts | None,
-) -> ArmResult:
-    """The result of one arm from its answers and verdicts.
+def repeat_name(seed: int) -> str:
+    """Name of a further training of the arm `selected`, with this seed."""
+    return f"{SELECTED}-seed{seed}"
 
-    `selected_verdicts` are those of the arm `selected`, None for that arm itself.
+
+class ArmResult(NamedTuple):
+    """One trained policy, or the starting model."""
+
+    name: str
+    label: str
+    """What it was trained on, for people."""
+    pairs: int
+    """Pairs it was trained on."""
+    updates: int
+    held_out: PreferenceMetrics | None = None
+    """On the pairs of `data.test`."""
+    win_rate: Estimate | None = None
+    """Against the starting model; of the starting model, between its own samples."""
+    difference: Estimate | None = None
+    """Win rate of the arm `selected` minus this one's, paired by prompt."""
+    answer_tokens: Estimate | None = None
+    """Mean length of its answers."""
+
+
+class EvaluationResults(NamedTuple):
+    """All arms, the starting model first."""
+
+    judge: str
+    prompts: int
+    """Prompts that were answered."""
+    samples: int
+    """Answers per prompt and arm; 0 where none were generated."""
+    arms: tuple[ArmResult, ...]
+    repeats: tuple[ArmResult, ...] = ()
+    """Further trainings of the arm `selected`, each with a seed of its own."""
+
+    @property
+    def policies(self) -> tuple[ArmResult, ...]:
+        """Arms and repeats."""
+        return (*self.arms, *self.repeats)
+
+    def arm(self, name: str) -> ArmResult | None:
+        """The arm or repeat of that name, if it was evaluated."""
+        return next((arm for arm in self.policies if arm.name == name), None)
+
+    @property
+    def has_win_rates(self) -> bool:
+        """Whether any trained arm's answers were judged."""
+        return any(arm.win_rate is not None for arm in self.arms if arm.name != REFERENCE)
+
+
+class Measure(NamedTuple):
+    """The quantity that the arms are compared by."""
+
+    name: str
+    values: dict[str, Estimate]
+    """Arm's name -> estimate in [0, 1], in the arms' order; only arms that have one."""
+
+
+def main_measure(results: EvaluationResults) -> Measure | None:
+    """The win rate where answers were judged, else the accuracy on held-out pairs, else nothing."""
+    if results.has_win_rates:
+        return Measure("win rate", {arm.name: arm.win_rate for arm in results.arms if arm.win_rate})
+    held_out = {arm.name: arm.held_out.accuracy for arm in results.arms if arm.held_out}
+    return Measure("held-out accuracy", held_out) if held_out else None
+
+
+class TrainingSpread(NamedTuple):
+    """The main measure of trainings that differ by their seed alone, the arm `selected` first."""
+
+    measure: str
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Over the trainings."""
+        return statistics.fmean(self.values)
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation over the trainings. It holds what sampling other answers changes, too."""
+        return statistics.stdev(self.values)
+
+
+def training_spread(results: EvaluationResults) -> TrainingSpread | None:
+    """How far apart the trainings of `selected` lie; None where there was one, or nothing was measured."""
+    measure = main_measure(results)
+    trained = main_measure(results._replace(arms=results.repeats))
+    if measure is None or trained is None or SELECTED not in measure.values:
+        return None
+    estimates = [measure.values[SELECTED], *trained.values.values()]
+    return TrainingSpread(measure.name, tuple(estimate.value for estimate in estimates))
+
+
+def to_json(results: EvaluationResults) -> dict[str, Any]:
+    """The content of `results.json`. A standard error that does not exist (NaN) becomes null."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "judge": results.judge,
+        "prompts": results.prompts,
+        "samples": results.samples,
+        "arms": [_arm_to_json(arm) for arm in results.arms],
+        "repeats": [_arm_to_json(arm) for arm in results.repeats],
+    }
+
+
+def from_json(content: Mapping[str, Any]) -> EvaluationResults:
+    """The inverse of `to_json`.
 
     Raises:
-        IdentityError: the arm and `selected` were judged on different prompts.
+        ArtifactError: another schema version, or fields that are missing or unknown.
     """
-    difference = None
-    if verdicts is not None and selected_verdicts is not None:
-        difference = win_rate_difference(selected_verdicts, verdicts)
-    return ArmResult(
-        name=name,
-        label=label,
-        pairs=pairs,
-        updates=updates,
-        held_out=held_out,
-        win_rate=win_rate(verdicts) if verdicts is not None else None,
-        difference=difference,
-        answer_tokens=mean_answer_tokens(answers) if answers else None,
+    fields = dict(content)
+    version = fields.pop("schema_version", None)
+    if version != SCHEMA_VERSION:
+        raise ArtifactError(f"results.json has schema version {version}, this package reads {SCHEMA_VERSION}")
+    try:
+        arms = tuple(_arm_from_json(arm) for arm in fields.pop("arms"))
+        repeats = tuple(_arm_from_json(arm) for arm in fields.pop("repeats", ()))
+        return EvaluationResults(arms=arms, repeats=repeats, **fields)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ArtifactError(f"results.json is not in the format of this version: {error}") from error
+
+
+def estimate_to_json(estimate: Estimate) -> dict[str, float | None]:
+    """An estimate as a JSON object, NaN as null."""
+    return {name: None if math.isnan(value) else value for name, value in estimate._asdict().items()}
+
+
+def estimate_from_json(content: Mapping[str, float | None]) -> Estimate:
+    """The inverse of `estimate_to_json`."""
+    return Estimate(**{name: math.nan if value is None else value for name, value in content.items()})
+
+
+_ESTIMATES = ("win_rate", "difference", "answer_tokens")
+
+_HELD_OUT_ESTIMATES = ("loss", "accuracy", "margin")
+
+
+def _arm_to_json(arm: ArmResult) -> dict[str, Any]:
+    held_out = arm.held_out
+    return {
+        "name": arm.name,
+        "label": arm.label,
+        "pairs": arm.pairs,
+        "updates": arm.updates,
+        "held_out": None if held_out is None else _held_out_to_json(held_out),
+        **{name: _optional(getattr(arm, name)) for name in _ESTIMATES},
+    }
+
+
+def _held_out_to_json(held_out: PreferenceMetrics) -> dict[str, Any]:
+    return {
+        "pairs": held_out.pairs,
+        "prompts": held_out.prompts,
+        **{name: estimate_to_json(getattr(held_out, name)) for name in _HELD_OUT_ESTIMATES},
+    }
+
+
+def _optional(estimate: Estimate | None) -> dict[str, float | None] | None:
+    return None if estimate is None else estimate_to_json(estimate)
+
+
+def _arm_from_json(content: Mapping[str, Any]) -> ArmResult:
+    fields = dict(content)
+    held_out = fields["held_out"]
+    if held_out is not None:
+        estimates = {name: estimate_from_json(held_out[name]) for name in _HELD_OUT_ESTIMATES}
+        fields["held_out"] = PreferenceMetrics(**{**held_out, **estimates})
+    for name in _ESTIMATES:
+        fields[name] = None if fields[name] is None else estimate_from_json(fields[name])
+    return ArmResult(**fields)
+
+
+# ----------------------------------------------------------------------------------------------------
+# How well a policy's implicit reward agrees with the labels of preference pairs.
+
+
+class PreferenceMetrics(NamedTuple):
+    """Means over pairs, each with its uncertainty clustered by prompt."""
+
+    pairs: int
+    prompts: int
+    loss: Estimate
+    """The trained loss; DPO's own, in nats, where that is not pairwise (see `core.losses`)."""
+    accuracy: Estimate
+    """Share of pairs with a margin above 0; a margin of exactly 0 counts one half."""
+    margin: Estimate
+    """Beta times the difference of the chosen and rejected log-ratios."""
+
+
+def preference_metrics(loss_P: ArrayLike, margin_P: ArrayLike, prompt_ids_P: ArrayLike) -> PreferenceMetrics:
+    """Loss, accuracy and margin of P pairs.
+
+    Shapes: loss_P, margin_P [P] float; prompt_ids_P [P] strings, equal for pairs of one prompt. A tie
+    counts one half because a policy that has not moved from its reference must score chance, 0.5.
+
+    Raises:
+        ValueError: no pairs, shapes that differ, or a value that is not finite.
+    """
+    loss, margin = np.asarray(loss_P, dtype=np.float64), np.asarray(margin_P, dtype=np.float64)
+    prompt_ids = np.asarray(prompt_ids_P)
+    if not (np.isfinite(loss).all() and np.isfinite(margin).all()):
+        raise ValueError("losses and margins must be finite: leaving pairs out would change the mean")
+    accuracy = np.heaviside(margin, 0.5)
+    return PreferenceMetrics(
+        pairs=loss.size,
+        prompts=len(np.unique(prompt_ids)),
+        loss=clustered_mean(loss, prompt_ids),
+        accuracy=clustered_share(accuracy, prompt_ids),
+        margin=clustered_mean(margin, prompt_ids),
     )
-
-
-def mean_answer_tokens(answers: Answers) -> Estimate:
-    """Mean number of tokens of an answer, clustered by prompt."""
-    lengths = [answer.tokens for samples in answers.values() for answer in samples]
-    prompt_ids = [prompt_id for prompt_id, samples in answers.items() for _ in samples]
-    return clustered_mean(lengths, prompt_ids)

@@ -13,26 +13,12 @@ from peft import PeftModel
 from safetensors import safe_open
 from torch import Tensor
 
-from selective_dpo.artifacts import read_json, write_json
-from selective_dpo.engine.models import shown_path
 from selective_dpo.errors import ConfigError, ModelError, name_some
-from selective_dpo.training.sealing import from_main, in_short, is_of_the_disk
+from selective_dpo.models import shown_path
+from selective_dpo.storage.artifacts import read_json, write_json
+from selective_dpo.training.checkpointing import from_main, in_short, is_of_the_disk
 
 _PEFT_SETS = ("target_modules", "exclude_modules")
-
-
-def weights_of(model: Any) -> dict[str, int]:
-    """How many numbers each weight holds that a trained `model` is saved with: its adapter's, or all.
-
-    To be asked before a training, which may spread the weights over processes.
-    """
-    adapter_only = isinstance(model, PeftModel)
-    return {
-        # ZeRO-3 leaves a weight empty, with its size beside it.
-        name: getattr(weight, "ds_numel", weight.numel())
-        for name, weight in model.named_parameters()  # of weights tied to each other, one
-        if weight.requires_grad or not adapter_only
-    }
 
 
 def save_policy(trainer: Any, folder: Path, *, dtype: str) -> None:

@@ -2,33 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from selective_dpo.artifacts import write_atomic, write_json
-from selective_dpo.config import TRAINING_SEED, Recipe
-from selective_dpo.core.identity import positions_of
+from transformers import PrinterCallback, TrainerCallback
+from typing_extensions import override
+
+from selective_dpo.config import TRAINING_SEED, Recipe, Settings, TrainConfig
 from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.data.store import load_tokens
-from selective_dpo.engine.models import load_policy, load_tokenizer
-from selective_dpo.engine.processes import publish_from_main, this_process
-from selective_dpo.engine.reference import load_reference, with_reference, without_quarantined
-from selective_dpo.errors import IdentityError, name_some
+from selective_dpo.distributed.processes import publish_from_main, this_process
+from selective_dpo.distributed.progress import Progress
+from selective_dpo.errors import IdentityError, PublishError, name_some
+from selective_dpo.identity import positions_of
+from selective_dpo.logprobs.reference import load_reference, with_reference, without_quarantined
+from selective_dpo.models import load_policy, load_tokenizer
+from selective_dpo.storage.artifacts import read_json, read_manifest, write_atomic, write_json
+from selective_dpo.storage.digests import digest
 from selective_dpo.training.arguments import dpo_arguments, hold_for_training, lora_config, weights_dtype
-from selective_dpo.training.checkpoints import CheckpointPlan, discard_checkpoints
-from selective_dpo.training.model_card import model_card
-from selective_dpo.training.order import OrderLog
-from selective_dpo.training.progress import TrainingProgress, without_printed_logs
-from selective_dpo.training.publish import (
-    require_finite_weights,
-    save_policy,
-    trainer_facts,
-    training_log,
+from selective_dpo.training.card import model_card
+from selective_dpo.training.checkpointing import (
+    CheckpointPlan,
+    ResumableTrainer,
+    discard_checkpoints,
+    train_resumably,
 )
-from selective_dpo.training.resumable import ResumableTrainer, train_resumably
-from selective_dpo.training.selective_trainer import SelectiveDPOTrainer
-from selective_dpo.training.trackers import training_folder
+from selective_dpo.training.publish import require_finite_weights, save_policy, trainer_facts, training_log
+from selective_dpo.training.selective_trainer import OrderLog, SelectiveDPOTrainer
 
 
 class TrainingJob(NamedTuple):
@@ -151,3 +156,102 @@ def _held_out(job: TrainingJob) -> Any:
         return None
     tokens = without_quarantined(load_tokens(job.test_pairs), job.test_reference)
     return with_reference(tokens, load_reference(job.test_reference))
+
+
+# ----------------------------------------------------------------------------------------------------
+# Sending a finished policy to the hub. The local result is complete before, and stays whatever happens.
+
+
+def push_policy(policy: Path, receipt: Path, config: TrainConfig) -> bool:
+    """Upload the folder `policy` to `config.hub_id`, unless `receipt` says that was done with these files.
+
+    Returns whether it was uploaded now.
+
+    Raises:
+        PublishError: the hub refused or could not be reached; running the command again tries again.
+    """
+    content = {"hub_id": config.hub_id, "files": digest(read_manifest(policy).files)}
+    if receipt.is_file() and read_json(receipt) == content:
+        return False
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        api.create_repo(config.hub_id, private=config.hub_private, exist_ok=True)
+        api.upload_folder(repo_id=config.hub_id, folder_path=policy)
+    except Exception as error:
+        # The hub's client raises many kinds (network, authorization, names): all mean "not sent".
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise PublishError(
+            f"the policy is complete in {policy}, but was not pushed to {config.hub_id} ({reason[:200]}); "
+            "run the same command again to push it"
+        ) from error
+    write_json(receipt, content)
+    return True
+
+
+# ----------------------------------------------------------------------------------------------------
+# Experiment trackers (`report_to`): which ones a training has, and where their local files stay.
+
+
+def tracker_names(settings: Settings) -> tuple[str, ...]:
+    """The trackers that the trainer settings ask for; "all" is every one that is installed."""
+    given = settings.get("report_to") or "none"
+    names = (given,) if isinstance(given, str) else tuple(given)
+    if "all" in names:
+        from transformers.integrations import integration_utils
+
+        return tuple(integration_utils.get_available_reporting_integrations())  # type: ignore[no-untyped-call]
+    return tuple(name for name in names if name != "none")
+
+
+@contextlib.contextmanager
+def training_folder(settings: Settings, tracking: Path | None) -> Iterator[Path]:
+    """The trainer's own folder: `tracking` where a tracker may write to it, else one that is deleted.
+
+    Afterwards a W&B run is closed: its next training in this process is another run.
+    """
+    names = tracker_names(settings)
+    if names and tracking is not None:
+        yield tracking
+        with contextlib.suppress(OSError):  # only if it is there and empty: most trackers write elsewhere
+            tracking.rmdir()
+            tracking.parent.rmdir()
+    else:
+        with tempfile.TemporaryDirectory() as scratch:
+            yield Path(scratch)
+    # The only one of the usual trackers that transformers leaves open.
+    if "wandb" in names and "wandb" in sys.modules:
+        sys.modules["wandb"].finish()
+
+
+# ----------------------------------------------------------------------------------------------------
+# A training's progress, in this package's own way.
+
+
+class TrainingProgress(TrainerCallback):
+    """Shows optimizer steps, rate and time left."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._progress: Progress | None = None
+
+    @override
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._progress = Progress(state.max_steps, self._what, unit="updates", done=state.global_step)
+
+    @override
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._progress is not None:
+            self._progress.advance(1)
+
+    @override
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._progress is not None:
+            self._progress.close()
+
+
+def without_printed_logs(trainer: Any) -> Any:
+    """`trainer` without transformers' habit of printing each log entry; they stay in its history."""
+    trainer.remove_callback(PrinterCallback)
+    return trainer

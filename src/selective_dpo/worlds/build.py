@@ -22,7 +22,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from selective_dpo.artifacts import (
+from selective_dpo.errors import DataError
+from selective_dpo.storage.artifacts import (
     content_key,
     is_complete,
     publish_folder,
@@ -30,7 +31,6 @@ from selective_dpo.artifacts import (
     write_atomic,
     write_json,
 )
-from selective_dpo.errors import DataError
 from selective_dpo.worlds.config import WorldConfig
 from selective_dpo.worlds.model import save_model, train_sft
 from selective_dpo.worlds.pairs import LabelledPairs, label_pairs, to_jsonl, truth_table

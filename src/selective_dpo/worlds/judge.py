@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from selective_dpo.core.winrates import scores_from_rewards
+from selective_dpo.stats.win_rates import scores_from_rewards
 from selective_dpo.worlds.tasks import gold_reward
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 
-from selective_dpo.core.identity import pair_id
+from selective_dpo.identity import pair_id
 from selective_dpo.worlds.tasks import gold_reward, parse_prompt
 
 TRUTH_COLUMNS = {

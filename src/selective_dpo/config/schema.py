@@ -1,0 +1,486 @@
+"""What all recipe blocks are made of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from selective_dpo.criteria import CRITERIA
+
+_LONGEST_NAME, _LONGEST_PATH = 255, 4096
+
+
+def _path_or_name(text: str) -> str:
+    # Found here, with the key's name, and not by whichever function first asks the disk for it.
+    try:
+        names = text.encode("utf-8").split(b"/")
+        Path(text).expanduser()
+    except UnicodeEncodeError:
+        raise ValueError("is no path or name: it holds half of a character") from None
+    except RuntimeError:
+        raise ValueError("begins with ~ and the name of a user who has no home folder here") from None
+    if "\0" in text:
+        raise ValueError("is no path or name: it holds a NUL character")
+    if len(text) > _LONGEST_PATH or max(map(len, names)) > _LONGEST_NAME:
+        raise ValueError(f"is no path or name: it is longer than {_LONGEST_NAME} bytes between two slashes")
+    return text
+
+
+_RESERVED = frozenset(
+    ["con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(1, 10))]
+)
+
+
+def file_name(text: str) -> str:
+    """`text`, which is to name a folder; `ValueError` if some system has another use for it."""
+    if text.split(".")[0].lower() in _RESERVED or text.endswith("."):
+        raise ValueError(f"{text!r} cannot name a folder on every system; choose another")
+    return text
+
+
+Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
+
+Count = Annotated[int, Field(ge=1)]
+
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+"""What NumPy's, torch's and Python's generators all take."""
+
+PathText = Annotated[str, AfterValidator(_path_or_name)]
+"""A path or a hub name."""
+
+TokenBudget = Count | Literal["auto"]
+"""Tokens that a forward pass computes at a time; `auto`: as free memory allows."""
+
+Settings = dict[str, Any]
+"""Keyword arguments of another library's configuration, checked against that library when used."""
+
+
+class Block(BaseModel):
+    """Base of all recipe blocks."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+    )
+
+
+# ----------------------------------------------------------------------------------------------------
+# The recipe's `model` and `data` blocks.
+
+
+NAMED_TEMPLATES = ("chatml", "gemma-system", "zephyr")
+"""Chat templates that come with this package."""
+
+
+class ModelConfig(Block):
+    """The starting (SFT) policy. It is also the reference."""
+
+    path: PathText
+    """Hub name or local folder of the weights: safetensors, not quantized, no adapter (merge it first)."""
+    revision: str = "main"
+    """Branch, tag or commit; hub models only."""
+    tokenizer: PathText = ""
+    """Hub name or local folder of the tokenizer; empty: the model's own."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """What the weights are loaded as, and a policy's are saved as. Mixed precision is `trainer.bf16` of each
+    stage."""
+    master_weights: bool = True
+    """Full fine-tuning holds the weights in float32 and computes in mixed precision (DeepSpeed has a float32
+    copy). `false`: pure `dtype`, in which an update is lost wherever it is smaller than rounding; in
+    bfloat16 at the usual rates, that is nearly everywhere."""
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] = "sdpa"
+    """transformers' `attn_implementation`."""
+    chat_template: PathText = ""
+    """`chatml`, `gemma-system`, `zephyr` (that of mistral-7b-sft-beta, after a beginning of sequence), or the
+    path of a Jinja file; empty: the tokenizer's own. It serves scoring, training and generation, and is saved
+    with the policy."""
+    trust_remote_code: bool = False
+    """Run Python code that ships with the model. Off unless you have read that code."""
+
+    @model_validator(mode="after")
+    def _master_weights_have_an_effect(self) -> Self:
+        if self.dtype == "float32" and not self.master_weights:
+            raise ValueError("master_weights: false has no effect with dtype float32: leave it out")
+        return self
+
+
+class SourceConfig(Block):
+    """One place that preference pairs come from."""
+
+    path: PathText
+    """A .jsonl, .json, .csv or .parquet file (also .gz), a `datasets` folder, or a hub name."""
+    split: str = ""
+    """Split of a hub name or of a saved `DatasetDict`; needed exactly there."""
+    subset: str = ""
+    """Configuration name of a hub data set."""
+    revision: str = ""
+    """Branch, tag or commit of a hub data set."""
+    fraction: Fraction = 1.0
+    """Share of its rows that is used: a random one, drawn with `data.seed`."""
+
+
+class DataConfig(Block):
+    """Preference pairs and how they become tokens."""
+
+    train: tuple[SourceConfig, ...] = Field(min_length=1)
+    """Pairs to score, select from and train on; several sources make a mixture."""
+    test: tuple[SourceConfig, ...] = ()
+    """Pairs kept apart for the evaluation of the trained policy."""
+    max_length: Annotated[int, Field(ge=2)] = 1024
+    """Longest prompt plus completion, in tokens."""
+    max_prompt_length: Count = 512
+    """Longest prompt, in tokens."""
+    overlong: Literal["drop", "truncate"] = "drop"
+    """`drop` a pair that is too long, with its reason; or `truncate` it as TRL 0.11.4 did, if prompt plus
+    longer completion has more than `max_length` tokens: the prompt keeps its last `max_prompt_length`. If
+    that is not enough, each completion keeps its first `max_length - max_prompt_length`, however short the
+    prompt is: with 1,024 and 512, 100 + 1,000 and 300 tokens become 100 + 512 and 300."""
+    empty_system_message: bool = False
+    """Put an empty system message before conversations that have none. As in the alignment handbook, the
+    chat template's text must mention `system` or `<|im_start|>`; refused where it does not."""
+    max_boundary_mismatch: Annotated[float, Field(ge=0.0, le=1.0)] = 0.05
+    """Refuse the data when the prompt's tokens are not a prefix of prompt plus completion in more
+    than this share of the pairs."""
+    max_pairs: Annotated[int, Field(ge=0)] = 0
+    """Use only this many rows of the mixture, drawn with `seed`; 0: all."""
+    seed: int = 0
+    """Decides which rows a `fraction` or `max_pairs` keeps."""
+    exclude: tuple[Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")], ...] = ()
+    """Ids of pairs to leave out, of `train` or `test`, such as those that a training named because their
+    loss is not finite. An id that no row has is refused."""
+
+    @model_validator(mode="after")
+    def _lengths_fit(self) -> Self:
+        if self.max_prompt_length >= self.max_length:
+            raise ValueError("max_prompt_length must be below max_length: the completion needs room")
+        return self
+
+
+# ----------------------------------------------------------------------------------------------------
+# The recipe's `score` and `select` blocks.
+
+
+class Protocol(NamedTuple):
+    """How much is measured."""
+
+    seeds: tuple[int, ...]
+    evaluations: int
+
+
+PROTOCOLS = {
+    "paper": Protocol((41, 42, 43), 5),
+    "fast": Protocol((41,), 2),
+    "certified": Protocol((41, 42, 43, 44, 45, 46), 2),
+    "custom": Protocol((41, 42, 43), 5),
+}
+"""What a protocol means where the recipe gives no seeds or evaluations of its own."""
+
+DEFAULT_TARGET = 0.95
+
+
+class ScoreConfig(Block):
+    """Difficulty: held-out loss from cross-fitted scorers, DPO's own or the one that `trainer` names."""
+
+    protocol: Literal["paper", "fast", "certified", "custom"] = "paper"
+    """`paper`: seeds 41, 42, 43 and five evaluations; `fast`: seed 41, measured in the middle and at the
+    end; `certified`: seeds are added, two at least, until the selected set is stable enough;
+    `custom`: as `seeds` and `evaluations` say. docs/protocols.md has what each costs and keeps."""
+    seeds: tuple[Seed, ...] = PROTOCOLS["paper"].seeds
+    """One random half split and two scorers for each; those of the protocol where none are given. For
+    `certified` (41 to 46) they are used one after the other, and not all of them if fewer do."""
+    evaluations: Count = PROTOCOLS["paper"].evaluations
+    """Held-out evaluations per scorer, evenly spaced, the last one at the end of training; the protocol's
+    number where none is given."""
+    target_overlap: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """`certified` stops where the lower end of the 95% interval of the selected set's overlap with that of a
+    fresh repetition reaches this; 0.95 when none is given."""
+    min_fold_prompts: Count = 5
+    """Fewest prompts in a fold, so that a scorer has something to learn from and something to measure. Data
+    whose folds have fewer are refused, as are those where one prompt has most of the pairs."""
+    lora: Settings | None = Field(
+        default_factory=lambda: {
+            "r": 16,
+            "lora_alpha": 16,
+            "lora_dropout": 0.05,
+            "target_modules": "all-linear",
+        }
+    )
+    """PEFT `LoraConfig` keys; null: full fine-tuning."""
+    trainer: Settings = Field(default_factory=dict)
+    """TRL `DPOConfig` keys for the scorers' training. Their loss is the difficulty, so `loss_type` must be
+    one that each pair has for itself: not `aot`, `aot_unpaired` or `sft`."""
+    tokens_per_batch: TokenBudget = "auto"
+    """Padded tokens in one forward pass of the reference and of an evaluation, per process; `auto`: the power
+    of two that free memory allows, at most 4,096 on a CPU and 65,536 on a GPU."""
+    keep_scorers: bool = False
+    """Publish each scorer's adapter or weights beside its records."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _what_the_protocol_means(cls, given: Any) -> Any:
+        protocol = given.get("protocol") if isinstance(given, dict) else None
+        if not isinstance(protocol, str) or protocol not in PROTOCOLS:
+            return given  # a list, say, is for the validation of the field to name
+        return {**PROTOCOLS[protocol]._asdict(), **given}
+
+    @model_validator(mode="after")
+    def _protocol_is_what_it_says(self) -> Self:
+        if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
+            raise ValueError("seeds must be distinct, and at least one")
+        means = PROTOCOLS[self.protocol]
+        if self.protocol in ("paper", "fast") and (self.seeds, self.evaluations) != means:
+            raise ValueError(
+                f"protocol '{self.protocol}' is seeds {list(means.seeds)} with {means.evaluations} "
+                "evaluations; say 'custom' for your own"
+            )
+        if self.protocol == "certified" and len(self.seeds) < 2:
+            raise ValueError("protocol 'certified' needs at least two seeds to compare")
+        if self.protocol != "certified" and self.target_overlap is not None:
+            raise ValueError("target_overlap works only with protocol 'certified'")
+        return self
+
+
+def _known_criterion(name: str) -> str:
+    if name not in CRITERIA:
+        raise ValueError(f"no criterion is called {name!r}; use {', '.join(CRITERIA)}")
+    return name
+
+
+CriterionName = Annotated[
+    str,
+    AfterValidator(_known_criterion),
+    Field(json_schema_extra=lambda schema: schema.update(enum=list(CRITERIA))),
+]
+
+
+class SelectConfig(Block):
+    """Which pairs are kept, and in which order they are trained on."""
+
+    aggregate: CriterionName = "mean"
+    """How a pair's records become its difficulty: mean or median of all losses, mean over seeds of
+    the last evaluation's, or mean over all evaluations of the pair's rank, scaled to (0, 1]."""
+    rule: Literal["easiest", "hardest", "random", "below", "band", "all"] = "easiest"
+    """`easiest`, `hardest`, `random`: by `fraction` or `count`; `below`: difficulty at or below
+    `threshold`; `band`: quantiles `band[0]` to `band[1]`; `all`: every scored pair."""
+    fraction: Fraction | None = None
+    """Share of the scored pairs that is kept; 0.5 when `rule` needs a size and none is given."""
+    count: Count | None = None
+    """Number of pairs kept, instead of `fraction`."""
+    threshold: float | None = None
+    """Largest difficulty kept by `below`; with DPO's own loss in nats, and ln 2 = 0.693 is chance."""
+    band: tuple[float, float] | None = None
+    """Lower and upper quantile kept by `band`, within [0, 1]."""
+    order: Literal["easy-to-hard", "hard-to-easy", "shuffled"] = "easy-to-hard"
+    """The order of training."""
+    seed: Annotated[int, Field(ge=0)] | None = None
+    """Decides `random` and `shuffled`; 0 when one of them is used and none is given."""
+    allow_partial: bool = False
+    """Accept pairs with fewer records than the protocol makes; the curriculum says so."""
+
+    @property
+    def about_records(self) -> list[str]:
+        """The keys given that say how records are read: they have no effect on an imported difficulty."""
+        default = {"aggregate": "mean", "allow_partial": False}
+        return [name for name, value in default.items() if getattr(self, name) != value]
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> Self:
+        sized = self.rule in ("easiest", "hardest", "random")
+        problems = [
+            (self.fraction is not None and not sized, f"fraction has no effect with rule '{self.rule}'"),
+            (self.count is not None and not sized, f"count has no effect with rule '{self.rule}'"),
+            (self.fraction is not None and self.count is not None, "give fraction or count, not both"),
+            (self.threshold is not None and self.rule != "below", "threshold works only with rule 'below'"),
+            (self.threshold is None and self.rule == "below", "rule 'below' needs a threshold"),
+            (self.band is not None and self.rule != "band", "band works only with rule 'band'"),
+            (self.band is None and self.rule == "band", "rule 'band' needs a band"),
+            (
+                self.band is not None and not 0.0 <= self.band[0] < self.band[1] <= 1.0,
+                "band must be two rising quantiles within [0, 1]",
+            ),
+            (
+                self.seed is not None and self.rule != "random" and self.order != "shuffled",
+                "seed has no effect without rule 'random' or order 'shuffled'",
+            ),
+        ]
+        for is_wrong, message in problems:
+            if is_wrong:
+                raise ValueError(message)
+        return self
+
+
+# ----------------------------------------------------------------------------------------------------
+# The other blocks, and the recipe that holds them all.
+
+
+TRAINING_SEED = 42
+"""Of a policy's training, unless `train.trainer` has a `seed`."""
+
+
+class TrainConfig(Block):
+    """DPO on the curriculum, from the starting policy."""
+
+    lora: Settings | None = None
+    """PEFT `LoraConfig` keys; null: full fine-tuning."""
+    trainer: Settings = Field(default_factory=dict)
+    """TRL `DPOConfig` keys."""
+    hub_id: str = ""
+    """Hub repository that the finished policy is pushed to; empty: none."""
+    hub_private: bool = True
+    """Whether a repository created for `hub_id` is private."""
+
+
+class GenerationConfig(Block):
+    """Sampled answers of the policy and of its starting model."""
+
+    prompts: Annotated[int, Field(ge=0)] = 0
+    """Number of prompts answered; 0: no generation."""
+    source: PathText = ""
+    """JSON Lines of `{"prompt": text or messages}` to answer; empty: the prompts of `data.test`."""
+    samples: Count = 1
+    """Answers per prompt and model."""
+    max_new_tokens: Count = 512
+    """Longest answer, in tokens."""
+    temperature: Annotated[float, Field(ge=0.0)] = 1.0
+    """0: greedy."""
+    top_p: Fraction = 1.0
+    """Nucleus sampling; 1: off."""
+    batch_size: Count = 64
+    """Answers generated at once."""
+    seed: int = 0
+    """Of the sampling."""
+
+
+class EvaluateConfig(Block):
+    """What the trained policy is measured by."""
+
+    generation: GenerationConfig = GenerationConfig()
+    """Sampling from the policy and the starting model."""
+    judge: Literal["none", "reward-model", "embedded-world"] = "none"
+    """Who compares the answers: nobody, a sequence classifier, or the embedded world's gold reward."""
+    reward_model: PathText = ""
+    """Hub name or folder of the sequence classifier for judge `reward-model`."""
+    controls: dict[str, SelectConfig] = Field(default_factory=dict)
+    """Other selections to train on the same way and evaluate beside the run's own, by name."""
+    training_seeds: tuple[Seed, ...] = ()
+    """Train on the run's own selection again with each of these seeds, and show how far the results lie
+    apart. A seed decides an adapter's first weights and dropout; the order stays the curriculum's."""
+    tokens_per_batch: TokenBudget = "auto"
+    """Padded tokens in one forward pass over held-out pairs, per process; `auto` as in `score`."""
+
+    @model_validator(mode="after")
+    def _judge_has_something_to_judge(self) -> Self:
+        if self.judge != "none" and self.generation.prompts == 0:
+            raise ValueError(f"judge '{self.judge}' needs generation.prompts above 0")
+        if (self.judge == "reward-model") != bool(self.reward_model):
+            raise ValueError("judge 'reward-model' and reward_model go together")
+        return self
+
+
+class LaunchConfig(Block):
+    """How the work is spread."""
+
+    workers: Count = 1
+    """Scorers (and control arms) trained at the same time on this machine, a process each."""
+    processes: Count = 1
+    """Data-parallel processes of each training, started through `accelerate launch`."""
+    checkpoint_minutes: Annotated[float, Field(ge=0.0)] = 10.0
+    """Minutes between two checkpoints of a training; 0: none by time. A killed training goes on from its
+    newest whole one. With any checkpoints, one is made on SIGTERM and one at a training's end, too."""
+    checkpoint_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps between two checkpoints; 0: by time only."""
+
+    @model_validator(mode="after")
+    def _one_kind_of_spreading(self) -> Self:
+        if self.workers > 1 and self.processes > 1:
+            raise ValueError("workers and processes cannot both be above 1: they would share the devices")
+        return self
+
+
+class Recipe(Block):
+    """A whole run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"), AfterValidator(file_name)]
+    """Name of the run's folder below `output_dir`: letters, digits, `.`, `_` and `-`."""
+    output_dir: PathText = "runs"
+    """Where run folders are made."""
+    model: ModelConfig
+    """The starting policy."""
+    data: DataConfig
+    """Preference pairs."""
+    curriculum: PathText = ""
+    """Take the difficulty from here instead of scoring: a CSV or Parquet file (also .gz) of `prompt_id` or
+    `pair_id` and `learning_order` or `difficulty`, as the original's; a folder of the original's records; or
+    another run's folder or `curriculum.parquet`. Empty: it is measured as `score` says."""
+    score: ScoreConfig = ScoreConfig()
+    """Difficulty scoring. Beside `curriculum` only `tokens_per_batch` has an effect: on the reference."""
+    select: SelectConfig = SelectConfig()
+    """Selection and order."""
+    train: TrainConfig = TrainConfig()
+    """Training on the curriculum."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """Evaluation of the policy."""
+    launch: LaunchConfig = LaunchConfig()
+    """Spreading the work."""
+
+    @model_validator(mode="after")
+    def _curriculum_replaces_scoring(self) -> Self:
+        if not self.curriculum:
+            return self
+        fields = set(ScoreConfig.model_fields) - {"tokens_per_batch"}
+        default, given = ScoreConfig(), self.score.model_fields_set & fields
+        # A resolved recipe, such as config.json, holds every key of every block.
+        if given == fields:
+            given = {name for name in fields if getattr(self.score, name) != getattr(default, name)}
+        if given:
+            first = next(name for name in ScoreConfig.model_fields if name in given)
+            raise ValueError(
+                f"score.{first} has no effect beside curriculum, which replaces scoring: leave one out"
+            )
+        controls = {f"evaluate.controls.{name}": select for name, select in self.evaluate.controls.items()}
+        for where, select in {"select": self.select, **controls}.items():
+            if select.about_records:
+                raise ValueError(
+                    f"{where}.{select.about_records[0]} has no effect on the difficulty of curriculum, "
+                    "which is one number a pair: leave it out"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _master_weights_have_an_effect(self) -> Self:
+        trained: list[ScoreConfig | TrainConfig] = [self.train]
+        if not self.curriculum:
+            trained.append(self.score)
+        if not self.model.master_weights and not any(_trains_all_weights(block) for block in trained):
+            raise ValueError(
+                "model.master_weights: false has no effect: adapters are trained in float32, and DeepSpeed "
+                "has a float32 copy; leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _training_seeds_change_something(self) -> Self:
+        seeds, trainer = self.evaluate.training_seeds, self.train.trainer
+        own = trainer.get("seed", TRAINING_SEED)
+        if len(set(seeds)) < len(seeds) or own in seeds:
+            raise ValueError(f"evaluate.training_seeds must be distinct, and not the training's own, {own}")
+        if seeds and self.train.lora is None and trainer.get("disable_dropout", True):
+            raise ValueError(
+                "evaluate.training_seeds would change nothing: full fine-tuning without dropout, in the "
+                "curriculum's order, has nothing random in it; use train.lora, or leave them out"
+            )
+        if seeds and not self.data.test and not self.evaluate.generation.prompts:
+            raise ValueError(
+                "evaluate.training_seeds has no effect without data.test or evaluate.generation.prompts"
+            )
+        return self
+
+
+def _trains_all_weights(stage: ScoreConfig | TrainConfig) -> bool:
+    """Outside of DeepSpeed."""
+    return stage.lora is None and not stage.trainer.get("deepspeed")

@@ -1,0 +1,712 @@
+"""Difficulty from outside: a file of ids and numbers, another run's curriculum, or the original's records."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from selective_dpo.config import SelectConfig
+from selective_dpo.curriculum.build import assemble, build_curriculum, resolved_selection
+from selective_dpo.curriculum.columns import require_plain, text_array
+from selective_dpo.curriculum.records import LARGEST_LOSS, Difficulty, LossTable, difficulty
+from selective_dpo.curriculum.table import Curriculum, dataset_ids, digest_of_table, facts_path
+from selective_dpo.data.store import load_ids
+from selective_dpo.errors import ArtifactError, ConfigError, DataError, IdentityError, RecordsError, name_some
+from selective_dpo.identity import require_unique
+from selective_dpo.storage.artifacts import content_key, file_digest, read_json
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+IdKind = Literal["pair_id", "prompt_id"]
+
+ID_COLUMNS: tuple[IdKind, ...] = ("pair_id", "prompt_id")
+"""What an id may name; a file that has both columns is joined by the first."""
+
+DIFFICULTY_COLUMNS = ("learning_order", "difficulty")
+"""The original's name for it, and ours."""
+
+REASON = "no difficulty in the imported curriculum"
+"""Why a pair is not selected that the outside difficulties do not know."""
+
+
+class Outside(NamedTuple):
+    """Difficulties that were not measured in this run; N distinct ids."""
+
+    names: IdKind
+    """What the ids name. A prompt's difficulty is that of all its pairs."""
+    ids: pa.Array
+    difficulty_N: NDArray[np.float64]
+    digest: str
+    """SHA-256 of the content."""
+    facts: dict[str, Any]
+    """Kind, name, columns and the like, for provenance. `nats`: whether these are DPO losses."""
+
+
+def read_outside(
+    path: str | Path, *, id_column: str = "", difficulty_column: str = "", names: IdKind | None = None
+) -> Outside:
+    """Read difficulties: what `path` is decides how.
+
+    - a folder or `.parquet` with a curriculum's facts (`.json`) beside it: a curriculum, as a run makes it;
+    - another folder: the original's records, as `read_record_folder` takes them;
+    - else a CSV or Parquet file, plain or gzipped.
+
+    Args:
+        id_column, difficulty_column: of a file; default: `pair_id` or `prompt_id`, and `learning_order` or
+            `difficulty`.
+        names: what the ids of a file name; default: what their column is called.
+
+    Raises:
+        ConfigError: an argument would have no effect, or is needed.
+        DataError: nothing that can be read.
+        IdentityError: an id stands twice (named).
+        ArtifactError: a damaged curriculum.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise DataError(f"{path} does not exist: give a CSV or Parquet file, or a curriculum's folder")
+    is_file = not path.is_dir() and not facts_path(path).is_file()
+    if is_file:
+        return _of_file(path, Columns(id_column, difficulty_column), names)
+    if id_column or difficulty_column or names:
+        raise ConfigError(f"{path} is no file with a choice of columns: leave out the options that name them")
+    return _of_records(path) if is_records(path) else _of_curriculum(path)
+
+
+def is_records(path: Path) -> bool:
+    """Whether `path` is a folder, and no curriculum's: then it is read as one of the original's records."""
+    return path.is_dir() and not facts_path(path).is_file()
+
+
+def _of_file(path: Path, given: Columns, names: IdKind | None) -> Outside:
+    def choose(header: list[str]) -> Columns:
+        wanted = (given.id or ID_COLUMNS, given.number or DIFFICULTY_COLUMNS)
+        found = [
+            next((name for name in ([each] if isinstance(each, str) else each) if name in header), "")
+            for each in wanted
+        ]
+        if not all(found):
+            raise DataError(
+                f"{path} has columns {name_some(header, limit=12) or 'none'}, and needs one of ids "
+                f"({given.id or ' or '.join(ID_COLUMNS)}) and one of difficulties "
+                f"({given.number or ' or '.join(DIFFICULTY_COLUMNS)}): name others with "
+                "`selective-dpo import-curriculum --id-column NAME --difficulty-column NAME`"
+            )
+        return Columns(*found)
+
+    columns, numbers = read_columns(path, choose)
+    kind = names or next((kind for kind in ID_COLUMNS if kind == columns.id), None)
+    if kind is None:
+        raise ConfigError(
+            f"say what the ids in column {columns.id!r} name: --names pair_id or --names prompt_id"
+        )
+    require_unique(numbers.ids.to_pylist(), what=str(path))
+    digest = file_digest(path)
+    facts = {
+        "kind": "file",
+        "name": path.name,
+        "sha256": digest,
+        "id_column": columns.id,
+        "difficulty_column": columns.number,
+        "nats": columns.number == DIFFICULTY_COLUMNS[0],
+    }
+    return Outside(kind, numbers.ids, numbers.values_N, digest, facts)
+
+
+def _of_curriculum(path: Path) -> Outside:
+    curriculum = Curriculum.load(path)
+    table, facts = curriculum.measured.table, curriculum.facts
+    origin, earlier = facts["provenance"], imported_from(facts)
+    digest = digest_of_table(path)
+    folder = path.resolve() if path.is_dir() else path.resolve().parent
+    made_by = {
+        "run": folder.name,
+        "model": _model_name(folder / "config.json"),
+        "model_sha256": (origin.get("inputs") or {}).get("model"),
+        "recipe_sha256": origin.get("recipe_sha256"),
+        "key": facts["key"],
+        "aggregate": facts["select"]["aggregate"],
+        "seeds": facts["seeds"],
+        "evaluations": facts["evaluations"],
+    }
+    own = {
+        "kind": "curriculum",
+        "name": folder.name,
+        "sha256": digest,
+        "made_by": {name: value for name, value in made_by.items() if value is not None},
+        "nats": facts["select"]["aggregate"] != "rank-mean" and (earlier is None or earlier["nats"]),
+        **({"imported": dict(earlier)} if earlier else {}),
+    }
+    names: IdKind = "prompt_id" if table["pair_id"] == table["prompt_id"] else "pair_id"
+    return Outside(names, table["pair_id"].combine_chunks(), curriculum.measured.difficulty_P, digest, own)
+
+
+def _model_name(config: Path) -> str | None:
+    """The last part of the model's name or path: a path says nothing elsewhere."""
+    try:
+        return Path(str(read_json(config)["model"]["path"])).name
+    except (ArtifactError, KeyError, TypeError):
+        return None
+
+
+def _of_records(path: Path) -> Outside:
+    found = read_record_folder(path)
+    origin, losses = found.provenance, found.losses
+    digest = content_key(files=origin["files"])
+    own = {"kind": "records", "name": origin["folder"], "sha256": digest, "nats": True}
+    own |= {name: origin[name] for name in ("rows", "repeated_ids", "conflicting_ids")}
+    return Outside("prompt_id", pa.array(losses.pair_ids_P), difficulty(losses).difficulty_P, digest, own)
+
+
+def pairs_joined(outside: Outside, pair_ids: pa.ChunkedArray, prompt_ids: pa.ChunkedArray) -> Joined:
+    """Look up the difficulty of each pair.
+
+    Raises:
+        IdentityError: no pair at all has one; some ids of both are named.
+    """
+    keys = pair_ids if outside.names == "pair_id" else prompt_ids
+    row_P = pc.index_in(keys, value_set=outside.ids)
+    known_P = np.asarray(row_P.is_valid())
+    if not known_P.any():
+        raise IdentityError(
+            f"none of {len(keys):,} pairs has a difficulty in {outside.facts['name']}: its "
+            f"{len(outside.ids):,} ids, such as {outside.ids[0]}, are no {outside.names} of the data, such "
+            f"as {keys[0] if len(keys) else 'none'}; give the rows the {outside.names} that it was made with"
+        )
+    used_P = pc.fill_null(row_P, 0).to_numpy()
+    times_N = np.bincount(used_P[known_P], minlength=len(outside.ids))
+    counts = {
+        "pairs": len(known_P),
+        "pairs_without_difficulty": int((~known_P).sum()),
+        "ids": len(outside.ids),
+        "ids_without_pairs": int((times_N == 0).sum()),
+        "ids_shared_by_pairs": int((times_N > 1).sum()),
+        "pairs_sharing_an_id": int(times_N[times_N > 1].sum()),
+    }
+    return Joined(np.where(known_P, outside.difficulty_N[used_P], np.nan), counts)
+
+
+class Joined(NamedTuple):
+    """Outside difficulties of P pairs."""
+
+    difficulty_P: NDArray[np.float64]
+    """NaN: the pair has none."""
+    counts: dict[str, int]
+
+
+def outside_curriculum(
+    outside: Outside,
+    pair_ids: pa.ChunkedArray,
+    prompt_ids: pa.ChunkedArray,
+    select: SelectConfig | Mapping[str, Any] | None = None,
+    *,
+    provenance: Mapping[str, Any] | None = None,
+    key: str = "",
+) -> Curriculum:
+    """The curriculum of these pairs by their outside difficulty; pairs without one are not selected.
+
+    There are no losses in it, no seeds, and nothing to agree: `count` is 0 and `spread` null.
+
+    Raises:
+        IdentityError: no pair has a difficulty, or a pair id stands twice.
+        ConfigError: the selection is not valid, does not fit the number of pairs, or aggregates losses.
+    """
+    config = resolved_selection(select)
+    if config.about_records:
+        raise ConfigError(
+            f"select.{config.about_records[0]} has no effect on an imported difficulty, which is one number "
+            "a pair: leave it out"
+        )
+    found = pairs_joined(outside, pair_ids, prompt_ids)
+    ids_P, prompt_ids_P = text_array(pair_ids), text_array(prompt_ids)
+    require_unique(ids_P.tolist(), what="pairs")
+    order_P = np.argsort(ids_P, kind="stable")
+    is_known_P = np.isfinite(found.difficulty_P[order_P])
+    known, aside = order_P[is_known_P], order_P[~is_known_P]
+    nothing = np.zeros(len(known))
+    losses = LossTable(ids_P[known], prompt_ids_P[known], (), (), np.empty((len(known), 0, 0)))
+    measured = Difficulty(found.difficulty_P[known], nothing * np.nan, nothing.astype(np.int64))
+    imported = {**outside.facts, "joined_by": outside.names, **found.counts}
+    facts = {
+        "key": key or content_key(imported=outside.digest, select=config.model_dump(mode="json")),
+        "agreement": {},
+        "provenance": {**(provenance or {}), "imported": imported},
+        "cost": {},
+    }
+    without = dict(zip(ids_P[aside].tolist(), prompt_ids_P[aside].tolist(), strict=True))
+    return assemble(losses, measured, config, facts, aside=without, reason=REASON)
+
+
+def import_curriculum(
+    path: str | Path,
+    pairs: str | Path | Dataset | None = None,
+    select: SelectConfig | Mapping[str, Any] | None = None,
+    **columns: Any,
+) -> Curriculum:
+    """Make a curriculum from difficulties that come from outside.
+
+    Args:
+        path: see `read_outside`.
+        pairs: what they are joined with: a run's folder of prepared pairs, or a `datasets.Dataset` of
+            preference pairs, whose rows may have their own `prompt_id`. None: the ids name pairs and prompts
+            both.
+        select: the selection.
+        columns: the other arguments of `read_outside`.
+
+    Raises:
+        SelectiveDPOError: as `read_outside` and `outside_curriculum`.
+    """
+    outside = read_outside(path, **columns)
+    if pairs is None:
+        ids = pa.chunked_array([outside.ids])
+        return outside_curriculum(outside, ids, ids, select)
+    table = load_ids(Path(pairs)) if isinstance(pairs, str | Path) else dataset_ids(pairs)
+    return outside_curriculum(outside, table["pair_id"], table["prompt_id"], select)
+
+
+def imported_from(facts: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What a curriculum's facts say of where its difficulty was imported from; None: it was measured."""
+    found: Mapping[str, Any] | None = (facts.get("provenance") or {}).get("imported")
+    return found
+
+
+def imported_in_words(imported: Mapping[str, Any]) -> str:
+    """Of what `imported_from` gives: the join, in one line."""
+    shared, without = imported["pairs_sharing_an_id"], imported["pairs_without_difficulty"]
+    return (
+        f"{imported['kind']} {imported['name']}, joined by {imported['joined_by']}: "
+        f"{imported['pairs'] - without:,} of {imported['pairs']:,} pairs have a difficulty, "
+        f"{shared:,} of which share it with another; {without:,} have none and are not selected; "
+        f"{imported['ids_without_pairs']:,} of {imported['ids']:,} ids have no pair"
+    )
+
+
+# ----------------------------------------------------------------------------------------------------
+# Files of ids and numbers: the original's records without a header, and any table with named columns.
+
+
+MOST_BYTES = 1 << 30
+"""Of a file, unpacked: some 25 million rows."""
+
+_PIECE = 16 << 20
+
+
+class Columns(NamedTuple):
+    """Which two columns of a file are read."""
+
+    id: str
+    number: str
+
+
+_RECORDS = Columns("id", "loss")
+"""What the two columns of a file without a header are called here."""
+
+
+class Numbers(NamedTuple):
+    """The rows of a file, in its order; blank lines are left out."""
+
+    ids: pa.Array
+    values_N: NDArray[np.float64]
+
+
+def read_records(path: Path) -> Numbers:
+    """Read a CSV of prompt ids and losses without a header, plain or gzipped (`.gz`).
+
+    Raises:
+        DataError: it cannot be read, is empty, or has a line that is not an id and a finite number;
+            the line is named.
+    """
+    return _numbers(path, _csv_table(path, _text(path), _RECORDS, has_header=False), first_line=1)
+
+
+def read_columns(path: Path, choose: Callable[[list[str]], Columns]) -> tuple[Columns, Numbers]:
+    """Read two columns of a Parquet file, or of a CSV with a header, plain or gzipped.
+
+    `choose` is given the names of all columns, and says which two are read.
+
+    Raises:
+        DataError: as `read_records`; or a column is not there, or twice.
+    """
+    is_parquet = ".parquet" in path.suffixes[-2:]
+    if is_parquet:
+        columns, table = _parquet_table(path, choose)
+    else:
+        content = _text(path)
+        columns = _each_once(path, _header(path, content), choose)
+        table = _csv_table(path, content, columns, has_header=True)
+    return columns, _numbers(path, table, first_line=1 if is_parquet else 2)
+
+
+def _numbers(path: Path, table: pa.Table, *, first_line: int) -> Numbers:
+    """The rows of two columns of text, named id and loss (or number)."""
+    id_column, number_column = table.columns
+    texts = pc.utf8_trim_whitespace(number_column)
+    has_id = pc.not_equal(id_column, "")
+    is_row_N = np.asarray(pc.or_(has_id, pc.not_equal(texts, "")))
+    texts = pc.if_else(pa.array(is_row_N), texts, "0")
+    try:
+        values_N = texts.cast(pa.float64()).to_numpy()
+    except pa.ArrowInvalid:
+        row = next((row for row, text in enumerate(texts) if not _is_number(text)), 0)
+        raise _bad_row(path, row + first_line, texts[row], table) from None
+    bad_N = is_row_N & ~(np.asarray(has_id) & (np.abs(values_N) <= LARGEST_LOSS))
+    if bad_N.any():
+        row = int(np.argmax(bad_N))
+        raise _bad_row(path, row + first_line, texts[row], table)
+    if not is_row_N.any():
+        raise DataError(f"{path} has no rows")
+    ids = id_column.combine_chunks().filter(pa.array(is_row_N))
+    try:
+        require_plain(ids, what=f"{path}: ids")
+    except IdentityError as error:
+        raise DataError(str(error)) from error
+    return Numbers(ids, values_N[is_row_N])
+
+
+def _text(path: Path) -> bytes:
+    """A file, unpacked; UTF-8."""
+    content = _unpacked(path)
+    # Arrow cannot hand over a wrong row that is not text: it would be left out without a word.
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path} line {line} is not UTF-8 text; save it as UTF-8") from error
+    return content
+
+
+def _header(path: Path, content: bytes) -> list[str]:
+    try:
+        return next(csv.reader(io.StringIO(content.decode("utf-8-sig"))), [])
+    except csv.Error as error:
+        raise DataError(f"{path} cannot be read as CSV: {error}") from error
+
+
+def _each_once(path: Path, names: list[str], choose: Callable[[list[str]], Columns]) -> Columns:
+    columns = choose(names)
+    if any(names.count(name) != 1 for name in columns) or columns.id == columns.number:
+        raise DataError(f"{path} does not hold columns {columns.id!r} and {columns.number!r}, each once")
+    return columns
+
+
+def _csv_table(path: Path, content: bytes, columns: Columns, *, has_header: bool) -> pa.Table:
+    """Both columns as text, so that whatever is wrong with them can be shown."""
+    wrong: list[pyarrow.csv.InvalidRow] = []
+
+    def note(row: pyarrow.csv.InvalidRow) -> str:
+        wrong.append(row)
+        return "skip"
+
+    try:
+        with pa.BufferReader(content) as stream:
+            table = pyarrow.csv.read_csv(
+                stream,
+                # One thread, because only then rows know their number.
+                pyarrow.csv.ReadOptions(
+                    column_names=None if has_header else list(columns), use_threads=False
+                ),
+                pyarrow.csv.ParseOptions(invalid_row_handler=note, ignore_empty_lines=False),
+                pyarrow.csv.ConvertOptions(
+                    include_columns=list(columns),
+                    column_types=dict.fromkeys(columns, pa.string()),
+                    strings_can_be_null=False,
+                ),
+            )
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} cannot be read as CSV: {error}") from error
+    if wrong:
+        row = wrong[0]
+        of = "" if has_header else f" ({', '.join(columns)})"
+        raise DataError(
+            f"{path} line {row.number}: {row.actual_columns} column(s) instead of {row.expected_columns}{of}"
+        )
+    return table
+
+
+def _parquet_table(path: Path, choose: Callable[[list[str]], Columns]) -> tuple[Columns, pa.Table]:
+    """Both columns as text, like those of a CSV."""
+    source = pa.BufferReader(_unpacked(path)) if path.suffix == ".gz" else path
+    try:
+        with pq.ParquetFile(source) as file:
+            columns = _each_once(path, file.schema_arrow.names, choose)
+            table = file.read(columns=list(columns))
+        values = table[columns.number]
+        # A float32 as the float64 that it is, not as its own shortest text.
+        values = values.cast(pa.float64()) if pa.types.is_floating(values.type) else values
+        texts = [pc.fill_null(column.cast(pa.string()), "") for column in (table[columns.id], values)]
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as Parquet: {error}") from error
+    return columns, pa.table(dict(zip(columns, texts, strict=True)))
+
+
+def _unpacked(path: Path) -> bytes:
+    # In pieces: a small .gz can unpack to more than any memory holds.
+    pieces: list[bytes] = []
+    size = 0
+    try:
+        with pa.input_stream(str(path), compression="detect") as stream:
+            while piece := stream.read(_PIECE):
+                pieces.append(piece)
+                size += len(piece)
+                if size > MOST_BYTES:
+                    raise DataError(
+                        f"{path} has more than {MOST_BYTES >> 20:,} MiB; is it a file of records?"
+                    )
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} cannot be read as CSV: {error}") from error
+    return b"".join(pieces)
+
+
+def _bad_row(path: Path, line: int, number: pa.Scalar, table: pa.Table) -> DataError:
+    columns = Columns(*table.column_names)
+    header = " (and no header)" if columns == _RECORDS else ""
+    return DataError(
+        f"{path} line {line}: need an id and a finite {columns.number}{header}; "
+        f"the {columns.number} is {number.as_py()!r}"
+    )
+
+
+def _is_number(text: pa.Scalar) -> bool:
+    try:
+        text.cast(pa.float64())
+    except pa.ArrowInvalid:
+        return False
+    return True
+
+
+# ----------------------------------------------------------------------------------------------------
+# The original repository's learning records (CSV, no header: prompt id, loss) as a curriculum.
+
+
+# Two layouts: both halves in one file (seed41_step00.csv), or each in its own
+# (learning_record-seed41-step0-first.csv and -second.csv).
+_NUMBER = "[0-9]{1,9}"
+
+_WHOLE = re.compile(rf"seed(?P<seed>{_NUMBER})_step(?P<step>{_NUMBER})\.csv(\.gz)?")
+
+_HALF = re.compile(
+    rf"learning_record-seed(?P<seed>{_NUMBER})-step(?P<step>{_NUMBER})-(?P<half>first|second)\.csv(\.gz)?"
+)
+
+_HALVES = ("first", "second")
+
+
+class EvaluationCount(NamedTuple):
+    """What the file (or the two halves) of one seed's evaluation held."""
+
+    files: tuple[str, ...]
+    seed: int
+    evaluation: int
+    """From 1; the original's step number plus one."""
+    rows: int
+    distinct_ids: int
+    repeated_ids: int
+    """Ids that stand more than once. Their first row is used, as the original's script does."""
+    conflicting_ids: int
+    """Those of them whose losses differ."""
+
+
+class RecordFolder(NamedTuple):
+    """The losses in a folder of records, and what was found on the way to them."""
+
+    losses: LossTable
+    counts: tuple[EvaluationCount, ...]
+    """One for each seed and evaluation, in this order."""
+    ignored: tuple[str, ...]
+    """Names of other files in the folder."""
+    repeated_ids: tuple[str, ...]
+    """Ids that stand more than once in some evaluation, sorted."""
+    conflicting_ids: tuple[str, ...]
+    """Those of them whose losses differ in some evaluation, sorted."""
+    provenance: dict[str, Any]
+    """`files` holds the SHA-256 of each."""
+
+
+class Imported(NamedTuple):
+    """A curriculum, and the folder that it was made from."""
+
+    curriculum: Curriculum
+    folder: RecordFolder
+
+    def describe(self) -> str:
+        """What was found, in a few lines."""
+        facts = self.curriculum.facts
+        found = self.folder
+        repeats = [count.rows - count.distinct_ids for count in found.counts]
+        lines = [
+            f"{len(found.counts)} evaluations (seeds {', '.join(map(str, facts['seeds']))}), "
+            f"{_span([count.rows for count in found.counts])} rows each: "
+            f"{facts['pairs']:,} distinct ids, {facts['selected']:,} selected",
+            f"  {_span(repeats)} rows in each repeat an id; the first row of an id is used",
+            f"  {len(found.repeated_ids):,} ids are repeated in some evaluation, "
+            f"{len(found.conflicting_ids):,} of them with different losses",
+        ]
+        if facts["partial"]:
+            lines.append(f"  {facts['partial']:,} ids lack some of their losses")
+        if found.ignored:
+            lines.append(f"  {len(found.ignored):,} other files were not read: {name_some(found.ignored)}")
+        return "\n".join(lines)
+
+
+def _span(numbers: Sequence[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+class _Column(NamedTuple):
+    """The losses of one seed's evaluation, each id once."""
+
+    tally: EvaluationCount
+    ids: pa.Array
+    losses_N: NDArray[np.float64]
+    repeated: list[str]
+    conflicting: list[str]
+
+
+def import_records(folder: str | Path, select: SelectConfig | Mapping[str, Any] | None = None) -> Imported:
+    """The curriculum of the learning records in `folder` (see `read_record_folder`).
+
+    The original's ids name prompts; they become both `pair_id` and `prompt_id`, and the curriculum's
+    provenance says so.
+
+    Raises:
+        DataError, RecordsError: as `read_record_folder`.
+        ConfigError: the selection is not valid.
+    """
+    config = resolved_selection(select)
+    found = read_record_folder(Path(folder), allow_partial=config.allow_partial)
+    key = content_key(files=found.provenance["files"], select=config.model_dump(mode="json"))
+    return Imported(build_curriculum(found.losses, config, provenance=found.provenance, key=key), found)
+
+
+def read_record_folder(folder: Path, *, allow_partial: bool = False) -> RecordFolder:
+    """Read the learning records in `folder`, plain or gzipped, in either of the original's layouts.
+
+    Of repeated ids the first row is used and all are counted.
+
+    Raises:
+        DataError: no such files; one is missing, unreadable, doubled, or has a bad line (which is named).
+        RecordsError: an id is missing in some file, unless `allow_partial`.
+    """
+    groups, ignored = _find_files(folder, allow_partial=allow_partial)
+    columns = [_read_column(key, paths) for key, paths in sorted(groups.items())]
+    table = _loss_table(columns, allow_partial=allow_partial)
+    digests = {path.name: file_digest(path) for paths in groups.values() for path in paths}
+    repeated = sorted({item for column in columns for item in column.repeated})
+    conflicting = sorted({item for column in columns for item in column.conflicting})
+    provenance = {
+        "source": "learning records of the original repository",
+        "ids": "the original's prompt ids, taken for both pair_id and prompt_id",
+        "folder": folder.resolve().name,
+        "files": digests,
+        "rows": sum(column.tally.rows for column in columns),
+        "repeated_ids": len(repeated),
+        "conflicting_ids": len(conflicting),
+    }
+    counts = tuple(column.tally for column in columns)
+    return RecordFolder(table, counts, tuple(ignored), tuple(repeated), tuple(conflicting), provenance)
+
+
+def _find_files(folder: Path, *, allow_partial: bool) -> tuple[dict[tuple[int, int], list[Path]], list[str]]:
+    """Files by (seed, evaluation), halves in order; and the names of the files that are neither."""
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder")
+    found: dict[tuple[int, int], dict[str, Path]] = {}
+    ignored = []
+    for path in sorted(entry for entry in folder.iterdir() if entry.is_file()):
+        match = _WHOLE.fullmatch(path.name) or _HALF.fullmatch(path.name)
+        if match is None:
+            ignored.append(path.name)
+            continue
+        parts = found.setdefault((int(match["seed"]), int(match["step"]) + 1), {})
+        half = match.groupdict().get("half", "")
+        if half in parts or (parts and ("" in parts or not half)):
+            other = next(iter(parts.values()))
+            raise DataError(f"{path.name} and {other.name} hold the same evaluation: remove one of them")
+        parts[half] = path
+    if not found:
+        raise DataError(
+            f"{folder} holds no seed41_step00.csv or learning_record-seed41-step0-first.csv files"
+        )
+    if not allow_partial:
+        _require_grid(folder, found)
+    return {
+        key: [parts[half] for half in ("", *_HALVES) if half in parts] for key, parts in found.items()
+    }, ignored
+
+
+def _require_grid(folder: Path, found: Mapping[tuple[int, int], Mapping[str, Path]]) -> None:
+    seeds = {seed for seed, _ in found}
+    evaluations = {evaluation for _, evaluation in found}
+    missing = [
+        f"seed {seed} step {evaluation - 1}"
+        for seed in sorted(seeds)
+        for evaluation in sorted(evaluations)
+        if (seed, evaluation) not in found
+    ]
+    missing += [
+        f"the {half} half of seed {seed} step {evaluation - 1}"
+        for (seed, evaluation), parts in sorted(found.items())
+        for half in _HALVES
+        if "" not in parts and half not in parts
+    ]
+    if missing:
+        raise DataError(f"{folder} lacks {name_some(missing)}; add it, or accept this with --allow-partial")
+
+
+def _read_column(key: tuple[int, int], paths: list[Path]) -> _Column:
+    halves = [read_records(path) for path in paths]
+    ids = pa.concat_arrays([half.ids for half in halves])
+    losses_N = np.concatenate([half.values_N for half in halves])
+    coded = pc.dictionary_encode(ids)
+    code_N = coded.indices.to_numpy()
+    # The dictionary is in order of first appearance, and so are the first rows of its codes.
+    _, first_D = np.unique(code_N, return_index=True)
+    repeated_D = np.bincount(code_N) > 1
+    differs_N = losses_N != losses_N[first_D][code_N]
+    conflicting_D = np.bincount(code_N, weights=differs_N) > 0
+    tally = EvaluationCount(
+        files=tuple(path.name for path in paths),
+        seed=key[0],
+        evaluation=key[1],
+        rows=len(losses_N),
+        distinct_ids=len(first_D),
+        repeated_ids=int(repeated_D.sum()),
+        conflicting_ids=int(conflicting_D.sum()),
+    )
+    named = [coded.dictionary.filter(pa.array(flag_D)).to_pylist() for flag_D in (repeated_D, conflicting_D)]
+    return _Column(tally, coded.dictionary, losses_N[first_D], *named)
+
+
+def _loss_table(columns: list[_Column], *, allow_partial: bool) -> LossTable:
+    ids = pc.unique(pa.chunked_array([column.ids for column in columns]))
+    for column in columns:
+        absent = ids.filter(pc.invert(pc.is_in(ids, value_set=column.ids)))
+        if len(absent) and not allow_partial:
+            raise RecordsError(
+                f"{len(absent):,} of {len(ids):,} ids are missing in {' and '.join(column.tally.files)}: "
+                f"{name_some(absent.to_pylist())}; add them, or accept this with --allow-partial"
+            )
+    names_P, order_P = np.unique(np.asarray(ids.to_pylist(), dtype=np.str_), return_index=True)
+    row_of_P = np.empty(len(order_P), dtype=np.intp)
+    row_of_P[order_P] = np.arange(len(order_P))
+    seeds = sorted({column.tally.seed for column in columns})
+    evaluations = sorted({column.tally.evaluation for column in columns})
+    losses_PSE = np.full((len(ids), len(seeds), len(evaluations)), np.nan)
+    for column in columns:
+        rows = row_of_P[pc.index_in(column.ids, value_set=ids).to_numpy()]
+        s, e = seeds.index(column.tally.seed), evaluations.index(column.tally.evaluation)
+        losses_PSE[rows, s, e] = column.losses_N
+    return LossTable(names_P, names_P, tuple(seeds), tuple(evaluations), losses_PSE)

@@ -1,0 +1,265 @@
+"""One scorer: DPO on one half of the pairs, held-out losses of the other half."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from datasets import Dataset
+
+from selective_dpo.config import Recipe, Settings
+from selective_dpo.curriculum.records import (
+    LossTable,
+    Records,
+    concat_records,
+    read_loss_table,
+    read_records,
+    sift,
+    write_records,
+)
+from selective_dpo.data.store import load_tokens
+from selective_dpo.difficulty.held_out import HeldOutEvaluations, Measurement
+from selective_dpo.difficulty.protocols import ScorerRun, split_pairs
+from selective_dpo.distributed.processes import making, publish_from_main, this_process
+from selective_dpo.distributed.workers import run_in_workers
+from selective_dpo.errors import name_some
+from selective_dpo.identity import positions_of
+from selective_dpo.logprobs.compute import PairLogps, pair_logps
+from selective_dpo.logprobs.nonfinite import read_quarantine, require_few, write_quarantine
+from selective_dpo.logprobs.padded import part_lengths
+from selective_dpo.logprobs.reference import load_reference, with_reference, without_quarantined
+from selective_dpo.losses import pair_losses
+from selective_dpo.models import load_policy, load_tokenizer
+from selective_dpo.storage.artifacts import is_complete, write_json
+from selective_dpo.training.arguments import (
+    ORIGINAL_DEFAULTS,
+    autocast_dtype,
+    dpo_arguments,
+    hold_for_training,
+    lora_config,
+    weights_dtype,
+)
+from selective_dpo.training.checkpointing import (
+    CheckpointPlan,
+    ResumableTrainer,
+    discard_checkpoints,
+    train_resumably,
+)
+from selective_dpo.training.publish import save_policy, trainer_facts, training_log
+from selective_dpo.training.train import TrainingProgress, training_folder, without_printed_logs
+from selective_dpo.training.trainer import PairTrainer
+
+RECORDS = "records.parquet"
+
+COST = "cost.json"
+
+
+class ScorerJob(NamedTuple):
+    """All that one scorer needs; it can be sent to another process."""
+
+    recipe: Recipe
+    run: ScorerRun
+    pairs: Path
+    """Folder of the prepared pairs."""
+    reference: Path
+    """Folder of the reference's log-probs."""
+    folder: Path
+    """Where to publish."""
+    key: str
+    tracking: Path | None = None
+    """Where the local files of trackers go; None: they are deleted."""
+    checkpoints: CheckpointPlan | None = None
+    """None: a killed training begins anew."""
+
+
+class _Scorer(ResumableTrainer, PairTrainer):
+    """The trainer of a scorer."""
+
+
+def run_scorer(job: ScorerJob) -> None:
+    """Train one scorer, measure its held-out half at every evaluation, publish the records.
+
+    A training that was interrupted goes on from its newest checkpoint, with the measurements made so far.
+
+    Raises:
+        Interrupted: SIGTERM came during the training.
+        ConfigError: too few optimizer steps for the evaluations.
+        NotFiniteError: a pair's loss, or an update's gradient, is not finite; the pairs are named.
+        RecordsError: the held-out losses of more than 1% of the pairs are not finite; some are named. Fewer
+            pairs are set aside (see `curriculum.quarantine`).
+    """
+    started = time.monotonic()
+    config = job.recipe.score
+    tokens = load_tokens(job.pairs)
+    reference = load_reference(job.reference)
+    split = split_pairs(list(tokens["prompt_id"]), job.run)
+    train, held_out = (
+        with_reference(without_quarantined(tokens.select(rows), job.reference), reference) for rows in split
+    )
+    with training_folder(config.trainer, job.tracking) as training:
+        trainer, evaluations = _make_trainer(job, train, held_out, training)
+        earlier = train_resumably(trainer, job.checkpoints, [evaluations])
+    settings = {**ORIGINAL_DEFAULTS, **config.trainer}
+    measured = _to_records(job.run, held_out, reference, evaluations.measurements, settings)
+    records, quarantined = sift(measured)
+    require_few(
+        quarantined,
+        len(held_out),
+        what="the held-out loss",
+        remedy="lower score.trainer.learning_rate, or use bfloat16 or float32 instead of float16",
+    )
+    with publish_from_main(job.folder, kind="records", key=job.key) as partial:
+        write_records(records, partial / RECORDS)
+        write_quarantine(partial, quarantined, pairs=len(held_out))
+        write_json(partial / "trainer_log.json", training_log(trainer))
+        facts = trainer_facts(trainer)
+        write_json(
+            partial / COST,
+            {
+                **facts,
+                "train_pairs": len(train),
+                "held_out_pairs": len(held_out),
+                "quarantined_pairs": len(quarantined),
+                "evaluations": len(evaluations.measurements),
+                "seconds": earlier + time.monotonic() - started,
+            },
+        )
+        if config.keep_scorers:
+            save_policy(trainer, partial / "scorer", dtype=job.recipe.model.dtype)
+    if job.checkpoints is not None and this_process().is_main_process:
+        discard_checkpoints(job.checkpoints.folder)
+
+
+def _make_trainer(
+    job: ScorerJob, train: Dataset, held_out: Dataset, folder: Path
+) -> tuple[PairTrainer, HeldOutEvaluations]:
+    config = job.recipe.score
+    args = dpo_arguments(
+        {"run_name": f"{job.recipe.name}-{job.run.name}", **config.trainer},
+        model=job.recipe.model,
+        max_length=job.recipe.data.max_length,
+        output_dir=folder,
+        seed=job.run.seed,
+        sequential=False,
+    )
+    tokenizer = load_tokenizer(job.recipe.model)
+
+    def measure() -> PairLogps:
+        return pair_logps(
+            forward_model(trainer),
+            held_out,
+            tokens_per_batch=config.tokens_per_batch,
+            pad_token_id=tokenizer.pad_token_id,
+            autocast_dtype=autocast_dtype(config.trainer, job.recipe.model),
+            what=f"{job.run.name} held-out",
+            stop=trainer.is_asked_to_stop,
+        )
+
+    evaluations = HeldOutEvaluations(config.evaluations, measure)
+    held = weights_dtype(job.recipe.model, config.lora, config.trainer)
+    trainer = _Scorer(
+        hold_for_training(load_policy(job.recipe.model), args, held),
+        args=args,
+        train_dataset=train,
+        processing_class=tokenizer,
+        peft_config=lora_config(config.lora, job.recipe.model.revision),
+        callbacks=[evaluations, TrainingProgress(job.run.name)],
+    )
+    return without_printed_logs(trainer), evaluations
+
+
+def forward_model(trainer: Any) -> Any:
+    """The model to run forward passes with: sharded ones only work through their wrapper."""
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    return trainer.model_wrapped if sharded else trainer.model
+
+
+def _to_records(
+    run: ScorerRun,
+    held_out: Dataset,
+    reference: PairLogps,
+    measurements: list[Measurement],
+    settings: Settings,
+) -> Records:
+    pair_ids, prompt_ids = list(held_out["pair_id"]), list(held_out["prompt_id"])
+    at_reference = positions_of(pair_ids, reference.pair_ids, what="reference log-probs")
+    reference_P2 = np.stack([reference.chosen_P[at_reference], reference.rejected_P[at_reference]], axis=1)
+    policies, references = [], []
+    for measurement in measurements:
+        at = positions_of(pair_ids, measurement.logps.pair_ids, what=f"{run.name} held-out log-probs")
+        policies.append(np.stack([measurement.logps.chosen_P[at], measurement.logps.rejected_P[at]], axis=1))
+        references.append(reference_P2)
+    policy_R2, reference_R2 = np.concatenate(policies), np.concatenate(references)
+    count, pairs = len(measurements), len(pair_ids)
+    _, chosen_P, rejected_P = part_lengths(held_out)
+    tokens_R2 = np.tile(np.stack([chosen_P, rejected_P], axis=1), (count, 1))
+    losses = pair_losses(policy_R2, reference_R2, tokens_R2, settings)
+    return Records(
+        pair_id=np.tile(np.asarray(pair_ids, dtype=np.str_), count),
+        prompt_id=np.tile(np.asarray(prompt_ids, dtype=np.str_), count),
+        seed=np.full(count * pairs, run.seed, dtype=np.int64),
+        fold=np.full(count * pairs, run.fold, dtype=np.int64),
+        evaluation=np.repeat(np.array([each.evaluation for each in measurements], dtype=np.int64), pairs),
+        step=np.repeat(np.array([each.step for each in measurements], dtype=np.int64), pairs),
+        policy_chosen_logp=policy_R2[:, 0],
+        policy_rejected_logp=policy_R2[:, 1],
+        reference_chosen_logp=reference_R2[:, 0],
+        reference_rejected_logp=reference_R2[:, 1],
+        margin=losses.margin_P,
+        loss=losses.loss_P,
+    )
+
+
+# ----------------------------------------------------------------------------------------------------
+# All scorers of a protocol: run those that are missing, collect what they measured.
+
+
+logger = logging.getLogger(__name__)
+
+
+def run_scorers(
+    jobs: Sequence[ScorerJob], *, workers: int, done: Callable[[ScorerJob], None] = lambda job: None
+) -> None:
+    """Run scorers one after the other, or in `workers` processes; `done` is told of each finished one.
+
+    A failing scorer does not undo the others: theirs is published, and the error names the one.
+    """
+    run_in_workers(_run_alone, jobs, workers=workers, name=lambda job: job.run.name, done=done)
+
+
+def _run_alone(job: ScorerJob) -> None:
+    # By the process that does the work: a worker may outlive the command that started it.
+    with making(job.folder):
+        if not is_complete(job.folder, key=job.key):
+            run_scorer(job)
+
+
+def collect_losses(folders: Sequence[Path], *, allow_partial: bool = False) -> LossTable:
+    """The losses that several scorers measured, by pair, seed and evaluation (see `read_loss_table`).
+
+    A pair that any of them set aside is not among them.
+    """
+    return read_loss_table(
+        [folder / RECORDS for folder in folders],
+        allow_partial=allow_partial,
+        without=read_quarantine(folders),
+    )
+
+
+def collect_records(folders: Sequence[Path]) -> Records:
+    """The records of several scorers with all their columns, sorted by pair, seed and evaluation.
+
+    A pair that any of them set aside has none, and a warning names it.
+    """
+    records = concat_records([read_records(folder / RECORDS) for folder in folders])
+    quarantined = read_quarantine(folders)
+    if quarantined:
+        logger.warning("%s pair(s) not finite, without records: %s", len(quarantined), name_some(quarantined))
+    kept = np.flatnonzero(~np.isin(records.pair_id, list(quarantined)))
+    by_key = (records.evaluation[kept], records.seed[kept], records.pair_id[kept])
+    order = kept[np.lexsort(by_key)]
+    return Records(**{name: column[order] for name, column in vars(records).items()})

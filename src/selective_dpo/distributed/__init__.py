@@ -1,0 +1,1 @@
+"""Several processes: their group, how they are launched, workers, signals, and progress on the terminal."""

@@ -1,0 +1,150 @@
+"""Progress of long work: a bar in a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import sys
+import time
+import warnings
+from types import TracebackType
+from typing import Any, Self
+
+from tqdm import tqdm
+
+from selective_dpo.distributed.processes import this_process
+
+SECONDS_BETWEEN_LINES = 30.0
+
+
+class Progress:
+    """Counts pairs; shows rate and time left. Only the main process shows anything.
+
+    A `total` of 0 means that it is not known; `done` of it were done before.
+    """
+
+    def __init__(self, total: int, what: str, *, unit: str = "pairs", done: int = 0) -> None:
+        self._total, self._what, self._unit = total, what, unit
+        self._done = self._done_before = done
+        self._started = self._last_line = time.monotonic()
+        self._shown = this_process().is_main_process
+        terminal = self._shown and sys.stderr.isatty()
+        self._bar = (
+            tqdm(total=total or None, desc=what, unit=f" {unit}", leave=False, initial=done)
+            if terminal
+            else None
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def advance(self, count: int) -> None:
+        """`count` more are done."""
+        self._done += count
+        if self._bar is not None:
+            self._bar.update(count)
+        elif time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            self._line()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def _line(self) -> None:
+        if not self._shown:
+            return
+        elapsed = time.monotonic() - self._started
+        rate = (self._done - self._done_before) / elapsed if elapsed > 0 else 0.0
+        line = f"{self._what}: {self._done:,} {self._unit}, {rate:,.1f} {self._unit}/s"
+        if self._total and rate > 0:
+            line += f", {self._done / self._total:.0%}, {(self._total - self._done) / rate:,.0f} s left"
+        sys.stderr.write(line + "\n")
+        sys.stderr.flush()
+
+
+# ----------------------------------------------------------------------------------------------------
+# Other libraries' chatter, off: what this package has to say is one line per stage.
+
+
+_LIBRARIES = r"(accelerate|datasets|huggingface_hub|peft|torch|transformers|trl)(\..*)?$"
+
+
+def quieten_libraries() -> None:
+    """Silence progress bars, notices and telemetry of the libraries underneath; errors still show.
+
+    Called by the command line and by worker processes, never on import: a program that uses this
+    package as a library keeps its own settings.
+    """
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # What they will change in their next versions is for this package to follow, not for its users.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=_LIBRARIES)
+    from datasets.utils import logging as datasets_logging
+    from datasets.utils.logging import disable_progress_bar
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    datasets_logging.set_verbosity_error()
+    disable_progress_bar()
+    for name in ("trl", "peft", "accelerate", "torch.distributed", "tensorboard"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Standard output and error that end no work: neither by a character nor by a reader that has gone.
+#
+# A command is judged by what it does. If nobody reads its words any more (`| head -1`), it goes on without
+# them, and its exit code says what became of it.
+
+
+def settle_streams() -> None:
+    """Make this process's standard output and error such; for the beginning of a program."""
+    for name in ("stdout", "stderr"):
+        stream: Any = getattr(sys, name)
+        if stream is None:  # closed by whoever has started this process
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115
+            continue
+        try:
+            patient = _Patient(stream.fileno(), name)
+        except (OSError, AttributeError):  # put in its place by a program around this one
+            continue
+        stream.flush()
+        settled = io.TextIOWrapper(
+            io.BufferedWriter(patient),
+            encoding=stream.encoding,
+            errors="backslashreplace",
+            line_buffering=stream.line_buffering or stream.write_through,
+        )
+        setattr(sys, name, settled)
+
+
+class _Patient(io.FileIO):
+    """Writes to a descriptor until that fails, and nowhere after that."""
+
+    def __init__(self, descriptor: int, name: str) -> None:
+        super().__init__(descriptor, "wb", closefd=False)
+        self._called = f"standard {'output' if name == 'stdout' else 'error'}"
+        self._has_failed = False
+
+    def write(self, content: Any, /) -> int:
+        if not self._has_failed:
+            try:
+                return super().write(content)
+            except BrokenPipeError:
+                self._has_failed = True
+            except OSError as error:
+                # Said once; else it would be said again when the process ends, by Python.
+                self._has_failed = True
+                error.filename = self._called
+                raise
+        return memoryview(content).nbytes

@@ -1,0 +1,165 @@
+"""Independent jobs on one machine, several at a time."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
+
+import torch
+
+from selective_dpo.distributed.launch import one_of_several
+from selective_dpo.distributed.progress import quieten_libraries, settle_streams
+from selective_dpo.distributed.signals import (
+    REMEDY,
+    end_without_parent,
+    note_between_jobs,
+    passing_on,
+    starting_out_of_reach,
+    stopping_at_once,
+)
+from selective_dpo.errors import (
+    ConfigError,
+    DiskError,
+    Interrupted,
+    NotFiniteError,
+    RecordsError,
+    SelectiveDPOError,
+    disk_fault,
+)
+
+Job = TypeVar("Job")
+
+
+def run_in_workers(
+    work: Callable[[Job], None],
+    jobs: Sequence[Job],
+    *,
+    workers: int,
+    name: Callable[[Job], str],
+    done: Callable[[Job], None] = lambda job: None,
+) -> None:
+    """Do `work` on each job, `workers` of them at a time in processes of their own; 1: in this process.
+
+    Workers share the machine: each takes one GPU in turn where there are any, else its share of the
+    CPU's cores. A failing job does not stop the others; then the first error is raised, saying which
+    job it was. Where several processes work on each job together, one that failed alone begins no other.
+    SIGTERM is passed on to the workers, Ctrl-C as SIGTERM, and no further job is begun. Workers whose parent
+    is killed end, too.
+
+    Raises:
+        Interrupted: SIGTERM came.
+    """
+    if workers == 1 or len(jobs) <= 1:
+        failures = _here(work, jobs, done)
+    else:
+        failures = _in_processes(work, jobs, workers, done)
+    if failures:
+        stopped = [failure for failure in failures if isinstance(failure[1], Interrupted)]
+        job, error = (stopped or failures)[0]
+        also = f" ({len(failures) - 1} more failed)" if len(failures) > 1 else ""
+        if isinstance(error, SelectiveDPOError):
+            raise type(error)(f"{name(job)}: {error}{also}") from error
+        if fault := disk_fault(error):
+            raise DiskError(f"{name(job)}: {fault}{also}") from error
+        raise RuntimeError(f"{name(job)} failed{also}: {error}") from error
+
+
+def _here(
+    work: Callable[[Job], None], jobs: Sequence[Job], done: Callable[[Job], None]
+) -> list[tuple[Job, Exception]]:
+    failures: list[tuple[Job, Exception]] = []
+    for job in jobs:
+        try:
+            work(job)
+        except ConfigError:  # the next job has the same configuration
+            raise
+        except Exception as error:
+            failures.append((job, error))
+            if isinstance(error, Interrupted) or not _is_shared(error):
+                break
+        else:
+            done(job)
+    return failures
+
+
+def _is_shared(error: Exception) -> bool:
+    """Whether all processes that work on the job know of the error.
+
+    The others may still wait for this one, and would take the next job's messages for this one's.
+    """
+    return not one_of_several() or isinstance(error, NotFiniteError | RecordsError)
+
+
+def _in_processes(
+    work: Callable[[Job], None], jobs: Sequence[Job], workers: int, done: Callable[[Job], None]
+) -> list[tuple[Job, Exception]]:
+    context = multiprocessing.get_context("spawn")
+    turns = context.Value("i", 0)
+    failures: list[tuple[Job, Exception]] = []
+    waiting, running = list(jobs), dict[Future[None], Job]()
+    with (
+        ProcessPoolExecutor(
+            max_workers=min(workers, len(jobs)),
+            mp_context=context,
+            initializer=_start_worker,
+            initargs=(os.getpid(), turns, workers, _gpu_count()),
+        ) as pool,
+        passing_on(_own_children) as interrupted,
+    ):
+        while True:
+            # No more than there are workers for: what is handed over cannot be taken back.
+            while waiting and len(running) < workers and not interrupted():
+                job = waiting.pop(0)
+                with starting_out_of_reach():  # this starts a worker where one is lacking
+                    future = pool.submit(_work_on, work, job)
+                running[future] = job
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                job, error = running.pop(future), future.exception()
+                if interrupted() and isinstance(error, BrokenProcessPool):
+                    error = Interrupted(f"interrupted by SIGTERM: {REMEDY}")  # while a worker was starting
+                if isinstance(error, Interrupted):
+                    waiting.clear()
+                if error is None:
+                    done(job)
+                elif isinstance(error, Exception):
+                    failures.append((job, error))
+                else:
+                    raise error
+    if waiting:
+        failures.append((waiting[0], Interrupted(f"interrupted by SIGTERM: {REMEDY}")))
+    return failures
+
+
+def _work_on(work: Callable[[Job], None], job: Job) -> None:
+    with stopping_at_once():
+        work(job)
+
+
+def _own_children() -> list[int]:
+    return [child.pid for child in multiprocessing.active_children() if child.pid is not None]
+
+
+def _gpu_count() -> int:
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _start_worker(parent: int, turns: object, workers: int, gpus: int) -> None:
+    end_without_parent(parent)
+    note_between_jobs()
+    settle_streams()
+    quieten_libraries()
+    with turns.get_lock():  # type: ignore[attr-defined]
+        number = turns.value  # type: ignore[attr-defined]
+        turns.value = number + 1  # type: ignore[attr-defined]
+    if gpus:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        devices = visible.split(",") if visible else [str(device) for device in range(gpus)]
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices[number % len(devices)]
+    else:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))

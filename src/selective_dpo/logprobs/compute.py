@@ -1,0 +1,139 @@
+"""Sequence log-probabilities of preference pairs under a model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from datasets import Dataset
+from numpy.typing import NDArray
+
+from selective_dpo.distributed.processes import combine_by_position, on_any_process, this_process
+from selective_dpo.distributed.progress import Progress
+from selective_dpo.errors import Interrupted
+from selective_dpo.logprobs.memory import TokenBudget, bounded_batches, budget_for, run_within_memory
+from selective_dpo.logprobs.packed import IGNORED_LABEL, log_probs_only
+from selective_dpo.logprobs.packing_support import PathName, choose_way
+from selective_dpo.logprobs.padded import PairBatch, batch_logps, make_batch, pair_lengths
+from selective_dpo.models import is_sharded
+
+__all__ = [
+    "IGNORED_LABEL",
+    "PairBatch",
+    "PairLogps",
+    "batch_logps",
+    "make_batch",
+    "pair_lengths",
+    "pair_logps",
+]
+
+
+_REMEDY = "run the same command to go on"
+
+
+class MeasurementStopped(Interrupted):
+    """SIGTERM was noted by somebody who may first write down what there is."""
+
+
+class PairLogps(NamedTuple):
+    """Log-probabilities of chosen and rejected, summed over their tokens, in nats."""
+
+    pair_ids: list[str]
+    chosen_P: NDArray[np.float64]
+    rejected_P: NDArray[np.float64]
+
+
+def pair_logps(
+    model: Any,
+    tokens: Dataset,
+    *,
+    tokens_per_batch: TokenBudget,
+    pad_token_id: int,
+    autocast_dtype: torch.dtype | None,
+    what: str,
+    path: PathName = "auto",
+    stop: Callable[[], bool] = lambda: False,
+) -> PairLogps:
+    """Log-probabilities of every pair of `tokens`, without gradients, in evaluation mode.
+
+    The work is dealt to all processes of a distributed run, batch by batch, and every process returns
+    the whole result; `model` may be sharded, since then all of them run the same number of batches.
+
+    Args:
+        tokens_per_batch: Tokens that are computed at a time, padding included; halved where memory
+            runs out. `auto`: as many as free memory allows.
+        path: `shared` computes prompt, chosen and rejected in one row, `padded` in a row for each
+            completion; `auto` takes shared rows where the model's attention can, and says which.
+        stop: asked before each batch; if it says yes on any process, all of them stop.
+
+    Raises:
+        IdentityError: a pair was not computed exactly once over all processes.
+        ModelError: not even a single pair fits into memory.
+        MeasurementStopped: `stop` said so.
+    """
+    process = this_process()
+    ids = list(tokens["pair_id"])
+    values_P2 = np.zeros((len(ids), 2))
+    done_P = np.zeros(len(ids), dtype=np.bool_)
+    device = next(model.parameters()).device
+    with (
+        _evaluating(model),
+        log_probs_only(model),
+        _autocast(device, autocast_dtype),
+        Progress(len(ids), what) as progress,
+    ):
+        way = choose_way(model, tokens, pad_token_id, path)
+        budget = budget_for(model, tokens_per_batch)
+        batches = bounded_batches(way.lengths_P, budget, rows_per_pair=way.rows_per_pair)
+
+        def stop_if_asked() -> None:
+            # Those that share a model's weights wait for each other in each batch, so they stop together.
+            if on_any_process(stop()) if sharded else stop():
+                raise MeasurementStopped(f"interrupted by SIGTERM while measuring {what}: {_REMEDY}")
+
+        def run(rows: NDArray[np.int64]) -> None:
+            stop_if_asked()
+            values_P2[rows] = way.logps(tokens[rows]).view(2, -1).T.double().cpu().numpy()
+            done_P[rows] = True
+            # Of the others it is only known that they have as much to do.
+            progress.advance(len(rows) * process.num_processes)
+
+        sharded = process.num_processes > 1 and is_sharded(model)
+        mine = batches[process.process_index :: process.num_processes]
+        stopped: MeasurementStopped | None = None
+        try:
+            run_within_memory(
+                run, mine, way.lengths_P, budget, rows_per_pair=way.rows_per_pair, recover=not sharded
+            )
+            if sharded and len(mine) * process.num_processes < len(batches):
+                # The others run one batch more, and need this process's share of the weights for it.
+                stop_if_asked()
+                way.logps(tokens[batches[-1]])
+        except MeasurementStopped as error:
+            stopped = error
+        if on_any_process(stopped is not None):
+            raise stopped or MeasurementStopped(f"another process was interrupted by SIGTERM: {_REMEDY}")
+    values_P2 = combine_by_position(values_P2, done_P, ids, what=what)
+    return PairLogps(ids, values_P2[:, 0], values_P2[:, 1])
+
+
+@contextlib.contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Dropout off and no gradients inside; the model's mode is restored."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def _autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[None]:
+    if dtype is None:
+        return contextlib.nullcontext()
+    context: contextlib.AbstractContextManager[None] = torch.autocast(device.type, dtype=dtype)
+    return context

@@ -1,0 +1,185 @@
+"""The reference's log-probabilities: computed once from the starting policy, used by everything after.
+
+They are computed before any trainer wraps, adapts or moves the model, and keyed by pair, so that all
+scorers, their evaluations and the final training share one table.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from datasets import Dataset
+from numpy.typing import NDArray
+from trl.trainer.utils import add_fused_lm_head
+
+from selective_dpo.distributed.processes import publish_from_main, this_process
+from selective_dpo.errors import ModelError, RecordsError, name_some
+from selective_dpo.identity import positions_of
+from selective_dpo.logprobs.compute import PairLogps, pair_logps
+from selective_dpo.logprobs.memory import TokenBudget
+from selective_dpo.logprobs.nonfinite import quarantined_pair, read_quarantine, require_few, write_quarantine
+
+FILE = "logps.parquet"
+
+TRIED = 4
+"""Pairs whose log-probs are tried before those of all."""
+
+CHOSEN_COLUMN = "ref_chosen_logps"
+
+REJECTED_COLUMN = "ref_rejected_logps"
+"""The columns that TRL's `DPOTrainer` reads precomputed reference log-probs from."""
+
+
+def publish_reference(
+    folder: Path,
+    *,
+    key: str,
+    model: Any,
+    tokens: Dataset,
+    tokens_per_batch: TokenBudget,
+    pad_token_id: int,
+    autocast_dtype: torch.dtype | None,
+) -> None:
+    """Compute the reference's log-probs of all pairs and publish them as float32.
+
+    `model` is the starting policy as loaded; it is moved to this process's device and given TRL's
+    fused head. Pairs whose log-probs are not finite are set aside (see `curriculum.quarantine`): without
+    a reference they have no loss, so nothing is trained on them or measured of them.
+
+    Raises:
+        ModelError: a token that the model has no row for. As `require_finite_start`.
+        RecordsError: more than 1% of the pairs are not finite.
+    """
+    add_fused_lm_head(model)
+    model.to(this_process().device)
+    _require_embedded(model, tokens)
+    require_finite_start(model, tokens, pad_token_id=pad_token_id, autocast_dtype=autocast_dtype)
+    logps = pair_logps(
+        model,
+        tokens,
+        tokens_per_batch=tokens_per_batch,
+        pad_token_id=pad_token_id,
+        autocast_dtype=autocast_dtype,
+        what="reference",
+    )
+    quarantined = _not_finite(logps, tokens)
+    require_few(
+        quarantined,
+        len(tokens),
+        what="the log-probability under the starting model",
+        remedy="check its weights, or use bfloat16 or float32 instead of float16",
+    )
+    table = pa.table(
+        {
+            "pair_id": logps.pair_ids,
+            "chosen": logps.chosen_P.astype(np.float32),
+            "rejected": logps.rejected_P.astype(np.float32),
+        }
+    )
+    with publish_from_main(folder, kind="reference", key=key) as partial:
+        pq.write_table(table.filter(_is_finite(logps)), partial / FILE)
+        write_quarantine(partial, quarantined, pairs=len(tokens))
+
+
+def _require_embedded(model: Any, tokens: Dataset) -> None:
+    rows, table = model.get_input_embeddings().weight.shape[0], tokens.with_format("arrow")[:]
+    beyond: set[int] = set()
+    for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
+        ids = table[name].combine_chunks()
+        beyond |= set(pc.list_parent_indices(ids).filter(pc.greater_equal(ids.flatten(), rows)).to_pylist())
+    if beyond:
+        named = name_some(table["pair_id"].take(sorted(beyond)).to_pylist())
+        raise ModelError(
+            f"{len(beyond):,} pair(s) hold tokens beyond the {rows:,} that the model embeds ({named}): use "
+            "the tokenizer the model was trained with (model.tokenizer), or leave these out (data.exclude)"
+        )
+
+
+def require_finite_start(
+    model: Any, tokens: Dataset, *, pad_token_id: int, autocast_dtype: torch.dtype | None = None
+) -> None:
+    """Try the first few pairs under the starting policy, before the time of all of them is spent.
+
+    Raises:
+        ModelError: none of them has finite log-probabilities.
+    """
+    first = tokens.select(range(min(TRIED, len(tokens))))
+    logps = pair_logps(
+        model,
+        first,
+        tokens_per_batch=1,
+        pad_token_id=pad_token_id,
+        autocast_dtype=autocast_dtype,
+        what="first pairs",
+    )
+    if not _is_finite(logps).any():
+        raise ModelError(
+            f"the starting model gives none of the first {len(first)} pairs a finite log-probability: check "
+            "its weights for NaN, or use bfloat16 or float32 instead of float16"
+        )
+
+
+def _is_finite(logps: PairLogps) -> NDArray[np.bool_]:
+    return np.isfinite(logps.chosen_P) & np.isfinite(logps.rejected_P)
+
+
+def _not_finite(logps: PairLogps, tokens: Dataset) -> list[dict[str, Any]]:
+    found = []
+    for row in np.flatnonzero(~_is_finite(logps)).tolist():
+        sides = {"chosen": logps.chosen_P[row], "rejected": logps.rejected_P[row]}
+        entry = quarantined_pair(logps.pair_ids[row], tokens[row]["prompt_id"])
+        entry["not_finite"].append(
+            {"values": [name for name, value in sides.items() if not np.isfinite(value)]}
+        )
+        found.append(entry)
+    return sorted(found, key=lambda entry: str(entry["pair_id"]))
+
+
+def load_reference(folder: Path) -> PairLogps:
+    """Read a published reference table; it lacks the pairs that were set aside."""
+    table = pq.read_table(folder / FILE)
+    return PairLogps(
+        table["pair_id"].to_pylist(),
+        table["chosen"].to_numpy().astype(np.float64),
+        table["rejected"].to_numpy().astype(np.float64),
+    )
+
+
+def require_finite_reference(folder: Path) -> None:
+    """Refuse to train without pairs that were selected before the reference in `folder` was computed.
+
+    Raises:
+        RecordsError: some were set aside; they are named.
+    """
+    if aside := read_quarantine([folder]):
+        raise RecordsError(
+            f"the log-probability of {len(aside):,} selected pairs under the starting model is not finite: "
+            f"{name_some(aside)}; leave them out with data.exclude"
+        )
+
+
+def without_quarantined(tokens: Dataset, folder: Path) -> Dataset:
+    """`tokens` without the pairs that were set aside when the reference in `folder` was computed."""
+    quarantined = read_quarantine([folder])
+    if not quarantined:
+        return tokens
+    return tokens.select([row for row, name in enumerate(tokens["pair_id"]) if name not in quarantined])
+
+
+def with_reference(tokens: Dataset, reference: PairLogps) -> Dataset:
+    """`tokens` with the two columns TRL reads, joined by `pair_id`.
+
+    Raises:
+        IdentityError: a pair has no reference log-probs, or an id stands twice.
+    """
+    at = positions_of(list(tokens["pair_id"]), reference.pair_ids, what="reference log-probs")
+    table = tokens.with_format("arrow")[:]
+    for name, values_P in ((CHOSEN_COLUMN, reference.chosen_P), (REJECTED_COLUMN, reference.rejected_P)):
+        table = table.append_column(name, pa.array(values_P[at]))
+    return Dataset(table)

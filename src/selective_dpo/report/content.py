@@ -1,0 +1,386 @@
+"""What a report shows, read from a run folder; nothing is drawn or worded here."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from selective_dpo.config import SelectConfig
+from selective_dpo.criteria import CRITERIA
+from selective_dpo.curriculum.columns import id_positions
+from selective_dpo.curriculum.import_ import imported_from
+from selective_dpo.curriculum.table import Curriculum
+from selective_dpo.data.adapters import KEPT
+from selective_dpo.errors import ArtifactError, IdentityError, name_some
+from selective_dpo.evaluation.results import (
+    SELECTED,
+    EvaluationResults,
+    estimate_from_json,
+    estimate_to_json,
+    from_json,
+)
+from selective_dpo.identity import Text
+from selective_dpo.losses import LN_2
+from selective_dpo.stats.estimates import Estimate
+from selective_dpo.storage.artifacts import SCHEMA_VERSION, read_json, write_json
+
+FINDINGS = "findings.json"
+
+
+class Lengths(NamedTuple):
+    """Token counts in the curriculum's row order; each [P] int64."""
+
+    prompt_P: NDArray[np.int64]
+    chosen_P: NDArray[np.int64]
+    rejected_P: NDArray[np.int64]
+
+    @property
+    def pair_P(self) -> NDArray[np.int64]:
+        """Tokens of the prompt and both completions, the prompt once."""
+        return self.prompt_P + self.chosen_P + self.rejected_P
+
+
+class DropCount(NamedTuple):
+    """How many input rows of a source ended with this status ("kept" or the reason of the drop)."""
+
+    source: str
+    status: str
+    rows: int
+
+
+class TruthRow(NamedTuple):
+    """A property that only the embedded world knows, such as "flipped label"."""
+
+    group: str
+    selected: Estimate
+    """Share of the selected pairs that have it."""
+    deselected: Estimate
+    """Share of the scored but not selected pairs that have it."""
+
+
+@dataclass(frozen=True)
+class ReportContent:
+    """Everything in a report. Parts that a run does not have are empty or None."""
+
+    title: str
+    subtitle: str
+    curriculum: Curriculum
+    select: SelectConfig
+    lengths: Lengths | None
+    """None where nothing was tokenized."""
+    examples: tuple[ExampleGroup, ...]
+    agreement: Mapping[str, Any]
+    results: EvaluationResults | None
+    training_logs: tuple[TrainingLog, ...]
+    drops: tuple[DropCount, ...]
+    provenance: Mapping[str, Any]
+    cost: Mapping[str, Any]
+    config: Mapping[str, Any]
+    findings: tuple[str, ...] = ()
+    truth: tuple[TruthRow, ...] = ()
+
+    @property
+    def is_loss(self) -> bool:
+        """Whether difficulty is as large as a loss; mean ranks are not."""
+        if self.imported is not None:
+            return bool(self.imported["nats"])
+        return CRITERIA[self.select.aggregate].is_loss
+
+    @property
+    def chance(self) -> float | None:
+        """The loss of a policy that has not moved; None: not known, or difficulty is no loss."""
+        return self.agreement.get("chance_loss", LN_2) if self.is_loss else None
+
+    @property
+    def unit(self) -> str:
+        """What stands behind "difficulty" at an axis."""
+        if self.chance == LN_2:
+            return " (nats)"
+        words = "" if self.is_loss or self.imported else CRITERIA[self.select.aggregate].words
+        return f" {words}".rstrip()
+
+    @property
+    def imported(self) -> Mapping[str, Any] | None:
+        """Where the difficulty was imported from; None: it was measured in this run."""
+        return imported_from(self.curriculum.facts)
+
+
+def load_report_content(run_folder: Path) -> ReportContent:
+    """Read a run folder. All but `pairs/` and the curriculum may be absent.
+
+    Raises:
+        ArtifactError: a file is missing, damaged or of another schema version.
+        IdentityError: the curriculum holds pairs that `pairs/` does not.
+    """
+    curriculum = Curriculum.load(run_folder).measured
+    pairs_path = run_folder / "pairs" / "pairs.parquet"
+    if not pairs_path.is_file():
+        raise ArtifactError(f"{pairs_path} does not exist: the report shows the pairs' texts and lengths")
+    try:
+        select = SelectConfig.model_validate(curriculum.facts.get("select", {}))
+    except ValidationError as error:
+        raise ArtifactError(f"the curriculum in {run_folder} holds a selection that is not valid") from error
+    config_path, results_path = run_folder / "config.json", run_folder / "evaluation" / "results.json"
+    config = read_json(config_path) if config_path.is_file() else {}
+    findings, truth = _read_findings(run_folder / FINDINGS)
+    return ReportContent(
+        title=str(config.get("name") or run_folder.resolve().name),
+        subtitle=_subtitle(config),
+        curriculum=curriculum,
+        select=select,
+        lengths=_read_lengths(pairs_path, curriculum),
+        examples=report_examples(pairs_path, curriculum, select.rule),
+        agreement=curriculum.facts.get("agreement") or {},
+        results=from_json(read_json(results_path)) if results_path.is_file() else None,
+        training_logs=read_training_logs(run_folder),
+        drops=_read_drops(pairs_path),
+        provenance=_provenance(run_folder, curriculum),
+        cost=curriculum.facts.get("cost") or {},
+        config=config,
+        findings=findings,
+        truth=truth,
+    )
+
+
+def save_findings(run_folder: Path, findings: Sequence[str], truth: Sequence[TruthRow] = ()) -> None:
+    """Keep sentences that the caller measured, and the truth table, for this and later reports."""
+    rows = [
+        {
+            "group": row.group,
+            "selected": estimate_to_json(row.selected),
+            "deselected": estimate_to_json(row.deselected),
+        }
+        for row in truth
+    ]
+    write_json(
+        run_folder / FINDINGS, {"schema_version": SCHEMA_VERSION, "findings": list(findings), "truth": rows}
+    )
+
+
+def _read_findings(path: Path) -> tuple[tuple[str, ...], tuple[TruthRow, ...]]:
+    if not path.is_file():
+        return (), ()
+    value = read_json(path)
+    try:
+        truth = tuple(
+            TruthRow(
+                str(row["group"]), estimate_from_json(row["selected"]), estimate_from_json(row["deselected"])
+            )
+            for row in value.get("truth", [])
+        )
+        return tuple(str(sentence) for sentence in value.get("findings", [])), truth
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{path} is not in the format of this version ({error!r})") from error
+
+
+def _subtitle(config: Mapping[str, Any]) -> str:
+    model = (config.get("model") or {}).get("path", "")
+    sources = [source.get("path", "") for source in (config.get("data") or {}).get("train", [])]
+    return " on ".join(part for part in (str(model), ", ".join(map(str, sources))) if part)
+
+
+def _provenance(run_folder: Path, curriculum: Curriculum) -> dict[str, Any]:
+    facts = {
+        name: curriculum.facts[name] for name in ("key", "seeds", "evaluations") if name in curriculum.facts
+    }
+    summary_path = run_folder / "pairs" / "summary.json"
+    # The counts by status are shown on their own, from the table itself.
+    summary = read_json(summary_path) if summary_path.is_file() else {}
+    summary.pop("schema_version", None)
+    pairs = {name: value for name, value in summary.items() if not isinstance(value, dict | list)}
+    return {**facts, **(curriculum.facts.get("provenance") or {}), **({"pairs": pairs} if pairs else {})}
+
+
+def _read_drops(path: Path) -> tuple[DropCount, ...]:
+    table = pq.read_table(path, columns=["source", "status"])
+    counted = table.group_by(["source", "status"], use_threads=False).aggregate([([], "count_all")])
+    drops = [
+        DropCount(source or "", status, rows)
+        for source, status, rows in zip(
+            *(counted[name].to_pylist() for name in ("source", "status", "count_all")), strict=True
+        )
+    ]
+    return tuple(sorted(drops, key=lambda drop: (drop.source, drop.status != KEPT, -drop.rows, drop.status)))
+
+
+def _read_lengths(path: Path, curriculum: Curriculum) -> Lengths | None:
+    columns = ("prompt_tokens", "chosen_tokens", "rejected_tokens")
+    table = pq.read_table(path, columns=["pair_id", *columns], filters=pc.field("status") == KEPT)
+    what = "curriculum and pairs.parquet"
+    where_P = id_positions(curriculum.table["pair_id"], table["pair_id"], what=what)
+    lengths = Lengths(*(np.asarray(table[name].to_numpy(), dtype=np.int64)[where_P] for name in columns))
+    return lengths if lengths.pair_P.any() else None
+
+
+# ----------------------------------------------------------------------------------------------------
+# The curves in a trainer's log: loss, held-out loss and difficulty by step.
+
+
+TRAINER_LOG = "trainer_log.json"
+
+
+class Curve(NamedTuple):
+    """Values of one logged quantity; both tuples have one entry a logged step."""
+
+    steps: tuple[int, ...]
+    values: tuple[float, ...]
+
+
+class TrainingLog(NamedTuple):
+    """What is drawn of one arm's training. A curve that was not logged is empty."""
+
+    arm: str
+    loss: Curve
+    held_out_loss: Curve
+    difficulty: Curve
+
+
+def read_training_logs(run_folder: Path) -> tuple[TrainingLog, ...]:
+    """The logs of the run's policy and of each control, those that are there, the run's own first.
+
+    Raises:
+        ArtifactError: a log is not what the training stage writes.
+    """
+    policies = {SELECTED: run_folder / "policy"}
+    controls = run_folder / "controls"
+    if controls.is_dir():
+        policies |= {folder.name: folder / "policy" for folder in sorted(controls.iterdir())}
+    paths = {arm: folder / TRAINER_LOG for arm, folder in policies.items()}
+    return tuple(_read(arm, path) for arm, path in paths.items() if path.is_file())
+
+
+def _read(arm: str, path: Path) -> TrainingLog:
+    history = read_json(path).get("log_history")
+    if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
+        raise ArtifactError(f"{path} holds no log_history; run `train` again")
+    return TrainingLog(
+        arm, _curve(history, "loss"), _curve(history, "eval_loss"), _curve(history, "difficulty")
+    )
+
+
+def _curve(history: Sequence[Mapping[str, Any]], name: str) -> Curve:
+    points = [
+        (int(entry["step"]), float(entry[name]))
+        for entry in history
+        if "step" in entry and isinstance(entry.get(name), int | float) and math.isfinite(entry[name])
+    ]
+    return Curve(tuple(step for step, _ in points), tuple(value for _, value in points))
+
+
+# ----------------------------------------------------------------------------------------------------
+# Pairs to read: the easiest, the hardest, those in between, with their texts and what was measured.
+
+
+EXAMPLES_PER_GROUP = 5
+
+EASIEST, HARDEST, MEDIAN = "Easiest pairs", "Hardest pairs", "Pairs of median difficulty"
+
+BORDERLINE = "Borderline pairs, around the edge of the selection"
+
+# With these rules no difficulty separates the selected pairs from the others.
+_RULES_WITHOUT_EDGE = ("random", "all")
+
+
+class ExamplePair(NamedTuple):
+    """A pair to read, with what was measured for it."""
+
+    pair_id: str
+    rank: int
+    difficulty: float
+    spread: float | None
+    selected: bool
+    reason: str
+    prompt: Text
+    chosen: Text
+    rejected: Text
+
+
+class ExampleGroup(NamedTuple):
+    """Pairs from one region of the difficulty scale."""
+
+    title: str
+    pairs: tuple[ExamplePair, ...]
+
+
+def report_examples(path: Path, curriculum: Curriculum, rule: str) -> tuple[ExampleGroup, ...]:
+    """The groups of a report: easiest, borderline (or median), hardest. `path` is `pairs.parquet`."""
+    by_rank_P = rows_by_rank(curriculum)
+    title, centre = borderline(np.asarray(curriculum.table["selected"])[by_rank_P], rule)
+    half = EXAMPLES_PER_GROUP // 2 + 1
+    regions = {
+        EASIEST: by_rank_P[:EXAMPLES_PER_GROUP],
+        title: by_rank_P[max(0, centre - half) : centre + half],
+        HARDEST: by_rank_P[::-1][:EXAMPLES_PER_GROUP],
+    }
+    return read_groups(path, curriculum, {name: rows.tolist() for name, rows in regions.items()})
+
+
+def read_groups(
+    path: Path, curriculum: Curriculum, regions: Mapping[str, Sequence[int]]
+) -> tuple[ExampleGroup, ...]:
+    """For each title the pairs in these rows of the curriculum's table; texts from `pairs.parquet` at `path`.
+
+    Raises:
+        IdentityError: `path` does not hold one of the pairs.
+    """
+    table = curriculum.table
+    wanted = sorted({row for rows in regions.values() for row in rows})
+    shown = {row["pair_id"]: row for row in table.take(wanted).to_pylist()}
+    pairs = {text["pair_id"]: _example(shown[text["pair_id"]], text) for text in _read_texts(path, shown)}
+    if missing := [pair_id for pair_id in shown if pair_id not in pairs]:
+        raise IdentityError(f"{path} is not of this curriculum's data: it does not hold {name_some(missing)}")
+    ids = table["pair_id"]
+    return tuple(
+        ExampleGroup(name, tuple(pairs[ids[row].as_py()] for row in rows)) for name, rows in regions.items()
+    )
+
+
+def _read_texts(path: Path, pair_ids: Collection[str]) -> list[dict[str, Any]]:
+    """The texts of some kept pairs. Of a large file only the row groups that hold them are read."""
+    columns = ["pair_id", "status"]
+    with pq.ParquetFile(path) as file:
+        sizes = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
+        rows = np.flatnonzero(_is_wanted(file.read(columns), pair_ids))
+        groups = np.unique(np.searchsorted(np.cumsum(sizes), rows, side="right"))
+        table = file.read_row_groups(groups.tolist(), [*columns, "prompt", "chosen", "rejected"])
+    texts: list[dict[str, Any]] = table.filter(pa.array(_is_wanted(table, pair_ids))).to_pylist()
+    return texts
+
+
+def _is_wanted(table: pa.Table, pair_ids: Collection[str]) -> NDArray[np.bool_]:
+    ids = pa.array(list(pair_ids), type=pa.string())
+    return np.asarray(pc.and_(pc.equal(table["status"], KEPT), pc.is_in(table["pair_id"], ids)))
+
+
+def rows_by_rank(curriculum: Curriculum) -> NDArray[np.int64]:
+    """Row numbers of the curriculum's table, easiest first: [P]."""
+    return np.argsort(curriculum.table["rank"].to_numpy(), kind="stable")
+
+
+def borderline(selected_by_rank_P: NDArray[np.bool_], rule: str) -> tuple[str, int]:
+    """Title and centre of the middle group: the rank at which selection changes, else the median.
+
+    Shapes: selected_by_rank_P [P] bool, easiest first. A band has two edges; the upper one is taken,
+    for there the pairs are that were held to be too hard.
+    """
+    edges = np.flatnonzero(selected_by_rank_P[1:] != selected_by_rank_P[:-1]) + 1
+    if rule in _RULES_WITHOUT_EDGE or not len(edges):
+        return MEDIAN, len(selected_by_rank_P) // 2
+    return BORDERLINE, int(edges[-1])
+
+
+def _example(row: Mapping[str, Any], text: Mapping[str, Any]) -> ExamplePair:
+    prompt, chosen, rejected = (json.loads(text[name] or '""') for name in ("prompt", "chosen", "rejected"))
+    measured = {name: row[name] for name in ("pair_id", "rank", "difficulty", "spread", "selected", "reason")}
+    return ExamplePair(**measured, prompt=prompt, chosen=chosen, rejected=rejected)

@@ -1,0 +1,352 @@
+"""`report.html`: one file, no script, no network; every text that is not ours is escaped."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+
+from selective_dpo.curriculum.import_ import imported_in_words
+from selective_dpo.data.adapters import KEPT
+from selective_dpo.evaluation.results import (
+    REFERENCE,
+    SELECTED,
+    ArmResult,
+    EvaluationResults,
+    estimate_from_json,
+    main_measure,
+)
+from selective_dpo.losses import LN_2
+from selective_dpo.report import page as narrative
+from selective_dpo.report import tables
+from selective_dpo.report.content import DropCount, ReportContent, load_report_content
+from selective_dpo.report.figures import agreement_svg, arms_svg, difficulty_svg, length_svg, training_svg
+from selective_dpo.report.tables import chance_in_words, label_for, preview, printable, turns
+from selective_dpo.stats.estimates import Estimate
+from selective_dpo.storage.artifacts import write_atomic
+from selective_dpo.storage.locks import holding, lock_beside
+
+REPORT = "report.html"
+
+
+class Table(NamedTuple):
+    """A table of ready-made texts; the first column is flush left."""
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def write_report(run_folder: Path) -> Path:
+    """Render the report of a run folder to its `report.html`, atomically, and return the path.
+
+    Raises:
+        ArtifactError: pairs or curriculum are missing, or a file is damaged.
+        IdentityError: the curriculum holds pairs that `pairs/` does not.
+        BusyError: another process is writing it.
+    """
+    path = run_folder / REPORT
+    with holding(lock_beside(path), what=str(path)):
+        write_atomic(path, render_report(load_report_content(run_folder)))
+    return path
+
+
+def render_report(content: ReportContent) -> str:
+    """The report as the text of one HTML file."""
+    style = _own_file("report.css")
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=_printable_unless_markup,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    figures = {
+        "difficulty": difficulty_svg(content),
+        "agreement": agreement_svg(content),
+        "length": length_svg(content),
+        "arms": arms_svg(content),
+        "training": training_svg(content),
+    }
+    return environment.from_string(_own_file("report.html.j2")).render(
+        content=content,
+        # Our own style sheet and drawings are the only markup that is not escaped.
+        style=Markup(style),
+        style_hash=Markup(_style_hash(style)),
+        figures={name: Markup(svg) for name, svg in figures.items() if svg},
+        tiles=narrative.tiles(content),
+        headline=narrative.headline(content),
+        arms=_arms(content),
+        seeds=_seeds(content.agreement),
+        drops=_drops(content.drops),
+        truth=_truth(content),
+        provenance=_facts(content.provenance),
+        cost=_facts(content.cost),
+        config=json.dumps(content.config, indent=2) if content.config else "",
+        seeds_note=tables.seeds_note(content.results) if content.results else "",
+        agreement_note=narrative.agreement_note(content.agreement),
+        preview=preview,
+        turns=turns,
+    )
+
+
+def _own_file(name: str) -> str:
+    return resources.files("selective_dpo.report").joinpath(name).read_text("utf-8")
+
+
+def _style_hash(style: str) -> str:
+    return f"sha256-{base64.b64encode(hashlib.sha256(style.encode('utf-8')).digest()).decode('ascii')}"
+
+
+def _printable_unless_markup(value: object) -> object:
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _arms(content: ReportContent) -> Table | None:
+    if content.results is None:
+        return None
+    rows = []
+    for arm in content.results.arms:
+        held_out = arm.held_out
+        trained = ("–", "–") if arm.name == REFERENCE else (f"{arm.pairs:,}", f"{arm.updates:,}")
+        row = (
+            f"{arm.label} ({arm.name})",
+            *trained,
+            tables.share_with_reach(arm.win_rate) or "–",
+            "–" if arm.name == SELECTED else tables.points_with_reach(arm.difference) or "–",
+            tables.share_with_reach(held_out.accuracy) if held_out else "–",
+            tables.number_with_reach(held_out.loss, 3) if held_out else "–",
+            tables.number_with_reach(arm.answer_tokens, 1) or "–",
+        )
+        rows.append(row)
+    header = (
+        "Trained on",
+        "Pairs",
+        "Updates",
+        "Win rate",
+        "Selected minus it (points)",
+        "Held-out accuracy",
+        "Held-out loss",
+        "Answer tokens",
+    )
+    return _without_empty_columns(Table(header, tuple(rows)))
+
+
+def _without_empty_columns(table: Table) -> Table:
+    kept = [column for column in range(len(table.header)) if any(row[column] != "–" for row in table.rows)]
+    return Table(
+        tuple(table.header[column] for column in kept),
+        tuple(tuple(row[column] for column in kept) for row in table.rows),
+    )
+
+
+def _seeds(agreement: Mapping[str, Any]) -> Table | None:
+    rows = tuple(
+        (
+            f"{entry['a']} and {entry['b']}",
+            *(
+                tables.number_with_reach(estimate_from_json(entry[name])) or "–"
+                for name in ("spearman", "overlap", "jaccard")
+            ),
+        )
+        for entry in agreement.get("seeds") or []
+    )
+    return Table(("Seeds", "Spearman", "Overlap of the selected", "Jaccard"), rows) if rows else None
+
+
+def _drops(drops: tuple[DropCount, ...]) -> Table:
+    sources = sorted({drop.source for drop in drops})
+    totals: dict[str, int] = {}
+    for drop in drops:
+        totals[drop.status] = totals.get(drop.status, 0) + drop.rows
+    statuses = sorted(totals, key=lambda status: (status != KEPT, -totals[status], status))
+    count = {(drop.source, drop.status): drop.rows for drop in drops}
+    shown = sources if len(sources) > 1 else []
+    rows = [
+        (status, *(f"{count.get((source, status), 0):,}" for source in shown), f"{totals[status]:,}")
+        for status in statuses
+    ]
+    sums = [sum(rows for (of, _), rows in count.items() if of == source) for source in shown]
+    rows.append(("all input rows", *(f"{rows:,}" for rows in sums), f"{sum(totals.values()):,}"))
+    return Table(("Status", *shown, "Rows"), tuple(rows))
+
+
+def _truth(content: ReportContent) -> Table | None:
+    rows = tuple(
+        (row.group, tables.share_with_reach(row.selected), tables.share_with_reach(row.deselected))
+        for row in content.truth
+    )
+    return Table(("Share of the pairs", "Selected", "Not selected"), rows) if rows else None
+
+
+def _facts(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for name, item in value.items():
+        if isinstance(item, Mapping):
+            rows += _facts(item, f"{prefix}{name}.")
+        else:
+            rows.append((f"{prefix}{name}", _plain(item)))
+    return rows
+
+
+def _plain(value: object) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, list | tuple):
+        return ", ".join(_plain(item) for item in value)
+    return str(value)
+
+
+# ----------------------------------------------------------------------------------------------------
+# The measured numbers in words. A sentence is only as strong as its interval.
+
+
+_JUDGES = {
+    "embedded-world": "the world's own gold reward",
+    "reward-model": "a reward model",
+}
+
+_AGAINST_HALF = {1: "it is better", -1: "it is worse", 0: "this run does not tell the two apart"}
+
+
+class Tile(NamedTuple):
+    """One number that stands large at the top of the page."""
+
+    name: str
+    value: str
+    note: str
+
+
+def tiles(content: ReportContent) -> list[Tile]:
+    """Up to four headline numbers, each with what is needed to read it."""
+    selected, pairs = _counts(content)
+    scored = "with a difficulty" if content.imported else "scored"
+    shown = [Tile("Pairs kept", f"{selected:,}", f"of {pairs:,} {scored}: {label_for(content.select)}")]
+    measure = main_measure(content.results) if content.results else None
+    own = measure.values.get(SELECTED) if measure else None
+    if measure and own:
+        against = "ties count one half; 50% is no change" if measure.name == "win rate" else "50% is chance"
+        shown.append(Tile(measure.name.capitalize(), f"{own.value:.1%}", f"{interval(own)}; {against}"))
+    seeds = [estimate_from_json(entry["spearman"]) for entry in content.agreement.get("seeds") or []]
+    between = [estimate for estimate in seeds if np.isfinite(estimate.value)]
+    if between:
+        low, high = (min(between), max(between))
+        value = " – ".join(dict.fromkeys(f"{estimate.value:.2f}" for estimate in (low, high)))
+        width = max((estimate.high - estimate.low) / 2 for estimate in between)
+        shown.append(
+            Tile("Agreement of seeds", value, f"Spearman's correlation of difficulty, ± {width:.2f}")
+        )
+    chance = content.agreement.get("above_chance")
+    above = estimate_from_json(chance) if chance else None
+    if above and np.isfinite(above.value):
+        name, meaning = chance_in_words(content.agreement.get("chance_loss", LN_2))
+        shown.append(Tile(f"Above {name}", f"{above.value:.1%}", f"{interval(above)}; {meaning}"))
+    return shown
+
+
+def headline(content: ReportContent) -> list[str]:
+    """What was run and what was measured, a sentence each, with 95% intervals."""
+    selected, pairs = _counts(content)
+    kept = f"{selected:,} were kept ({label_for(content.select)})."
+    if content.imported is not None:
+        sentences = [
+            f"Difficulty was imported: {imported_in_words(content.imported)}.",
+            f"Of {pairs:,}, {kept}",
+        ]
+    else:
+        sentences = [f"{pairs:,} pairs were scored by models that were not trained on them; {kept}"]
+    quarantined = int(content.curriculum.facts.get("quarantined") or 0)
+    if quarantined:
+        sentences.append(
+            f"{quarantined:,} more {'has' if quarantined == 1 else 'have'} no difficulty, since a "
+            "log-probability or loss is not finite; none of them was selected."
+        )
+    without = content.curriculum.facts.get("missing_scorers") or []
+    if without:
+        sentences.append(f"Records are missing of {', '.join(map(str, without))}.")
+    partial = int(content.curriculum.facts.get("partial") or 0)
+    if partial:
+        sentences.append(f"{partial:,} pairs lack some of their records and were ranked by those they have.")
+    if content.results is None:
+        return [
+            *sentences,
+            "No evaluation is part of this run, so nothing is said about what training on them gives.",
+        ]
+    return sentences + _evaluation(content.results)
+
+
+def _evaluation(results: EvaluationResults) -> list[str]:
+    measure = main_measure(results)
+    if measure is None:
+        return ["The evaluation compared no answers and had no held-out pairs."]
+    sentences = []
+    own = measure.values.get(SELECTED)
+    if own and measure.name == "win rate":
+        sentences.append(
+            f"The policy trained on them wins {own.value:.1%} of the comparisons with its starting model "
+            f"({interval(own)}; {results.prompts:,} held-out prompts, {results.samples:,} "
+            f"{'answer' if results.samples == 1 else 'answers'} each, judged by "
+            f"{_JUDGES.get(results.judge, results.judge)}): {_AGAINST_HALF[_side(own, 0.5)]}."
+        )
+    elif own:
+        sentences.append(
+            f"The policy trained on them prefers the chosen answer in {own.value:.1%} of the held-out pairs "
+            f"({interval(own)})."
+        )
+    controls = [arm for arm in results.arms if arm.name not in (SELECTED, REFERENCE)]
+    return sentences + [_comparison(arm, arm.difference) for arm in controls if arm.difference]
+
+
+def _comparison(arm: ArmResult, difference: Estimate) -> str:
+    measured = (
+        f"{100 * difference.value:+.1f} percentage points "
+        f"(95% interval {100 * difference.low:+.1f} to {100 * difference.high:+.1f}, paired by prompt)"
+    )
+    side = _side(difference, 0.0)
+    if side == 0:
+        return f"This run does not tell its win rate from that of “{arm.label}”: {measured}."
+    return f"Its win rate is {'higher' if side > 0 else 'lower'} than that of “{arm.label}”: {measured}."
+
+
+def _side(estimate: Estimate, zero: float) -> int:
+    """1 or -1 where the whole interval is above or below `zero`, else 0, also where there is no interval."""
+    return int(estimate.low > zero) - int(estimate.high < zero)
+
+
+def agreement_note(agreement: Mapping[str, Any]) -> str:
+    """How to read overlaps, and how wide the heat map's intervals are."""
+    notes = ["Half the 95% interval follows each number (bootstrap over prompts)."]
+    fraction = agreement.get("fraction")
+    if fraction is not None:
+        notes.append(f"Unrelated selections of this size would overlap by {fraction:.0%}.")
+    low, high = (
+        np.array(agreement.get(name) or [], dtype=float) for name in ("spearman_low", "spearman_high")
+    )
+    if low.size and np.isfinite(high - low).any():
+        notes.append(f"In the picture no interval is wider than ± {np.nanmax(high - low) / 2:.2f}.")
+    return " ".join(notes)
+
+
+def interval(estimate: Estimate) -> str:
+    """The 95% interval of a share, in words."""
+    if np.isnan(estimate.low):
+        return "no interval: one prompt only"
+    return f"95% interval {estimate.low:.1%} to {estimate.high:.1%}"
+
+
+def _counts(content: ReportContent) -> tuple[int, int]:
+    selected_P = np.asarray(content.curriculum.table["selected"])
+    return int(selected_P.sum()), len(selected_P)

@@ -1,0 +1,343 @@
+"""What each stage's work is and which key its result gets. Asking changes nothing."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+
+from selective_dpo.config import Recipe, ScoreConfig, SelectConfig, TrainConfig
+from selective_dpo.config.load import dump_config
+from selective_dpo.curriculum.table import TABLE, Curriculum
+from selective_dpo.data.sources import source_digest, source_label
+from selective_dpo.data.store import TOKENS
+from selective_dpo.data.templates import template_digest
+from selective_dpo.data.tokenize import tokenizer_digest
+from selective_dpo.difficulty.protocols import ScorerRun
+from selective_dpo.difficulty.scorer import RECORDS, ScorerJob
+from selective_dpo.distributed.processes import this_process
+from selective_dpo.errors import ArtifactError, ConfigError, RunChangedError, name_some
+from selective_dpo.evaluation.results import repeat_name
+from selective_dpo.identity import ids_digest
+from selective_dpo.models import remote_code
+from selective_dpo.report.tables import label_for
+from selective_dpo.storage.artifacts import content_key, file_digest, read_json, read_manifest, write_json
+from selective_dpo.storage.digests import digest
+from selective_dpo.training.arguments import autocast_dtype, weights_dtype
+from selective_dpo.training.checkpointing import CheckpointPlan
+from selective_dpo.training.train import TrainingJob
+
+if TYPE_CHECKING:
+    from selective_dpo.run.stages import Run
+
+
+class Training(NamedTuple):
+    """What one policy is trained on, and where it goes."""
+
+    select: SelectConfig
+    curriculum: Path
+    """The folder that holds it."""
+    policy: Path
+    seed: int | None = None
+    """In place of the recipe's own."""
+
+    @property
+    def label(self) -> str:
+        """In words."""
+        return label_for(self.select) + ("" if self.seed is None else f", seed {self.seed}")
+
+
+def reference_key(run: Run, pairs: Path) -> str:
+    """Key of the reference's log-probs of the prepared pairs in the folder `pairs`."""
+    trained = trained_ids(run) if pairs == run.folder.pairs else None
+    return content_key(
+        stage="reference",
+        tokens=read_manifest(pairs).files[TOKENS],
+        **_model_key(run, reference_block(run)),
+        autocast=str(autocast_dtype(reference_block(run).trainer, run.recipe.model)),
+        tokens_per_batch=run.recipe.score.tokens_per_batch,
+        **({} if trained is None else {"pairs": ids_digest(trained)}),
+    )
+
+
+def trained_ids(run: Run) -> list[str] | None:
+    """The training pairs whose reference is needed: with an imported curriculum those that some arm trains
+    on, sorted; None: all, since all are scored.
+
+    Raises:
+        ArtifactError: an arm's curriculum is not there yet.
+    """
+    if not run.recipe.curriculum:
+        return None
+    return sorted({name for _, folder in run.arms.values() for name in Curriculum.load(folder).order})
+
+
+def reference_block(run: Run) -> ScoreConfig | TrainConfig:
+    """The block in whose precision the reference runs: the scorers', who use it first, or the training's
+    where there are none."""
+    return run.recipe.train if run.recipe.curriculum else run.recipe.score
+
+
+def scorer_job(run: Run, scorer: ScorerRun) -> ScorerJob:
+    """One scorer's work and key. `ArtifactError` while pairs or reference are not complete."""
+    recipe = run.recipe
+    # Not which scorers there are: adding one must not throw away the others' records.
+    which = {"protocol", "seeds", "target_overlap", "min_fold_prompts"}
+    settings = recipe.score.model_dump(mode="json", exclude=which)
+    key = content_key(
+        stage="records",
+        scorer=scorer.name,
+        score=settings,
+        max_length=recipe.data.max_length,
+        **_model_key(run, recipe.score),
+        tokens=read_manifest(run.folder.pairs).files[TOKENS],
+        reference=read_manifest(run.folder.reference).files,
+    )
+    folder = run.folder.scores(scorer)
+    tracking = run.folder.tracking / scorer.name
+    checkpoints = _checkpoints(run, scorer.name, key)
+    return ScorerJob(
+        recipe, scorer, run.folder.pairs, run.folder.reference, folder, key, tracking, checkpoints
+    )
+
+
+def record_digests(jobs: Sequence[ScorerJob]) -> dict[str, str]:
+    """SHA-256 of the records of each finished scorer, by its name."""
+    return {job.run.name: read_manifest(job.folder).files[RECORDS] for job in jobs}
+
+
+def imported_inputs(run: Run, digest: str) -> dict[str, str]:
+    """What a curriculum is made from, where its difficulty is imported with this digest of its content."""
+    return {"curriculum": digest, "pairs": read_manifest(run.folder.pairs).files[TOKENS]}
+
+
+def curriculum_key(records: Mapping[str, str], select: SelectConfig) -> str:
+    """Key of the curriculum made from these records (see `record_digests` and `imported_inputs`)."""
+    return content_key(stage="curriculum", records=dict(records), select=select.model_dump(mode="json"))
+
+
+def has_curriculum(folder: Path, key: str) -> bool:
+    """Whether `folder` holds the curriculum that was made under `key`."""
+    try:
+        return bool(Curriculum.load(folder).facts["key"] == key)
+    except ArtifactError:
+        return False
+
+
+def trainings(run: Run) -> dict[str, Training]:
+    """Every policy that is trained: of each arm, and of the run's own with each of the other seeds."""
+    own = run.recipe.select
+    arms = {name: Training(select, at, at / "policy") for name, (select, at) in run.arms.items()}
+    return arms | {
+        repeat_name(seed): Training(own, run.folder.root, run.folder.repeat(seed) / "policy", seed)
+        for seed in run.recipe.evaluate.training_seeds
+    }
+
+
+def training_job(run: Run, name: str) -> TrainingJob:
+    """What trains the policy `name` of `trainings`, from its curriculum as it is on disk."""
+    recipe = run.recipe
+    training = trainings(run)[name]
+    curriculum = Curriculum.load(training.curriculum)
+    has_test = bool(recipe.data.test)
+    key = content_key(
+        stage="policy",
+        order=curriculum.order_digest,
+        curriculum=curriculum.facts["key"],
+        train=recipe.train.model_dump(mode="json", include={"lora", "trainer"}),
+        max_length=recipe.data.max_length,
+        **_model_key(run, recipe.train),
+        tokens=read_manifest(run.folder.pairs).files[TOKENS],
+        reference=read_manifest(run.folder.reference).files,
+        held_out=read_manifest(run.folder.test_reference).files if has_test else {},
+        **({} if training.seed is None else {"seed": training.seed}),
+    )
+    return TrainingJob(
+        recipe,
+        name,
+        training.label,
+        run.folder.pairs,
+        run.folder.reference,
+        run.folder.test_pairs if has_test else None,
+        run.folder.test_reference if has_test else None,
+        training.curriculum / TABLE,
+        training.policy,
+        key,
+        run.folder.tracking / name,
+        _checkpoints(run, name, key),
+        training.seed,
+    )
+
+
+def _checkpoints(run: Run, name: str, key: str) -> CheckpointPlan:
+    launch = run.recipe.launch
+    return CheckpointPlan(
+        run.folder.checkpoints(name), key, minutes=launch.checkpoint_minutes, steps=launch.checkpoint_steps
+    )
+
+
+def _model_key(run: Run, block: ScoreConfig | TrainConfig) -> dict[str, object]:
+    # Content, not paths: a model moved elsewhere is the same. Tokenizer and template decide the tokens,
+    # which have a digest of their own.
+    numerics = run.recipe.model.model_dump(mode="json", include={"dtype", "attention"})
+    held = weights_dtype(run.recipe.model, block.lora, block.trainer)
+    if held != run.recipe.model.dtype:
+        numerics["held_in"] = held
+    return {"weights": run.model_digest, "numerics": numerics}
+
+
+# ----------------------------------------------------------------------------------------------------
+# What must be as it was when a run is gone on with: the content of its inputs, and how it is spread.
+#
+# The recipe itself is compared field by field (`RunDirectory.require_unchanged`); here is what a recipe only
+# names, or does not hold.
+
+
+INPUTS = "inputs.json"
+
+JUDGE = "judge"
+"""What the judge is called there, before its name."""
+
+_SHOWN = 12
+"""Digits of a digest in a message."""
+
+
+class Trained(Protocol):
+    """A training's job."""
+
+    @property
+    def folder(self) -> Path:
+        """Where its result is."""
+        ...
+
+
+def input_digests(run: Run) -> dict[str, str]:
+    """SHA-256 of the content that the recipe names, by the key that names it."""
+    recipe = run.recipe
+    evaluate, prompts = recipe.evaluate, recipe.evaluate.generation.source
+    has_judge = evaluate.judge != "none"
+    sources = {"data.train": recipe.data.train, "data.test": recipe.data.test}
+    return {
+        f"model {recipe.model.path}": run.model_digest,
+        f"tokenizer {recipe.model.tokenizer or recipe.model.path}": tokenizer_digest(run.tokenizer),
+        f"chat template {recipe.model.chat_template or 'of the tokenizer'}": template_digest(run.tokenizer),
+        **{
+            f"{key}.{number} {source_label(source)}": source_digest(source)
+            for key, listed in sources.items()
+            for number, source in enumerate(listed)
+        },
+        **({f"curriculum {recipe.curriculum}": run.outside.digest} if run.outside else {}),
+        **({f"{JUDGE} {evaluate.reward_model or evaluate.judge}": run.judge_digest} if has_judge else {}),
+        **({f"evaluate.generation.source {prompts}": file_digest(Path(prompts))} if prompts else {}),
+    }
+
+
+def require_same_inputs(run: Run, inputs: Mapping[str, str]) -> None:
+    """Refuse to go on with inputs of another content than the run began with.
+
+    Names of inputs are the recipe's affair; a moved file is no other content.
+
+    Raises:
+        RunChangedError: each changed input is named, with its digest before and now.
+    """
+    path = run.folder.root / INPUTS
+    if run.fresh or not path.is_file():
+        return
+    # By what they are for; where they lie may differ.
+    before = {name.split()[0]: digest for name, digest in read_json(path).items()}
+    changes = [
+        f"{name}: SHA-256 {before[kind][:_SHOWN]} -> {digest[:_SHOWN]}"
+        for name, digest in inputs.items()
+        if (kind := name.split()[0]) in before and before[kind] != digest
+    ]
+    if changes:
+        raise RunChangedError(
+            f"{run.folder.root} was made from other inputs ({name_some(changes, limit=8)}): put them back, "
+            "give this run another name, or pass --fresh to redo the stages that the change touches"
+        )
+
+
+def remember_inputs(run: Run, inputs: Mapping[str, str]) -> None:
+    """Write down what the run is made from; the main process does."""
+    path = run.folder.root / INPUTS
+    if this_process().is_main_process and (not path.is_file() or read_json(path) != inputs):
+        write_json(path, inputs)
+
+
+def require_same_processes(complete: Iterable[Trained]) -> None:
+    """Refuse to train beside the results of these complete jobs by another number of processes.
+
+    The same settings on more processes are more pairs in an update: the results would not be of one kind.
+
+    Raises:
+        ConfigError: the numbers are named.
+    """
+    now = this_process().num_processes
+    for job in complete:
+        then = read_json(job.folder / "cost.json")["processes"]
+        if then != now:
+            raise ConfigError(
+                f"{job.folder} was trained by {then} process(es), and now there are {now}, which with the "
+                "same settings makes another number of pairs in an update: start as many as before, or set "
+                "per_device_train_batch_size or gradient_accumulation_steps to match and pass --fresh"
+            )
+
+
+# ----------------------------------------------------------------------------------------------------
+# Where a result came from: enough to make it again.
+
+
+_PACKAGES = ("selective-dpo", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "numpy")
+
+
+def provenance(recipe: Recipe, *, inputs: dict[str, str]) -> dict[str, Any]:
+    """Versions, hardware, git state, the recipe's digest and those of its inputs.
+
+    It is published, on a model card too: no environment variables, no user names, no paths of this machine,
+    so not the command either. What that said stands in the run's `config.json`.
+    """
+    return {
+        "recipe_sha256": digest(dump_config(recipe)),
+        "inputs": inputs,
+        "trust_remote_code": recipe.model.trust_remote_code,
+        "remote_code": remote_code(recipe.model),
+        "versions": {"python": platform.python_version(), **_versions()},
+        "hardware": hardware(),
+        "git": git_state(),
+    }
+
+
+def hardware() -> dict[str, Any]:
+    """The machine in a few words."""
+    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    return {"machine": platform.machine(), "cpus": os.cpu_count(), "gpus": gpus}
+
+
+def git_state() -> str | None:
+    """Commit of the checkout this was started in, with "+changes" if it was not clean; None outside git."""
+    try:
+        commit = _git("rev-parse", "HEAD")
+        return commit + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found

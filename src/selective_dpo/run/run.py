@@ -1,0 +1,208 @@
+"""The verbs as plain functions: each brings a run up to its stage, and has the run to itself meanwhile.
+
+All of them raise `BusyError` where another process is at work on the run (`pipeline.lock`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from selective_dpo.config import Recipe
+from selective_dpo.config.load import make_recipe
+from selective_dpo.config.trainer_options import check_recipe_options
+from selective_dpo.curriculum.records import Records
+from selective_dpo.curriculum.table import Curriculum, require_dataset
+from selective_dpo.difficulty.scorer import collect_records
+from selective_dpo.distributed.launch import relaunch, under_a_launcher
+from selective_dpo.distributed.processes import leave_group, this_process, wait_for_everyone
+from selective_dpo.evaluation.evaluate import check_evaluation
+from selective_dpo.report.page import write_report
+from selective_dpo.run.doctor import require_sound
+from selective_dpo.run.folder import RunDirectory, alone, beside_others
+from selective_dpo.run.stages import (
+    Run,
+    build_curricula,
+    ensure_curriculum,
+    ensure_evaluation,
+    ensure_pairs,
+    ensure_policy,
+    ensure_scores,
+)
+from selective_dpo.storage.artifacts import replacing
+from selective_dpo.training.arguments import PURE
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+logger = logging.getLogger(__name__)
+
+
+def open_run(recipe: Recipe, *, fresh: bool = False, say: Callable[[str], object] = print) -> Run:
+    """The run that `recipe` names; nothing is written yet.
+
+    With `fresh`, a recipe that differs from the one the folder was made with is accepted: stages whose
+    inputs did not change are kept, the others are made again. Before the first result is made, all that
+    `doctor` refuses is refused (see `require_sound`).
+
+    Raises:
+        ConfigError: settings that TRL, transformers or PEFT would refuse or ignore; an evaluation that
+            cannot be done.
+        RunChangedError: the folder belongs to another recipe, and not `fresh`.
+    """
+    check_recipe_options(recipe)
+    check_evaluation(recipe.evaluate, has_test=bool(recipe.data.test))
+    if not recipe.model.master_weights and this_process().is_main_process:
+        logger.warning("WARNING: %s (model.master_weights)", PURE.format(dtype=recipe.model.dtype))
+    run = Run(recipe, RunDirectory.of(recipe), say, fresh, check=require_sound)
+    if not fresh:
+        run.folder.require_unchanged(recipe)
+    wait_for_everyone()
+    return run
+
+
+def score(run: Run, *, only: tuple[str, ...] = ()) -> None:
+    """Measure the difficulty of every pair; what is already measured is kept.
+
+    With `only`, the scorers of that name, beside other commands that measure others.
+    """
+    with _locked(run, only):
+        ensure_scores(run, only=only)
+
+
+def curriculum(run: Run) -> Curriculum:
+    """Difficulty, agreement, selection and order.
+
+    With `select.allow_partial` from the records that are there; else missing scorers are run first.
+    """
+    with alone(run.folder.root):
+        return build_curricula(run) if run.recipe.select.allow_partial else ensure_curriculum(run)
+
+
+def train(run: Run) -> Path:
+    """The policy trained along the curriculum; returns its folder."""
+    with alone(run.folder.root):
+        ensure_policy(run)
+        push(run)
+    return run.folder.policy
+
+
+def evaluate(run: Run) -> Path:
+    """Held-out pairs and sampled answers of every arm; returns the evaluation's folder."""
+    with alone(run.folder.root):
+        ensure_evaluation(run)
+    return run.folder.evaluation
+
+
+def report(run: Run) -> Path:
+    """Write `report.html` from whatever stages are complete; a curriculum is the least.
+
+    It only reads the stages, so it may be written while another command works on later ones.
+    """
+    path = run.folder.report
+    if this_process().is_main_process:
+        path = write_report(run.folder.root)
+        run.tell(f"report: {path}")
+    return path
+
+
+def run_all(run: Run) -> Path:
+    """All stages; returns the report's path."""
+    with alone(run.folder.root):
+        ensure_evaluation(run)
+        path = report(run)
+        push(run)  # last: the hub may fail, and everything else is there then
+    return path
+
+
+def _locked(run: Run, only: tuple[str, ...]) -> AbstractContextManager[None]:
+    return beside_others(run.folder.root) if only else alone(run.folder.root)
+
+
+def push(run: Run) -> None:
+    """Send the finished policy to the hub, where the recipe asks for it and it was not done yet."""
+    if run.recipe.train.hub_id and this_process().is_main_process:
+        from selective_dpo.training.train import push_policy
+
+        if push_policy(run.folder.policy, run.folder.root / "hub.json", run.recipe.train):
+            run.tell(f"policy: pushed to {run.recipe.train.hub_id}")
+
+
+def run_verb(
+    verb: str, recipe: Recipe, *, fresh: bool, only: tuple[str, ...], command_line: Sequence[str]
+) -> int:
+    """What `selective-dpo VERB RECIPE` does; returns the exit code.
+
+    With `launch.processes` above 1 the same command is started again in so many processes, after the
+    pairs are prepared here: what a user can mend shows before anything is launched.
+    """
+    run = open_run(recipe, fresh=fresh)
+    if recipe.launch.processes > 1 and not under_a_launcher():
+        with _locked(run, only):
+            ensure_pairs(run)
+        return relaunch(command_line, processes=recipe.launch.processes)
+    actions: dict[str, Callable[[], object]] = {
+        "score": lambda: score(run, only=only),
+        "curriculum": lambda: curriculum(run),
+        "train": lambda: train(run),
+        "evaluate": lambda: evaluate(run),
+        "report": lambda: report(run),
+        "run": lambda: run_all(run),
+    }
+    actions[verb]()
+    leave_group()
+    return 0
+
+
+def score_difficulty(
+    model: str | Path,
+    pairs: str | Path | Dataset,
+    *,
+    output_dir: str | Path,
+    score: Mapping[str, Any] | None = None,
+    data: Mapping[str, Any] | None = None,
+    dtype: str = "bfloat16",
+    workers: int = 1,
+) -> Records:
+    """Held-out losses of preference pairs for a model: the records a curriculum is built from.
+
+    Args:
+        model: Hub name or folder of the starting (SFT) policy.
+        pairs: A file, a `datasets` folder, or a `datasets.Dataset` of preference pairs.
+        output_dir: The run folder; what is already measured there is not measured again.
+        score, data: Recipe keys of these blocks, such as `{"seeds": [1], "trainer": {...}}`.
+        dtype: What the weights are loaded as.
+        workers: Scorers trained at a time.
+
+    Raises:
+        SelectiveDPOError: anything that the caller has to mend.
+    """
+    folder = Path(output_dir)
+    with alone(folder):
+        recipe = make_recipe(
+            {
+                "name": folder.name,
+                "output_dir": str(folder.parent),
+                "model": {"path": str(model), "dtype": dtype},
+                "data": {**(data or {}), "train": [{"path": str(_on_disk(pairs, folder))}]},
+                "score": dict(score or {}),
+                "launch": {"workers": workers},
+            }
+        )
+        run = open_run(recipe, say=lambda line: None)
+        ensure_scores(run)
+        return collect_records([run.folder.scores(scorer) for scorer in run.scorer_runs])
+
+
+def _on_disk(pairs: str | Path | Dataset, folder: Path) -> str | Path:
+    if isinstance(pairs, str | Path):
+        return pairs
+    require_dataset(pairs)
+    path = folder / "input.parquet"
+    with replacing(path) as partial:
+        pairs.to_parquet(str(partial))
+    return path

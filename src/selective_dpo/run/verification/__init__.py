@@ -1,0 +1,1 @@
+"""What `verify` checks, a module a stage."""

@@ -1,0 +1,1 @@
+"""Statistics on arrays: estimates with intervals, bootstrap, rank correlation, win rates. NumPy only."""
