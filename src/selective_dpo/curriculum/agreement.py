@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -148,7 +147,7 @@ def _basis(table: LossTable, how: str, rule: Rule, chance_loss: float) -> _Basis
     held_PSE = np.isfinite(table.losses_PSE)
     present_SE = np.asarray(held_PSE.any(axis=0))
     whole_P = np.asarray(held_PSE[:, present_SE].all(axis=1))
-    whole = table if whole_P.all() else _rows(table, whole_P)
+    whole = table if whole_P.all() else table.of_pairs(whole_P)
     seeds, own_SP = _own_difficulties(whole, present_SE, how)
     losses_CP = whole.losses_PSE[:, present_SE].T
     # Partial, because whole columns may be missing; the pairs compared have all records of the others.
@@ -177,24 +176,14 @@ def _value_codes(values_P: NDArray[np.float64]) -> NDArray[np.intp]:
     return np.asarray(np.unique(values_P, return_inverse=True)[1], dtype=np.intp)
 
 
-def _rows(table: LossTable, kept_P: NDArray[np.bool_]) -> LossTable:
-    return replace(
-        table,
-        pair_ids_P=table.pair_ids_P[kept_P],
-        prompt_ids_P=table.prompt_ids_P[kept_P],
-        losses_PSE=table.losses_PSE[kept_P],
-    )
-
-
 def _own_difficulties(
     table: LossTable, present_SE: NDArray[np.bool_], how: str
 ) -> tuple[list[int], NDArray[np.float64]]:
     """The seeds that have what the criterion reads, and the difficulties by each of them alone [S, P]."""
     seeds, own = [], []
     for s in np.flatnonzero(present_SE.any(axis=1)).tolist():
-        alone = replace(table, seeds_S=table.seeds_S[s : s + 1], losses_PSE=table.losses_PSE[:, s : s + 1])
         with contextlib.suppress(RecordsError):  # such as the last evaluation, which this seed lacks
-            own.append(difficulty(alone, how, allow_partial=True).difficulty_P)
+            own.append(difficulty(table.of_seed(s), how, allow_partial=True).difficulty_P)
             seeds.append(s)
     # The shape is given, because there may be no seed to read it off.
     return seeds, np.array(own).reshape(len(seeds), len(table.pair_ids_P))

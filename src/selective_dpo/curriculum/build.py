@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from selective_dpo.config import SelectConfig
 from selective_dpo.config.messages import explain
+from selective_dpo.criteria import CRITERIA
 from selective_dpo.curriculum.agreement import agreement
 from selective_dpo.curriculum.records import Difficulty, LossTable, Records, difficulty, loss_table
 from selective_dpo.curriculum.select import DEFAULT_FRACTION, Rule, training_positions
@@ -61,7 +62,8 @@ def build_curriculum(
     is_dpo = True
     if isinstance(losses, Records):
         is_dpo = is_dpos_own(PairLosses(losses.margin, losses.loss))
-        losses = loss_table(losses, allow_partial=config.allow_partial)
+        reads = CRITERIA[config.aggregate].reads
+        losses = loss_table(losses, allow_partial=config.allow_partial, columns=reads)
     if chance_loss is None and is_dpo:
         chance_loss = LN_2
     measured = difficulty(losses, config.aggregate, allow_partial=config.allow_partial)
@@ -107,7 +109,6 @@ def assemble(
     # What is not a number becomes null: the spread of a difficulty that was imported is not known.
     arrays = {name: pa.array(columns[name], type=kind, from_pandas=True) for name, kind in COLUMNS.items()}
     table = pa.table(arrays)
-    complete = len(losses.seeds_S) * len(losses.evaluations_E)
     own = {
         "pairs": len(losses.pair_ids_P),
         "selected": int(selected.selected_P.sum()),
@@ -115,7 +116,7 @@ def assemble(
         "seeds": list(losses.seeds_S),
         "evaluations": list(losses.evaluations_E),
         "quarantined": len(aside) if reason == REASON else 0,
-        "partial": int((measured.count_P < complete).sum()),
+        "partial": int((measured.count_P < losses.complete).sum()),
     }
     return Curriculum(_with_aside(_with_losses(table, losses), aside, reason), {**own, **facts})
 

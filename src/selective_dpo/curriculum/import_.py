@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from selective_dpo.config import SelectConfig
 from selective_dpo.curriculum.build import assemble, build_curriculum, resolved_selection
 from selective_dpo.curriculum.columns import require_plain, text_array
-from selective_dpo.curriculum.records import LARGEST_LOSS, Difficulty, LossTable, difficulty
+from selective_dpo.curriculum.records import MAX_LOSS, Difficulty, LossTable, difficulty
 from selective_dpo.curriculum.table import Curriculum, dataset_ids, digest_of_table, facts_path
 from selective_dpo.data.store import load_ids
 from selective_dpo.errors import ArtifactError, ConfigError, DataError, IdentityError, RecordsError, name_some
@@ -361,7 +361,7 @@ def _numbers(path: Path, table: pa.Table, *, first_line: int) -> Numbers:
     except pa.ArrowInvalid:
         row = next((row for row, text in enumerate(texts) if not _is_number(text)), 0)
         raise _bad_row(path, row + first_line, texts[row], table) from None
-    bad_N = is_row_N & ~(np.asarray(has_id) & (np.abs(values_N) <= LARGEST_LOSS))
+    bad_N = is_row_N & ~(np.asarray(has_id) & (np.abs(values_N) <= MAX_LOSS))
     if bad_N.any():
         row = int(np.argmax(bad_N))
         raise _bad_row(path, row + first_line, texts[row], table)

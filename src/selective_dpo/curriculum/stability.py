@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -307,16 +306,11 @@ def seed_sets(table: LossTable, how: str, rule: Rule) -> SeedSets:
     """
     if len(table.seeds_S) < 2:
         raise RecordsError("a prediction of stability needs the records of at least two seeds: score another")
-    whole_P = np.isfinite(table.losses_PSE).all(axis=(1, 2))
+    whole_P = np.asarray(np.isfinite(table.losses_PSE).all(axis=(1, 2)))
     if not whole_P.any():
         raise RecordsError("no pair has the records of all seeds: finish the scoring first")
-    whole = replace(
-        table,
-        pair_ids_P=table.pair_ids_P[whole_P],
-        prompt_ids_P=table.prompt_ids_P[whole_P],
-        losses_PSE=table.losses_PSE[whole_P],
-    )
-    own_SP = np.array([_own_difficulty(whole, s, how) for s in range(len(table.seeds_S))])
+    whole = table.of_pairs(whole_P)
+    own_SP = np.array([difficulty(whole.of_seed(s), how).difficulty_P for s in range(len(table.seeds_S))])
     code_SP = np.array([ranks(own_P, whole.pair_ids_P) for own_P in own_SP], dtype=np.intp)
     kept_SP = _up_to_threshold(own_SP, rule) if rule.name == "below" else None
     if kept_SP is None:
@@ -349,11 +343,6 @@ def mean_overlap(sets: SeedSets, weights_P: NDArray[np.float64]) -> float:
     selections = float(weight_C @ count_C)
     shared = float(weight_C @ (count_C * (count_C - 1)))
     return shared / ((sets.seeds - 1) * selections) if selections > 0 else math.nan
-
-
-def _own_difficulty(table: LossTable, s: int, how: str) -> NDArray[np.float64]:
-    alone = replace(table, seeds_S=table.seeds_S[s : s + 1], losses_PSE=table.losses_PSE[:, s : s + 1])
-    return difficulty(alone, how).difficulty_P
 
 
 def _window(pairs: int, rule: Rule) -> tuple[float, float]:
