@@ -245,17 +245,28 @@ class ScoreConfig(Block):
         return self
 
 
-def _known_criterion(name: str) -> str:
-    if name not in CRITERIA:
-        raise ValueError(f"no criterion is called {name!r}; use {', '.join(CRITERIA)}")
+def _criterion_name(name: str) -> str:
+    module, colon, function = name.partition(":")
+    is_dotted = all(part.isidentifier() for part in [*module.split("."), function])
+    if name not in CRITERIA and not (colon and is_dotted):
+        raise ValueError(
+            f"no criterion is called {name!r}; use {', '.join(CRITERIA)}, or my_module:my_function"
+        )
     return name
 
 
-CriterionName = Annotated[
-    str,
-    AfterValidator(_known_criterion),
-    Field(json_schema_extra=lambda schema: schema.update(enum=list(CRITERIA))),
-]
+def _describe_criteria(schema: dict[str, Any]) -> None:
+    # The registered names are looked up when the schema is made, so that a user's own are among them.
+    names, function = (
+        {"enum": list(CRITERIA), "type": "string"},
+        {"pattern": r"^[\w.]+:\w+$", "type": "string"},
+    )
+    schema.pop("type")
+    schema["anyOf"] = [names, function]
+
+
+CriterionName = Annotated[str, AfterValidator(_criterion_name), Field(json_schema_extra=_describe_criteria)]
+"""A name in `CRITERIA`, or `my_module:my_function` for a function of the user's own."""
 
 
 class SelectConfig(Block):
@@ -361,8 +372,9 @@ class EvaluateConfig(Block):
 
     generation: GenerationConfig = GenerationConfig()
     """Sampling from the policy and the starting model."""
-    judge: Literal["none", "reward-model", "embedded-world"] = "none"
-    """Who compares the answers: nobody, a sequence classifier, or the embedded world's gold reward."""
+    judge: Annotated[str, Field(min_length=1)] = "none"
+    """Who compares the answers: `none`, `reward-model` (a sequence classifier), `embedded-world` (its gold
+    reward), or `my_module:MyJudge`, a class of your own (docs/extending.md)."""
     reward_model: PathText = ""
     """Hub name or folder of the sequence classifier for judge `reward-model`."""
     controls: dict[str, SelectConfig] = Field(default_factory=dict)

@@ -194,8 +194,9 @@ def _refuse(ids_P: NDArray[np.str_], rows: NDArray[np.integer[Any]], what: str, 
 def _require_complete(table: LossTable) -> None:
     lacking = table.pair_ids_P[table.counts_P < table.complete]
     if len(lacking):
+        pairs = len(table.pair_ids_P)
         raise RecordsError(
-            f"{len(lacking):,} of {len(table.pair_ids_P):,} pairs lack some of their {table.complete} records: "
+            f"{len(lacking):,} of {pairs:,} pairs lack some of their {table.complete} records: "
             f"{name_some(lacking)}; score them, or accept them with --allow-partial"
         )
 
