@@ -104,7 +104,7 @@ def loss_table(
         RecordsError: no records; a record stands twice; a loss is not finite; a pair was measured in both
             folds of a seed; or, unless `allow_partial`, a pair lacks a record. Some of the pairs are named.
     """
-    return _arrange(_to_arrow(records), columns, allow_partial=allow_partial)
+    return arrange(_to_arrow(records), columns, allow_partial=allow_partial)
 
 
 def read_loss_table(
@@ -133,11 +133,13 @@ def read_loss_table(
             table = table.set_column(place, name, pc.dictionary_encode(table[name]))
         tables.append(table)
     records = pa.concat_tables(tables or [SCHEMA.empty_table()])
-    return _arrange(records, columns, allow_partial=allow_partial)
+    return arrange(records, columns, allow_partial=allow_partial)
 
 
-def _arrange(table: pa.Table, columns: Collection[str], *, allow_partial: bool) -> LossTable:
-    """The records in `table`, its rows in any order, by pair, seed and evaluation."""
+def arrange(
+    table: pa.Table, columns: Collection[str] = ("loss",), *, allow_partial: bool = False
+) -> LossTable:
+    """What `loss_table` makes of an Arrow table of records, whose rows come in any order."""
     if not len(table):
         raise RecordsError("there are no records: run the scoring first")
     code_R, ids_D = codes(table["pair_id"])
