@@ -53,7 +53,7 @@ def agreement(
       |A and B| / |A|, `jaccard` |A and B| / |A or B|. For rules that do not go by difficulty
       (`random`, `all`) the easiest half stands in; `fraction` is the share compared, null for `below`;
     - `above_chance`: the share of pairs whose difficulty (or mean loss, where that is no loss) is above
-      `chance_loss`, that of a policy that has not moved (see `core.losses`), with the interval of
+      `chance_loss`, that of a policy that has not moved (see `losses`), with the interval of
       `clustered_share`; null where `chance_loss` is None.
 
     Other errors and intervals come from the cluster bootstrap over prompts (see `bootstrap`): ranks

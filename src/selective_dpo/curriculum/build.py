@@ -44,7 +44,7 @@ def build_curriculum(
         key: content key of everything that the curriculum is made from.
         quarantined: pairs that were set aside as not finite (pair id -> prompt id); `records` hold none of
             them. They are listed, not selected, without a difficulty.
-        chance_loss: the loss of a policy that has not moved (`core.losses.chance_loss` of the scorers'
+        chance_loss: the loss of a policy that has not moved (`losses.chance_loss` of the scorers'
             settings), above which pairs are counted; default: ln 2, that of DPO's own loss. Of records with
             another loss nothing is counted then.
 
@@ -141,7 +141,7 @@ def resolved_selection(select: SelectConfig | Mapping[str, Any] | None) -> Selec
 
 
 def rule_of(config: SelectConfig) -> Rule:
-    """The selection's rule, as `core.selection` takes it."""
+    """The selection's rule, as `select` takes it."""
     return Rule(
         name=config.rule,
         fraction=config.fraction,

@@ -185,7 +185,7 @@ def _decoded(batch: dict[str, list[Any]], sign: str) -> dict[str, list[Any]]:
     return {name: [json.loads(text) for text in batch[name]] for name in TEXTS}
 
 
-# --- The texts of the selected pairs in training order, looked up on disk -----------------------------------
+# --- The texts of the selected pairs in training order, looked up on disk ---------------------------------
 
 
 TEXTS = ("prompt", "chosen", "rejected")

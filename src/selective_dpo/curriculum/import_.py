@@ -286,7 +286,7 @@ def imported_in_words(imported: Mapping[str, Any]) -> str:
     )
 
 
-# --- Files of ids and numbers: records without a header, and tables with named columns ----------------------
+# --- Files of ids and numbers: records without a header, and tables with named columns --------------------
 
 
 MAX_BYTES = 1 << 30
@@ -449,7 +449,7 @@ def _unpacked(path: Path) -> bytes:
     return b"".join(pieces)
 
 
-# --- A folder of the original repository's learning records (CSV, no header: prompt id, loss) ---------------
+# --- A folder of the original repository's learning records (CSV, no header: prompt id, loss) -------------
 
 
 # Two layouts: both halves in one file (seed41_step00.csv), or each in its own

@@ -203,7 +203,7 @@ def _require_complete(table: LossTable) -> None:
         )
 
 
-# --- records.parquet: the columns of `Records`, by their names ---------------------------------------------
+# --- records.parquet: the columns of `Records`, by their names --------------------------------------------
 
 _TEXT = ("pair_id", "prompt_id")
 
