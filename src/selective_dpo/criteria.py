@@ -34,7 +34,7 @@ class Criterion(NamedTuple):
     score: Score
     reads: tuple[str, ...]
     """The record columns that it reads: the names of its parameters."""
-    words: str
+    label: str
     """In the label of a selection; empty for the default."""
     axis: str
     """The label of a figure's axis."""
@@ -42,7 +42,7 @@ class Criterion(NamedTuple):
     """Whether a difficulty is as large as a loss, so that it can be compared with one."""
 
 
-def _checked(name: str, score: Any, words: str, axis: str, is_loss: bool) -> Criterion:
+def _checked(name: str, score: Any, label: str, axis: str, is_loss: bool) -> Criterion:
     if not callable(score):
         raise ConfigError(f"criterion {name!r} is no function")
     reads = tuple(inspect.signature(score).parameters)
@@ -52,7 +52,7 @@ def _checked(name: str, score: Any, words: str, axis: str, is_loss: bool) -> Cri
             f"criterion {name!r} reads {', '.join(unknown) or 'nothing'}: its parameters must be record "
             f"columns ({', '.join(RECORD_COLUMNS)})"
         )
-    return Criterion(score, reads, words, axis, is_loss)
+    return Criterion(score, reads, label, axis, is_loss)
 
 
 def _adopt(name: str, score: Any) -> Criterion:
@@ -66,7 +66,7 @@ CRITERIA: Registry[Criterion] = Registry("criterion", _adopt)
 
 
 def criterion(
-    name: str, *, words: str | None = None, axis: str | None = None, is_loss: bool = False
+    name: str, *, label: str | None = None, axis: str | None = None, is_loss: bool = False
 ) -> Callable[[Score], Score]:
     """Register the decorated function as `select.aggregate: NAME`; reports, figures and exports know it then.
 
@@ -76,8 +76,8 @@ def criterion(
     """
 
     def register(score: Score) -> Score:
-        label, title = f"by {name}" if words is None else words, name if axis is None else axis
-        CRITERIA[name] = _checked(name, score, label, title, is_loss)
+        named, title = f"by {name}" if label is None else label, name if axis is None else axis
+        CRITERIA[name] = _checked(name, score, named, title, is_loss)
         return score
 
     return register
@@ -106,19 +106,19 @@ def _mean_of_present(values_PK: Floats) -> Floats:
     return np.asarray(np.nanmean(values_PK, axis=1) if has_gaps else values_PK.mean(axis=1))
 
 
-@criterion("mean", words="", axis="mean held-out loss", is_loss=True)
+@criterion("mean", label="", axis="mean held-out loss", is_loss=True)
 def _mean(loss: Floats) -> Floats:
     """The mean of all of a pair's losses: the method."""
     return _mean_of_present(by_record(loss))
 
 
-@criterion("final", words="by final loss", axis="held-out loss at the end of training", is_loss=True)
+@criterion("final", label="by final loss", axis="held-out loss at the end of training", is_loss=True)
 def _final(loss: Floats) -> Floats:
     """The mean over seeds of the last evaluation's losses."""
     return _mean_of_present(loss[:, :, -1])
 
 
-@criterion("median", words="by median loss", axis="median held-out loss", is_loss=True)
+@criterion("median", label="by median loss", axis="median held-out loss", is_loss=True)
 def _median(loss: Floats) -> Floats:
     """The median of all of a pair's losses."""
     losses_PR = by_record(loss)
@@ -126,7 +126,7 @@ def _median(loss: Floats) -> Floats:
     return np.asarray(np.nanmedian(losses_PR, axis=1) if has_gaps else np.median(losses_PR, axis=1))
 
 
-@criterion("rank-mean", words="by mean rank", axis="mean rank of the held-out loss, 1 is the hardest")
+@criterion("rank-mean", label="by mean rank", axis="mean rank of the held-out loss, 1 is the hardest")
 def _rank_mean(loss: Floats) -> Floats:
     """The mean over the S * E columns of the pair's mid-rank in the column, in (0, 1].
 

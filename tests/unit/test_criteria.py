@@ -87,7 +87,7 @@ def test_a_registered_criterion_goes_from_recipe_to_report_and_export(worst: str
 
 
 def test_what_is_said_at_the_registration_is_said_everywhere(tmp_path: Path) -> None:
-    @criterion("least", words="by its least loss", axis="least held-out loss", is_loss=True)
+    @criterion("least", label="by its least loss", axis="least held-out loss", is_loss=True)
     def _least(loss: Any) -> Any:
         return loss.min(axis=(1, 2))
 

@@ -26,10 +26,10 @@ from selective_dpo.stats.bootstrap import (
     estimates,
     rows_for,
 )
-from selective_dpo.stats.estimates import Estimate, clustered_share
+from selective_dpo.stats.estimates import Estimate, clustered_share, null_if_undefined
 from selective_dpo.stats.rank_correlation import weighted_spearman
 
-_MOST_BINS = 1 << 12
+_MAX_BINS = 1 << 12
 
 _COMPARED = ("spearman", "overlap", "jaccard")
 
@@ -73,11 +73,11 @@ def agreement(
         "spearman_low": _matrix(low_K, len(basis.columns)),
         "spearman_high": _matrix(high_K, len(basis.columns)),
         "seeds": [
-            {"a": a, "b": b, **{name: _as_json(next(numbers)) for name in _COMPARED}}
+            {"a": a, "b": b, **{name: next(numbers).as_json() for name in _COMPARED}}
             for a, b in itertools.combinations(basis.seeds, 2)
         ],
         "chance_loss": chance_loss,
-        "above_chance": None if chance_loss is None else _as_json(_above_chance(basis)),
+        "above_chance": None if chance_loss is None else _above_chance(basis).as_json(),
         "fraction": None if basis.window is None else round(basis.window[1] - basis.window[0], 12),
         "bootstrap": _how_resampled(replicates, draws),
     }
@@ -191,7 +191,7 @@ def _own_difficulties(
 
 def _binned(code_P: NDArray[np.intp]) -> NDArray[np.uint16]:
     distinct = int(code_P.max(initial=0)) + 1
-    bin_P = code_P if distinct <= _MOST_BINS else code_P * _MOST_BINS // distinct
+    bin_P = code_P if distinct <= _MAX_BINS else code_P * _MAX_BINS // distinct
     return bin_P.astype(np.uint16)
 
 
@@ -207,7 +207,7 @@ def _draws(basis: _Basis, replicates: int, seed: int) -> Draws:
         replicates=replicates,
         seed=seed,
         resampled=lambda rows_N, weights_N: _statistics(sampler.rows(rows_N), weights_N),
-        most_rows=rows_for(len(basis.codes_CP)),
+        max_rows=rows_for(len(basis.codes_CP)),
     )
 
 
@@ -255,13 +255,5 @@ def _matrix(values_K: NDArray[np.float64], columns: int) -> list[list[float | No
     """The symmetric matrix whose upper triangle stands first in `values_K`, with ones on the diagonal."""
     matrix: list[list[float | None]] = [[1.0] * columns for _ in range(columns)]
     for (a, b), value in zip(_between(columns), values_K.tolist(), strict=False):
-        matrix[a][b] = matrix[b][a] = _null_if_undefined(value)
+        matrix[a][b] = matrix[b][a] = null_if_undefined(value)
     return matrix
-
-
-def _as_json(estimate: Estimate) -> dict[str, float | None]:
-    return {name: _null_if_undefined(number) for name, number in estimate._asdict().items()}
-
-
-def _null_if_undefined(number: float) -> float | None:
-    return number if math.isfinite(number) else None

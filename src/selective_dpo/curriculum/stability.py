@@ -25,7 +25,7 @@ from selective_dpo.curriculum.records import LossTable, difficulty
 from selective_dpo.curriculum.select import Rule, rank_window, ranks, size_of
 from selective_dpo.errors import ConfigError, RecordsError
 from selective_dpo.stats.bootstrap import LEVEL, REPLICATES, Draws, cluster_bootstrap, cluster_codes, rows_for
-from selective_dpo.stats.estimates import Estimate
+from selective_dpo.stats.estimates import Estimate, null_if_undefined
 from selective_dpo.stats.latent_correlation import OverlapCurve, correlation_of_means, overlap_curve
 
 TARGET = 0.95
@@ -81,9 +81,9 @@ class Prediction(NamedTuple):
             **self._asdict(),
             "observed": [each._asdict() for each in self.observed],
             "quantiles": list(self.quantiles),
-            "rho": _null_if_undefined(self.rho),
-            "repetition": {k: _null_if_undefined(v) for k, v in self.repetition._asdict().items()},
-            "single": {k: _null_if_undefined(v) for k, v in self.single._asdict().items()},
+            "rho": null_if_undefined(self.rho),
+            "repetition": self.repetition.as_json(),
+            "single": self.single.as_json(),
         }
 
 
@@ -133,7 +133,7 @@ def predict_overlap(
         replicates=replicates,
         seed=seed,
         resampled=lambda rows_N, weights_N: np.array([mean_overlap(binned.rows(rows_N), weights_N)]),
-        most_rows=rows_for(sets.seeds),
+        max_rows=rows_for(sets.seeds),
     )
     curve = overlap_curve(low, high)
     rho = float(curve.correlation(draws.value_K[0]))
@@ -243,15 +243,10 @@ def _valid(target: float) -> float:
     return target
 
 
-def _null_if_undefined(number: float) -> float | None:
-    return number if math.isfinite(number) else None
+# --- The sets of pairs that single seeds would select, and how far they coincide --------------------------
 
 
-# ----------------------------------------------------------------------------------------------------
-# The sets of pairs that single seeds would select, and how far they coincide.
-
-
-_MOST_BINS = 1 << 16
+_MAX_BINS = 1 << 16
 
 
 class SeedSets(NamedTuple):
@@ -292,9 +287,9 @@ class SeedSets(NamedTuple):
 
         The edge of a resample's set moves by at most half a bin, 1 / 131,072 of the pairs.
         """
-        if self.pairs <= _MOST_BINS:
+        if self.pairs <= _MAX_BINS:
             return self
-        return self._replace(code_SP=self.code_SP * _MOST_BINS // self.pairs)
+        return self._replace(code_SP=self.code_SP * _MAX_BINS // self.pairs)
 
 
 def seed_sets(table: LossTable, how: str, rule: Rule) -> SeedSets:

@@ -223,6 +223,7 @@ class Trained(Protocol):
 def input_digests(run: Run) -> dict[str, str]:
     """SHA-256 of the content that the recipe names, by the key that names it."""
     recipe = run.recipe
+    how = recipe.select.aggregate
     evaluate, prompts = recipe.evaluate, recipe.evaluate.generation.source
     has_judge = evaluate.judge != "none"
     sources = {"data.train": recipe.data.train, "data.test": recipe.data.test}
@@ -236,7 +237,7 @@ def input_digests(run: Run) -> dict[str, str]:
             for number, source in enumerate(listed)
         },
         **({f"curriculum {recipe.curriculum}": run.outside.digest} if run.outside else {}),
-        **criterion_source(recipe.select.aggregate),
+        **{f"{kind} {how}": source for kind, source in criterion_source(how).items()},
         **({f"{JUDGE} {evaluate.reward_model or evaluate.judge}": run.judge_digest} if has_judge else {}),
         **({f"evaluate.generation.source {prompts}": file_digest(Path(prompts))} if prompts else {}),
     }
