@@ -56,6 +56,7 @@ def lora_error(settings: dict[str, Any]) -> str:
         {"loss_type": ["discopop"], "discopop_tau": 0.05},
         {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.5},
         {"report_to": ["tensorboard"], "logging_strategy": "epoch"},
+        {"trackio_static_space_id": "org/space"},  # annotated as text, null or false
         {"fp16": True},
         {"bf16": None, "use_cpu": True},
         {"disable_dropout": False},
@@ -241,6 +242,7 @@ def test_the_check_sets_up_no_device_and_no_process_group() -> None:
         {"r": 16, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": "all-linear"},
         {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"layers.0": 4}, "bias": "lora_only"},
         {"init_lora_weights": "pissa_niter_16"},
+        {"loftq_config": {}},  # annotated as another class or a mapping
         {"init_lora_weights": False, "layer_replication": [[0, 1], [1, 2]]},
     ],
 )

@@ -255,12 +255,11 @@ def _criterion_name(name: str) -> str:
 
 def _describe_criteria(schema: dict[str, Any]) -> None:
     # The registered names are looked up when the schema is made, so that a user's own are among them.
-    names, function = (
+    del schema["type"]
+    schema["anyOf"] = [
         {"enum": list(CRITERIA), "type": "string"},
         {"pattern": r"^[\w.]+:\w+$", "type": "string"},
-    )
-    schema.pop("type")
-    schema["anyOf"] = [names, function]
+    ]
 
 
 CriterionName = Annotated[str, AfterValidator(_criterion_name), Field(json_schema_extra=_describe_criteria)]

@@ -268,21 +268,25 @@ def library_options(library: Any) -> dict[str, Any]:
 def _json_kind(kind: Any) -> Any:
     """An annotation without what no recipe can hold, such as another dataclass.
 
-    Beside an enumeration or literals, plain text goes too: `SchedulerType | str` takes names of schedulers.
+    Beside an enumeration or literal texts, plain text goes too: `SchedulerType | str` takes a scheduler.
     """
     members = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-    kept = [one for one in members if _is_enumeration(one) or one is Any or _is_json(get_origin(one) or one)]
-    if any(_is_enumeration(one) for one in kept):
+    kept = [one for one in members if one is Any or get_origin(one) is Literal or _is_json(one)]
+    if any(_lists_texts(one) for one in kept):
         kept = [one for one in kept if one is not str]
     return functools.reduce(operator.or_, kept or [type(None)])
 
 
-def _is_enumeration(kind: Any) -> bool:
-    return get_origin(kind) is Literal or (isinstance(kind, type) and issubclass(kind, Enum))
-
-
 def _is_json(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, int | float | str | list | tuple | dict | type(None))
+    kind = get_origin(kind) or kind
+    json_types = (int, float, str, list, tuple, dict, Enum, type(None))
+    return isinstance(kind, type) and issubclass(kind, json_types)
+
+
+def _lists_texts(kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return any(isinstance(value, str) for value in get_args(kind))
+    return isinstance(kind, type) and issubclass(kind, Enum)
 
 
 def _check_loss(settings: Settings, where: str, stage: Stage) -> None:
