@@ -85,7 +85,7 @@ RULES = "one of easiest, hardest, random, below, band, all"
         ),
         (
             {"data": {"train": [{"path": "x", "columns": ["prompt"]}]}},
-            'data.train.0.columns is ["prompt"], but must be a mapping of keys to values',
+            'data.train.0.columns is ["prompt"], but must be a mapping of keys to text that is not empty',
         ),
         (
             {"data": {"train": [{"path": "x"}], "exclude": ["q"]}},

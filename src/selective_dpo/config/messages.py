@@ -28,7 +28,6 @@ _KINDS = {
     "integer": "a whole number",
     "number": "a number",
     "boolean": "true or false",
-    "object": "a mapping of keys to values",
     "null": "null",
 }
 """JSON Schema's type -> what the value has to be."""
@@ -180,6 +179,9 @@ def _allowed(option: Schema, given: object) -> str:
         return f"one of {', '.join(choices)}" if len(choices) > 1 else choices[0]
     if "properties" in option:
         return f"a block with keys of {', '.join(option['properties'])}"
+    if kind == "object":
+        value = option.get("additionalProperties")
+        return f"a mapping of keys to {_allowed(value, None) if isinstance(value, dict) else 'values'}"
     if kind == "array":
         least, most = option.get("minItems", 0), option.get("maxItems")
         return f"a list of {most}" if most == least else f"a list of at least {least}" if least else "a list"
