@@ -78,6 +78,8 @@ def _values(field: dict[str, Any]) -> str:
         return "block"
     if "enum" in field or "const" in field:
         return ", ".join(f"`{value}`" for value in field.get("enum", [field.get("const")]))
+    if "examples" in field:
+        return " or ".join(f"`{example}`" for example in field["examples"])
     if field["type"] == "array":
         entries = field.get("prefixItems", [field.get("items", {})])
         number = f"{field['maxItems']} " if "maxItems" in field else ""

@@ -69,7 +69,7 @@ RULES = "one of easiest, hardest, random, below, band, all"
         ),
         (
             {"select": {"aggregate": 5}},
-            "select.aggregate is 5, but must be one of mean, final, median, rank-",
+            "select.aggregate is 5, but must be one of mean, final, median, rank-mean or text like my_mod",
         ),
         (
             {"select": {"aggregate": "mean", "criterion": "final"}},
@@ -89,7 +89,7 @@ RULES = "one of easiest, hardest, random, below, band, all"
         ),
         (
             {"data": {"train": [{"path": "x"}], "exclude": ["q"]}},
-            'data.exclude.0 is "q", but must be text that matches ^[0-9a-f]{32}$',
+            'data.exclude.0 is "q", but must be text like ^[0-9a-f]{32}$',
         ),
         ({"name": "a/b"}, 'name is "a/b", but must fit its meaning: Name of the run\'s folder'),
         ({"name": "a", "x": "y" * 99}, 'x: unknown key (given "' + "y" * 59 + "...)"),

@@ -188,7 +188,7 @@ def _allowed(option: Schema, given: object) -> str:
     if kind == "string" and option.get("minLength"):
         return "text that is not empty"
     if kind == "string" and "pattern" in option:
-        return f"text that matches {option['pattern']}"
+        return f"text like {option.get('examples', [option['pattern']])[0]}"
     limits = " and ".join(f"{word} {option[limit]:g}" for limit, word in _LIMITS.items() if limit in option)
     numbers = {"integer": int, "number": int | float}
     fits = kind in numbers and isinstance(given, numbers[kind]) and not isinstance(given, bool)

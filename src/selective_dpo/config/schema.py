@@ -6,10 +6,11 @@ docs/recipe.md and in recipe.schema.json, which `tools/recipe_reference.py` writ
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
 from selective_dpo.criteria import CRITERIA
 
@@ -56,6 +57,11 @@ Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 
 PathText = Annotated[str, AfterValidator(_path_or_name)]
 """A path or a hub name."""
+
+_DOTTED = r"^[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*$"
+
+DottedName = Annotated[str, Field(pattern=_DOTTED, examples=["my_module:my_function"])]
+"""A function or class of the user's own: the module that holds it, and its name there."""
 
 TokenBudget = Count | Literal["auto"]
 """Tokens that a forward pass computes at a time; `auto`: as free memory allows."""
@@ -244,9 +250,7 @@ class ScoreConfig(Block):
 
 
 def _criterion_name(name: str) -> str:
-    module, colon, function = name.partition(":")
-    is_dotted = all(part.isidentifier() for part in [*module.split("."), function])
-    if name not in CRITERIA and not (colon and is_dotted):
+    if name not in CRITERIA and not re.fullmatch(_DOTTED, name):
         raise ValueError(
             f"no criterion is called {name!r}; use {', '.join(CRITERIA)}, or my_module:my_function"
         )
@@ -256,14 +260,11 @@ def _criterion_name(name: str) -> str:
 def _describe_criteria(schema: dict[str, Any]) -> None:
     # The registered names are looked up when the schema is made, so that a user's own are among them.
     del schema["type"]
-    schema["anyOf"] = [
-        {"enum": list(CRITERIA), "type": "string"},
-        {"pattern": r"^[\w.]+:\w+$", "type": "string"},
-    ]
+    schema["anyOf"] = [{"enum": list(CRITERIA), "type": "string"}, TypeAdapter(DottedName).json_schema()]
 
 
 CriterionName = Annotated[str, AfterValidator(_criterion_name), Field(json_schema_extra=_describe_criteria)]
-"""A name in `CRITERIA`, or `my_module:my_function` for a function of the user's own."""
+"""A name in `CRITERIA`, or a `DottedName`."""
 
 
 def _add_criterion(schema: dict[str, Any]) -> None:
