@@ -153,7 +153,7 @@ def test_blocks_of_anything(raw: dict[str, Any]) -> None:
 
 
 def check(raw: dict[str, Any]) -> None:
-    """Read a recipe, dump it, and read it back; or be refused in words."""
+    """Read a recipe, dump it, and read it back; or be refused with a line."""
     with bounded():
         try:
             made = make_recipe(raw)
@@ -245,7 +245,7 @@ def test_any_override(key: str, value: str) -> None:
         override(f"{key}={value}".encode("utf-8", "surrogateescape"))
 
 
-words = (
+command_options = (
     st.sampled_from(
         [*VERBS, "--help", "--version", "--out", "--fresh", "--only", "--format", "csv", "--", "-x", "--json"]
     )
@@ -268,7 +268,7 @@ SHORT = (
 
 @pytest.mark.fault(row=14, trials=CASES["recipe command line"])
 @generated("recipe command line")
-@given(st.sampled_from(SHORT), st.lists(words, max_size=4), st.randoms(use_true_random=False))
+@given(st.sampled_from(SHORT), st.lists(command_options, max_size=4), st.randoms(use_true_random=False))
 @example("plan", [], None)
 @example("plan", ["--select.fraction"], None)
 @example("plan", ["--select.fraction=2"], None)
@@ -354,6 +354,6 @@ def test_the_types_refuse_it_too(block: Any, options: dict[str, Any]) -> None:
         block(**options)
 
 
-def test_an_error_is_never_without_words() -> None:
+def test_an_index_out_of_range_is_named() -> None:
     with pytest.raises(SelectiveDPOError, match="is not an index"):
         make_recipe(VALID, [("data.train.99999999999.path", "x")])

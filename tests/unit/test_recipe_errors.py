@@ -95,14 +95,14 @@ RULES = "one of easiest, hardest, random, below, band, all"
         ({"name": "a", "x": "y" * 99}, 'x: unknown key (given "' + "y" * 59 + "...)"),
     ],
 )
-def test_mistakes_are_told_in_one_line(change: dict[str, Any], expected: str) -> None:
+def test_a_mistake_is_one_line(change: dict[str, Any], expected: str) -> None:
     with pytest.raises(ConfigError) as caught:
         make_recipe({**MINIMAL, **change})
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith(expected)
 
 
-def test_of_several_mistakes_the_misspelt_key_goes_first_and_the_others_are_counted() -> None:
+def test_a_misspelt_key_goes_first_and_other_mistakes_are_counted() -> None:
     # Wrong: score.evaluations (type), select.rule (choice), launch.wokers (unknown).
     wrong = {"score": {"evaluations": "x"}, "select": {"rule": "x"}, "launch": {"wokers": 2}}
     with pytest.raises(ConfigError, match=r"^launch\.wokers: unknown key .* \(and 2 more to mend\)$"):

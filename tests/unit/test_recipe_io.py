@@ -213,7 +213,7 @@ def test_make_recipe_leaves_what_it_is_given_alone() -> None:
     assert json.dumps(raw) == before
 
 
-def test_differences_are_told_field_by_field(tmp_path: Path) -> None:
+def test_recipes_differ_by_named_fields(tmp_path: Path) -> None:
     file = written(tmp_path, MINIMAL)
     old = dump_config(load_recipe(file, [("select.fraction", "0.5"), ("train.trainer.beta", "0.1")]))
     new = dump_config(

@@ -137,20 +137,18 @@ DECIDED_IN_LORA = {
 }
 """LoraConfig key -> why it cannot be set."""
 
+_POSITIVE, _COUNT = Annotated[float, Field(gt=0)], Annotated[int, Field(gt=0)]
+
 _NARROWER: Settings = {
-    **dict.fromkeys(
-        ("beta", "discopop_tau", "learning_rate", "num_train_epochs"), Annotated[float, Field(gt=0)]
-    ),
-    **dict.fromkeys(
-        (
-            "per_device_train_batch_size",
-            "per_device_eval_batch_size",
-            "gradient_accumulation_steps",
-            "r",
-            "lora_alpha",
-        ),
-        Annotated[int, Field(gt=0)],
-    ),
+    "beta": _POSITIVE,
+    "discopop_tau": _POSITIVE,
+    "learning_rate": _POSITIVE,
+    "num_train_epochs": _POSITIVE,
+    "per_device_train_batch_size": _COUNT,
+    "per_device_eval_batch_size": _COUNT,
+    "gradient_accumulation_steps": _COUNT,
+    "r": _COUNT,
+    "lora_alpha": _COUNT,
     "seed": Annotated[int, Field(ge=0, lt=2**32)],
     "lora_dropout": Annotated[float, Field(ge=0, lt=1)],
     # TRL makes a list of a single name.
