@@ -37,7 +37,7 @@ from selective_dpo.data.store import load_pairs, load_summary
 from selective_dpo.data.templates import apply_template, mentions_system
 from selective_dpo.data.tokenize import tokenize_pairs
 from selective_dpo.errors import ConfigError, DataError, TemplateError
-from selective_dpo.identity import LONGEST_ID
+from selective_dpo.identity import MAX_ID_BYTES
 from tests.fixtures.bad_input import CASES, FUZZED, bounded, command, generated
 from tests.fixtures.models import recipe_file, tiny_recipe
 from tests.fixtures.tokenizers import byte_tokenizer
@@ -91,7 +91,7 @@ def test_any_row_is_a_pair_or_has_a_reason(raw: Any) -> None:
     assert isinstance(read, Pair | DropReason)
     if isinstance(read, Pair):
         assert len(read.pair_id) == 32
-        assert 0 < len(read.prompt_id.encode("utf-8")) <= LONGEST_ID and "\0" not in read.prompt_id
+        assert 0 < len(read.prompt_id.encode("utf-8")) <= MAX_ID_BYTES and "\0" not in read.prompt_id
         assert read.chosen != read.rejected
 
 

@@ -122,6 +122,12 @@ class SourceConfig(Block):
     """Branch, tag or commit of a hub data set."""
     fraction: Fraction = 1.0
     """Share of its rows that is used: a random one, drawn with `data.seed`."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Names of its columns, where they are others than `prompt`, `chosen`, `rejected`, `prompt_id`,
+    `score_chosen` or `score_rejected`: `{prompt: question, chosen: answer_a, rejected: answer_b}`."""
+    adapter: str = ""
+    """What makes a pair of a row: `my_module:my_function`, or a name given with `@adapter`. Empty: the known
+    shapes are read."""
 
 
 class DataConfig(Block):
