@@ -82,9 +82,10 @@ def apply_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         render_jinja_template([], chat_template=tokenizer.chat_template)  # compiles it, and renders nothing
     except jinja2.TemplateSyntaxError as error:
         raise TemplateError(f"chat_template {name}, line {error.lineno}: {error.message}") from error
-    except (SyntaxError, RecursionError) as error:
-        # Jinja turns a template into Python code, which has limits of its own.
-        raise TemplateError(f"chat_template {name} is too deep for Jinja: {error}; simplify it") from error
+    except SelectiveDPOError:
+        raise
+    except Exception as error:  # Jinja turns a template into Python code, which has limits of its own
+        raise TemplateError(f"chat_template {name} cannot be compiled ({error}); simplify it") from error
 
 
 def template_digest(tokenizer: PreTrainedTokenizerBase) -> str:
