@@ -135,6 +135,9 @@ class SourceConfig(Block):
     """Renames columns before a row is read: our name of a column -> its name in this source, such as
     `{prompt: instruction, chosen: answer_a, rejected: answer_b}`. Columns that are not named keep their
     names."""
+    adapter: Text = ""
+    """What makes a pair of a row: `my_module:my_function`, or a name given with `@adapter`. Empty: the known
+    shapes are read."""
 
 
 class DataConfig(Block):
