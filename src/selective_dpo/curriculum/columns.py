@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from selective_dpo.errors import IdentityError, name_some
-from selective_dpo.identity import LONGEST_ID, positions_of
+from selective_dpo.identity import MAX_ID_BYTES, positions_of
 
 
 def text_array(column: pa.Array | pa.ChunkedArray) -> NDArray[np.str_]:
@@ -35,13 +35,13 @@ def require_plain(column: pa.Array | pa.ChunkedArray, *, what: str) -> None:
         IdentityError: one is null, holds a NUL character, is too long or is not UTF-8; `what` names them.
     """
     wrong = pc.fill_null(
-        pc.or_(pc.match_substring(column, "\0"), pc.greater(pc.binary_length(column), LONGEST_ID)), True
+        pc.or_(pc.match_substring(column, "\0"), pc.greater(pc.binary_length(column), MAX_ID_BYTES)), True
     )
     count = pc.sum(wrong).as_py() or 0
     if count:
         shown = [str(text)[:40] for text in column.filter(wrong).cast(pa.binary()).to_pylist()[:5]]
         raise IdentityError(
-            f"{what}: {count:,} are missing, hold a NUL character or have more than {LONGEST_ID} bytes: "
+            f"{what}: {count:,} are missing, hold a NUL character or have more than {MAX_ID_BYTES} bytes: "
             f"{name_some(shown)}"
         )
     try:

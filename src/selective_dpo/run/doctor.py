@@ -556,10 +556,14 @@ def check_source(source: SourceConfig) -> FirstRows:
     """Read and parse the first rows of a source."""
     name = f"data {source_label(source)}"
     try:
-        rows = list(islice(open_source(source).rows(), FEW_ROWS + 1))
+        opened = open_source(source)
+        rows = list(islice(opened.rows(), FEW_ROWS + 1))
+        parsed = [
+            row.problem if isinstance(row, Malformed) else parse_row(row, opened.adapter)
+            for row in rows[:ROWS]
+        ]
     except SelectiveDPOError as error:
         return FirstRows(refused(name, error), (), 0)
-    parsed = [row.problem if isinstance(row, Malformed) else parse_row(row) for row in rows[:ROWS]]
     pairs = tuple(row for row in parsed if isinstance(row, Pair))
     statuses = Counter(KEPT if isinstance(row, Pair) else str(row) for row in parsed)
     counts = ", ".join(f"{count} {status}" for status, count in statuses.most_common())
