@@ -176,7 +176,7 @@ def test_records_that_unpack_without_end(
     content = b"a,0.5\n" * 1_000
     path = tmp_path / f"seed41_step00.csv{suffix}"
     path.write_bytes(gzip.compress(content) if suffix else content)
-    monkeypatch.setattr(number_files, "MOST_BYTES", 5_999)
+    monkeypatch.setattr(number_files, "MAX_BYTES", 5_999)
     with pytest.raises(DataError, match=r"seed41_step00\.csv.* has more than 0 MiB; is it a file of records"):
         import_records(tmp_path)
 

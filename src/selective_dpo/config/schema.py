@@ -135,7 +135,7 @@ class SourceConfig(Block):
     """Renames columns before a row is read: our name of a column -> its name in this source, such as
     `{prompt: instruction, chosen: answer_a, rejected: answer_b}`. Columns that are not named keep their
     names."""
-    adapter: Text = ""
+    adapter: str = ""
     """What makes a pair of a row: `my_module:my_function`, or a name given with `@adapter`. Empty: the known
     shapes are read."""
 
@@ -387,8 +387,9 @@ class EvaluateConfig(Block):
 
     generation: GenerationConfig = GenerationConfig()
     """Sampling from the policy and the starting model."""
-    judge: Literal["none", "reward-model", "embedded-world"] = "none"
-    """Who compares the answers: nobody, a sequence classifier, or the embedded world's gold reward."""
+    judge: Annotated[str, Field(min_length=1)] = "none"
+    """Who compares the answers: `none`, `reward-model` (a sequence classifier), `embedded-world` (its gold
+    reward), or `my_module:MyJudge`, a class of your own (docs/extending.md)."""
     reward_model: PathText = ""
     """Hub name or folder of the sequence classifier for judge `reward-model`."""
     controls: dict[str, SelectConfig] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ import numpy as np
 from datasets import Dataset
 
 from selective_dpo.config import Recipe, Settings
+from selective_dpo.criteria import CRITERIA
 from selective_dpo.curriculum.records import (
     LossTable,
     Records,
@@ -238,15 +239,19 @@ def _run_alone(job: ScorerJob) -> None:
             run_scorer(job)
 
 
-def collect_losses(folders: Sequence[Path], *, allow_partial: bool = False) -> LossTable:
+def collect_losses(
+    folders: Sequence[Path], *, allow_partial: bool = False, criteria: Iterable[str] = ("mean",)
+) -> LossTable:
     """The losses that several scorers measured, by pair, seed and evaluation (see `read_loss_table`).
 
-    A pair that any of them set aside is not among them.
+    With them come the other record columns that `criteria` read. A pair that any scorer set aside is not
+    among them.
     """
     return read_loss_table(
         [folder / RECORDS for folder in folders],
         allow_partial=allow_partial,
         without=read_quarantine(folders),
+        columns={column for name in criteria for column in CRITERIA[name].reads},
     )
 
 

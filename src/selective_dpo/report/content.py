@@ -107,7 +107,7 @@ class ReportContent:
         """What stands behind "difficulty" at an axis."""
         if self.chance == LN_2:
             return " (nats)"
-        words = "" if self.is_loss or self.imported else CRITERIA[self.select.aggregate].words
+        words = "" if self.is_loss or self.imported else CRITERIA[self.select.aggregate].label
         return f" {words}".rstrip()
 
     @property

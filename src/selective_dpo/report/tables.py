@@ -41,7 +41,7 @@ def label_for(select: SelectConfig) -> str:
         "all": "all pairs",
     }.get(select.rule, f"{select.rule} {size}")
     parts = [which, select.order.replace("-", " ")]
-    parts.append(CRITERIA[select.aggregate].words)
+    parts.append(CRITERIA[select.aggregate].label)
     return ", ".join(filter(None, parts))
 
 

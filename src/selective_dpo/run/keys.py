@@ -14,6 +14,7 @@ import torch
 
 from selective_dpo.config import Recipe, ScoreConfig, SelectConfig, TrainConfig
 from selective_dpo.config.load import dump_config
+from selective_dpo.criteria import criterion_source
 from selective_dpo.curriculum.table import TABLE, Curriculum
 from selective_dpo.data.sources import source_digest, source_label
 from selective_dpo.data.store import TOKENS
@@ -119,7 +120,9 @@ def imported_inputs(run: Run, digest: str) -> dict[str, str]:
 
 def curriculum_key(records: Mapping[str, str], select: SelectConfig) -> str:
     """Key of the curriculum made from these records (see `record_digests` and `imported_inputs`)."""
-    return content_key(stage="curriculum", records=dict(records), select=select.model_dump(mode="json"))
+    chosen = select.model_dump(mode="json")
+    source = criterion_source(select.aggregate)
+    return content_key(stage="curriculum", records=dict(records), select=chosen, **source)
 
 
 def has_curriculum(folder: Path, key: str) -> bool:
@@ -220,6 +223,7 @@ class Trained(Protocol):
 def input_digests(run: Run) -> dict[str, str]:
     """SHA-256 of the content that the recipe names, by the key that names it."""
     recipe = run.recipe
+    how = recipe.select.aggregate
     evaluate, prompts = recipe.evaluate, recipe.evaluate.generation.source
     has_judge = evaluate.judge != "none"
     sources = {"data.train": recipe.data.train, "data.test": recipe.data.test}
@@ -233,6 +237,7 @@ def input_digests(run: Run) -> dict[str, str]:
             for number, source in enumerate(listed)
         },
         **({f"curriculum {recipe.curriculum}": run.outside.digest} if run.outside else {}),
+        **{f"{kind} {how}": source for kind, source in criterion_source(how).items()},
         **({f"{JUDGE} {evaluate.reward_model or evaluate.judge}": run.judge_digest} if has_judge else {}),
         **({f"evaluate.generation.source {prompts}": file_digest(Path(prompts))} if prompts else {}),
     }

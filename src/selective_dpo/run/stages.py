@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from trl.trainer.utils import add_fused_lm_head
 
 from selective_dpo.config import DEFAULT_TARGET, DataConfig, Recipe, SelectConfig, SourceConfig
+from selective_dpo.criteria import criterion_source
 from selective_dpo.curriculum.build import build_curriculum, rule_of
 from selective_dpo.curriculum.import_ import (
     Outside,
@@ -352,7 +353,9 @@ def build_curricula(run: Run) -> Curriculum:
     @cache
     def losses() -> LossTable:
         # All arms accept partial records, or none does.
-        return collect_losses(folders, allow_partial=run.recipe.select.allow_partial)
+        criteria = {select.aggregate for select, _ in run.arms.values()}
+        partial = run.recipe.select.allow_partial
+        return collect_losses(folders, allow_partial=partial, criteria=criteria)
 
     def build(select: SelectConfig, origin: dict[str, Any], key: str) -> Curriculum:
         made = build_curriculum(
@@ -459,8 +462,9 @@ def _certificate(run: Run, scorers: Sequence[ScorerRun]) -> dict[str, Any]:
         return found
     wait_for_everyone()
     if this_process().is_main_process:
-        table = collect_losses([run.folder.scores(scorer) for scorer in scorers])
-        prediction = predict_overlap(table, run.recipe.select.aggregate, rule_of(run.recipe.select))
+        how = run.recipe.select.aggregate
+        table = collect_losses([run.folder.scores(scorer) for scorer in scorers], criteria=[how])
+        prediction = predict_overlap(table, how, rule_of(run.recipe.select))
         write_json(run.folder.certificate, _as_json(prediction, key, _target(run)))
     wait_for_everyone()
     found = read_json(run.folder.certificate)
@@ -473,6 +477,7 @@ def _key(run: Run, scorers: Sequence[ScorerRun]) -> str:
     return content_key(
         records=record_digests([scorer_job(run, scorer) for scorer in scorers]),
         aggregate=select.aggregate,
+        **criterion_source(select.aggregate),
         rule=asdict(rule_of(select)),
         target=_target(run),
         decides="lower end",
