@@ -354,10 +354,10 @@ def test_a_second_writer_is_refused_and_the_first_ones_files_stay(
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model, pairs, and a run with its pairs and reference made."""
     from selective_dpo.run.run import open_run
-    from selective_dpo.run.stages import ensure_reference
+    from selective_dpo.run.stages import bring_up
 
     folder = tmp_path_factory.mktemp("locks")
-    ensure_reference(open_run(recipe_of(folder, folder / "runs"), say=lambda line: None))
+    bring_up(open_run(recipe_of(folder, folder / "runs"), say=lambda line: None), "reference")
     return folder
 
 

@@ -21,8 +21,8 @@ from selective_dpo.difficulty import scorer as score_module
 from selective_dpo.difficulty import scorer as scorer_module
 from selective_dpo.difficulty.scorer import RECORDS, ScorerJob, collect_records, run_scorer
 from selective_dpo.errors import ConfigError, NotFiniteError, RecordsError
+from selective_dpo.run.keys import Run
 from selective_dpo.run.run import curriculum, open_run, score
-from selective_dpo.run.stages import Run
 from selective_dpo.run.verify import verify_run
 from selective_dpo.storage.artifacts import read_json, verify_folder
 from tests.fixtures.by_hand import dpo_loss, dpo_margin, sequence_logp
