@@ -47,10 +47,6 @@ class ArtifactError(SelectiveDPOError):
     """A published file is missing, incomplete, of another schema, or not what its digest says."""
 
 
-class CheckpointError(ArtifactError):
-    """A checkpoint's digests are right, and what it holds is not what its training has written."""
-
-
 class IdentityError(SelectiveDPOError):
     """Ids that should match one to one do not: missing, extra or repeated ones are named."""
 

@@ -18,14 +18,13 @@ from selective_dpo.cli.main import main
 from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.difficulty import scorer as score_module
 from selective_dpo.run import stages
-from selective_dpo.run import stages as pairs_stage
 from selective_dpo.storage.artifacts import folder_digests, verify_folder
 from tests.fixtures.models import recipe_file, tiny_model_folder, tiny_pairs_file, tiny_recipe
 
 pytestmark = pytest.mark.slow
 
 MAKERS = (
-    (pairs_stage, "prepare_pairs"),
+    (stages, "prepare_pairs"),
     (stages, "publish_reference"),
     (stages, "build_curriculum"),
     (stages, "train_policy"),
