@@ -82,13 +82,6 @@ class Interrupted(SelectiveDPOError):  # noqa: N818 (nothing is wrong)
     """The system's EX_TEMPFAIL: try again. A scheduler can queue the same command again on it."""
 
 
-class StartAgainError(SelectiveDPOError):
-    """One of several processes found that all have to start again, and can go on then."""
-
-    exit_code = 75
-    """As for `Interrupted`."""
-
-
 _DISK_FAULTS = frozenset(  # not of this package
     (
         errno.EACCES,

@@ -130,9 +130,7 @@ class Stage(NamedTuple):
 
 def stages_of(recipe: Recipe) -> dict[str, Stage]:
     """All stages of a recipe, by name."""
-    if (
-        recipe.curriculum
-    ):  # difficulty comes from outside, and only pairs that are trained on need a reference
+    if recipe.curriculum:  # difficulty comes from outside: only pairs that are trained on need a reference
         stages = [
             Stage("pairs", (), _pairs),
             Stage("curriculum", ("pairs",), _imported_curricula),

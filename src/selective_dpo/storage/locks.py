@@ -6,7 +6,7 @@ forked child does not inherit them. What the file says of its holder is for peop
 | lock | held while |
 | --- | --- |
 | `RUN/.lock` | a command brings the run up to a stage |
-| `RUN/.lock-shared-*`, one a command | `score --only` measures with some scorers, beside other such commands |
+| `RUN/.lock-shared-*`, one a command | `score --only` measures with some scorers, beside others like it |
 | `.lock-NAME` beside the file or folder NAME | it is made, from before the first work to its publication |
 """
 
