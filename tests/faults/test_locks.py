@@ -197,8 +197,9 @@ def test_who_may_be_in_beside_whom(
     if is_let_in:
         with holding(lock, what="it", shared=True):
             let_go(other)
-            with pytest.raises(BusyError), holding(lock, what="it"):  # it is still shared
-                pass
+            third = started.python(HOLD, lock)
+            _, errors = third.communicate(timeout=PATIENCE)
+            assert f"it is in use by process {os.getpid()} " in errors, "it is still shared"
     else:
         with (
             pytest.raises(BusyError, match=f"process {other.pid} "),
@@ -450,12 +451,12 @@ def test_jobs_of_an_array_work_side_by_side_and_only_one_on_each_scorer(
 def test_a_worker_that_outlived_its_command_keeps_its_scorer_and_the_others_are_measured(
     started: Started, run: TinyRun
 ) -> None:
-    orphan = holder(started, lock_beside(run.scorers[0]))
-    named = f"is in use by process {orphan.pid} "
+    left = holder(started, lock_beside(run.scorers[0]))
+    named = f"is in use by process {left.pid} "
     require_one_line(started.command("score", run.recipe), "seed41-fold0: ", named, after="log-probs: ")
     assert not run.scorers[0].exists()
     verify_folder(run.scorers[1])
-    let_go(orphan)
+    let_go(left)
     require_done(started.command("score", run.recipe))
 
 

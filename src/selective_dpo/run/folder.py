@@ -160,15 +160,11 @@ def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
         return config
 
 
-# ----------------------------------------------------------------------------------------------------
-# Who may work on a run at the same time: one command alone, or several `score --only`.
-#
-# Each artifact has a lock of its own besides (`distributed.processes.making`). `docs/cluster.md` says what
-# that means for users, `storage.locks` how it is done.
-
-
 _LEFTOVERS = (".partial-*", "scores/.partial-*", "controls/*/.partial-*")
 """Where single files of a run are written, other than within published folders."""
+
+# --- who may work on a run at the same time: one command alone, or several `score --only` ---
+# Each artifact has a lock of its own besides (`distributed.processes.making`); see docs/cluster.md.
 
 
 @contextlib.contextmanager
