@@ -387,7 +387,7 @@ class EvaluateConfig(Block):
 
     generation: GenerationConfig = GenerationConfig()
     """Sampling from the policy and the starting model."""
-    judge: Annotated[str, Field(min_length=1)] = "none"
+    judge: Literal["none", "reward-model", "embedded-world"] | DottedName = "none"
     """Who compares the answers: `none`, `reward-model` (a sequence classifier), `embedded-world` (its gold
     reward), or `my_module:MyJudge`, a class of your own (docs/extending.md)."""
     reward_model: PathText = ""

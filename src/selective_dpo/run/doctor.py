@@ -41,6 +41,7 @@ from selective_dpo.models import damaged_weights, load_policy, load_tokenizer
 from selective_dpo.run import doctor as environment
 from selective_dpo.run import doctor as models
 from selective_dpo.run.folder import RunDirectory
+from selective_dpo.run.keys import Run
 from selective_dpo.run.planning.architecture import Architecture, adapter_parameters, build_on_meta
 from selective_dpo.run.planning.costs import BYTES
 from selective_dpo.run.planning.device import Device, this_device
@@ -48,7 +49,7 @@ from selective_dpo.run.planning.disk import Disk, disk_need
 from selective_dpo.run.planning.pricing import Models, Pricing, models_of
 from selective_dpo.run.planning.words import readable_bytes, readable_count
 from selective_dpo.run.planning.workload import workloads
-from selective_dpo.run.stages import Run, prepare
+from selective_dpo.run.stages import prepare
 from selective_dpo.training.arguments import PURE, dpo_arguments
 from selective_dpo.training.train import tracker_names
 
