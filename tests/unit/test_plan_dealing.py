@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from selective_dpo.logprobs.packed import make_shared_batch
-from selective_dpo.logprobs.packing_support import Path as RowPath
+from selective_dpo.logprobs.packing_support import RowLayout as RowPath
 from selective_dpo.logprobs.padded import PartLengths
 from selective_dpo.run.planning.batches import Work, epoch_batches
 from selective_dpo.run.planning.dealing import Dealing, dealing_of, expected_work, ordered_work
