@@ -59,7 +59,7 @@ def pair_logps(
 ) -> PairLogps:
     """Log-probabilities of every pair of `tokens`, without gradients, in evaluation mode.
 
-    The work is dealt to all processes of a distributed run, batch by batch, and every process returns
+    The batches are divided among all processes of a distributed run, and every process returns
     the whole result; `model` may be sharded, since then all of them run the same number of batches.
 
     Args:

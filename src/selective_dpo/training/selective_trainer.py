@@ -158,12 +158,12 @@ class SelectiveDPOTrainer(PairTrainer):
 
 
 class _OrderLogStarts(TrainerCallback):
-    """Tells the order log when a training, and when the data loader, begins."""
+    """Notes in the order log when a training, and when the data loader, begins."""
 
     def __init__(self, log: OrderLog) -> None:
         self._log = log
         self.checkpoint: Path | None = None
-        """What the training goes on from, if the log has to be told."""
+        """What the training resumes from, if it says what was consumed before."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._log.start_training()
@@ -243,8 +243,7 @@ def _check_lengths(rows: Any, max_length: int | None) -> None:
     logger.warning("%s: TRL cuts their completions", what)
 
 
-# ----------------------------------------------------------------------------------------------------
-# Which pairs a training really consumed, in which order.
+# --- which pairs a training consumed, in which order --------------------------------------------------------
 
 
 STATE = "curriculum_order.json"
@@ -266,7 +265,7 @@ class ConsumedOrder(NamedTuple):
     """SHA-256 of the order consumed."""
     unrecorded: int = 0
     """Rows consumed before a checkpoint that does not say which: one of another trainer. The other numbers
-    and digests are about what came after it, where the curriculum had to be gone on with."""
+    and digests are about what came after it, where the curriculum had to be continued."""
 
     @property
     def matches(self) -> bool:
@@ -286,7 +285,7 @@ class ConsumedOrder(NamedTuple):
 class OrderLog:
     """Collects the rows of each batch, in the order that optimizer steps see them.
 
-    A data loader that deals batches to several processes completes the last round of an epoch with
+    A data loader that divides batches among several processes completes the last round of an epoch with
     rows from the epoch's beginning. They are recognised, since an epoch has exactly P rows, and
     counted apart.
     """

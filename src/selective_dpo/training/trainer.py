@@ -337,11 +337,11 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
     ) -> tuple[list[Any], Any]:
         """The batches of the next update."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._memory.start_update()
         if not all(PAIRS in batch for batch in batches):
             return batches, items
         update = [batch[PAIRS] for batch in batches]
         self._note_update(update)
+        self._memory.start_update()  # what is logged from here on is forgotten where the update is repeated
         if update and self._can_weigh_equally():
             pairs, size = len(self.train_dataset), self._train_batch_size
             processes, accumulated = self.accelerator.num_processes, self.args.gradient_accumulation_steps
