@@ -62,7 +62,7 @@ def test_one_of_two_processes_out_of_memory_is_one_line_and_the_checkpoint_is_ke
     )
     assert done.returncode != 0
     (line,) = [line for line in done.stderr.splitlines() if "error: selected: out of memory" in line]
-    assert "which cannot be parted (2 processes exchange gradients in it)" in line
+    assert "which cannot be split (2 processes exchange gradients in it)" in line
     assert (
         "lower per_device_train_batch_size and raise gradient_accumulation_steps by the same factor" in line
     )
