@@ -17,7 +17,7 @@ from fuzz.targets import override, recipe
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from selective_dpo.cli.main import VERBS
+from selective_dpo.cli import VERBS
 from selective_dpo.config import Recipe, ScoreConfig, SelectConfig, SourceConfig
 from selective_dpo.config.load import MOST_BYTES, dump_config, load_recipe, make_recipe
 from selective_dpo.config.messages import dotted_keys

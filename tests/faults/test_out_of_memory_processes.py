@@ -21,7 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from selective_dpo.cli.main import main
+from selective_dpo.cli import main
 from selective_dpo.curriculum.records import read_records
 from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.data.store import load_tokens

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import pytest
 
 from selective_dpo.cli import main as cli
-from selective_dpo.cli.main import VERBS, main
+from selective_dpo.cli import VERBS, main
 from selective_dpo.errors import disk_fault
 from tests.fixtures.bad_input import command
 from tests.fixtures.models import recipe_file, tiny_recipe

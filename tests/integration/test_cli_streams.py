@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from selective_dpo.cli.main import main
+from selective_dpo.cli import main
 from selective_dpo.distributed.progress import settle_streams
 from tests.fixtures.fork_server import REPOSITORY
 from tests.fixtures.models import recipe_file, tiny_recipe
@@ -80,7 +80,7 @@ def test_an_error_is_escaped_too(tmp_path: Path) -> None:
 LONG = """
 import sys
 from selective_dpo.cli import verify
-from selective_dpo.cli.main import entry_point
+from selective_dpo.cli import entry_point
 
 def much(*_):
     for number in range(100_000):  # far more than a pipe holds

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from selective_dpo.cli.main import main
+from selective_dpo.cli import main
 from selective_dpo.errors import ArtifactError
 from selective_dpo.run.run import curriculum as build_curriculum
 from selective_dpo.run.run import open_run

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from selective_dpo.cli.main import main
+from selective_dpo.cli import main
 from selective_dpo.errors import CheckpointError
 from selective_dpo.storage.artifacts import folder_digests
 from selective_dpo.training import checkpointing as loading

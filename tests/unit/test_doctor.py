@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from selective_dpo import score_difficulty
-from selective_dpo.cli.main import main
+from selective_dpo.cli import main
 from selective_dpo.config import Recipe
 from selective_dpo.config.load import make_recipe
 from selective_dpo.data.adapters import Pair, parse_row
