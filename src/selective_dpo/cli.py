@@ -1,4 +1,4 @@
-"""The command line: `selective-dpo VERB ...` parses its options, calls one function and prints what it returns.
+"""The command line: `selective-dpo VERB ...` parses its options, calls one function and prints the result.
 
 From top to bottom: the entry point and its exit codes, how a command line is parsed, each verb, and the table
 of verbs. Each verb imports what it needs when it is called: `--help` must not wait for torch.
@@ -93,6 +93,7 @@ class Parser(argparse.ArgumentParser):
     """Argument errors are this package's own: one line, no usage text."""
 
     def error(self, message: str) -> NoReturn:
+        """Raise `ConfigError`."""
         raise ConfigError(f"{message}; see {self.prog.split(' VERB')[0]} --help")
 
 

@@ -337,8 +337,8 @@ class _Checks:
                 self._check_records(check, run, scorer)
 
     def _check_records(self, check: Check, run: Run, scorer: ScorerRun) -> None:
-        """A scorer's records are those of its held-out half at each evaluation: with the reference's log-probs,
-        and the margins and losses that these and its own give."""
+        """A scorer's records are of its held-out half at each evaluation; with the reference's log-probs, and
+        the margins and losses that these and its own give."""
         folder, count = self.folder.scores(scorer), run.recipe.score.evaluations
         records = read_records(folder / RECORDS)
         check.counted = f"{len(records):,} records: {count} evaluations"
@@ -457,11 +457,11 @@ class _Checks:
                 compared += [(arm, prompt, *pair) for prompt in prompts for pair in pairs]
             keys = [*keys, "opponent_sample"]
             check.same_ids(f"evaluation/{VERDICTS}", _names(verdicts, keys), _joined(compared), "verdicts")
-            for arm in results.policies:
-                again = self._result_again(run, arm, answers, verdicts)
+            for result in results.policies:
+                again = self._result_again(run, result, answers, verdicts)
                 for what in ("pairs", "updates", "win_rate", "difference", "answer_tokens"):
-                    found, wanted = (_rounded(getattr(each, what)) for each in (arm, again))
-                    check.equal(place, f"{what} of {arm.name}", found, wanted)
+                    found, wanted = (_rounded(getattr(each, what)) for each in (result, again))
+                    check.equal(place, f"{what} of {result.name}", found, wanted)
 
     def _result_again(self, run: Run, arm: ArmResult, answers: pa.Table, verdicts: pa.Table) -> ArmResult:
         """An arm's result from its answers and verdicts, its curriculum and its policy."""
