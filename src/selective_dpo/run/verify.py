@@ -38,7 +38,7 @@ from selective_dpo.data.store import PAIRS, SUMMARY, TOKENS, load_summary, load_
 from selective_dpo.difficulty.held_out import Measurement, evaluation_steps
 from selective_dpo.difficulty.protocols import ScorerRun, split_pairs
 from selective_dpo.difficulty.scorer import COST, RECORDS, collect_losses, to_records
-from selective_dpo.errors import ArtifactError, IdentityError, Interrupted, SelectiveDPOError, name_some
+from selective_dpo.errors import ArtifactError, DataError, IdentityError, Interrupted, RecordsError, name_some
 from selective_dpo.evaluation.evaluate import (
     GENERATIONS,
     RESULTS,
@@ -249,7 +249,7 @@ class _Checks:
             for place in folders:
                 try:
                     files += len(verify_folder(place).files)
-                except SelectiveDPOError as error:
+                except (ArtifactError, OSError) as error:
                     check.wrong(self.name_of(place), self.below_root(error))
             check.counted = f"{files:,} files in {len(folders):,} folders"
             partial = [path for path in root.rglob(".partial-*") if "checkpoints" not in path.parts]
@@ -329,9 +329,11 @@ class _Checks:
 
     def scores(self, run: Run) -> None:
         """The scorers of the protocol; the records of those that are there."""
-        there = [scorer for scorer in run.scorer_runs if self.folder.scores(scorer).exists()]
+        there: list[ScorerRun] = []
         with self.check("scores") as check:
-            check.counted = f"{len(there)} of {len(run.scorer_runs)} scorers" if there else "absent"
+            planned = run.scorer_runs
+            there = [scorer for scorer in planned if self.folder.scores(scorer).exists()]
+            check.counted = f"{len(there)} of {len(planned)} scorers" if there else "absent"
         for scorer in there:
             with self.check(f"scores/{scorer.name}") as check:
                 self._check_records(check, run, scorer)
@@ -406,7 +408,7 @@ class _Checks:
     def _outside(self, check: Check, run: Run, found: Curriculum) -> Outside:
         """What was imported; where that is not here any more, the difficulties in the curriculum's table."""
         imported = dict(imported_from(found.facts) or {})
-        with contextlib.suppress(SelectiveDPOError, OSError):
+        with contextlib.suppress(ArtifactError, DataError, IdentityError, RecordsError, OSError):
             if run.outside is not None and run.outside.digest == imported["sha256"]:
                 check.counted += f"; compared with {imported['name']}"
                 return run.outside
@@ -487,21 +489,21 @@ class _Checks:
 
     def keys(self, run: Run) -> None:
         """The content keys in the manifests are those that the recipe and the inputs give now."""
-        key_of: dict[Path, Callable[[], str]] = {}
-        for scorer in run.scorer_runs:
-            key_of[self.folder.scores(scorer)] = lambda scorer=scorer: scorer_job(run, scorer).key  # type: ignore[misc]
-        for name, training in trainings(run).items():
-            key_of[training.policy] = lambda name=name: training_job(run, name).key  # type: ignore[misc]
-        if not _asks_a_file_that_is_gone(run):
-            key_of[self.folder.evaluation] = lambda: evaluation_key(run)
-        there = [folder for folder in key_of if (folder / MANIFEST).is_file()]
         with self.check("keys") as check:
+            key_of: dict[Path, Callable[[], str]] = {}
+            for scorer in run.scorer_runs:
+                key_of[self.folder.scores(scorer)] = lambda scorer=scorer: scorer_job(run, scorer).key  # type: ignore[misc]
+            for name, training in trainings(run).items():
+                key_of[training.policy] = lambda name=name: training_job(run, name).key  # type: ignore[misc]
+            if not _asks_a_file_that_is_gone(run):
+                key_of[self.folder.evaluation] = lambda: evaluation_key(run)
+            there = [folder for folder in key_of if (folder / MANIFEST).is_file()]
             check.counted = f"{len(there):,} folders were made from what is here" if there else "absent"
             for folder in there:
                 place = f"{self.name_of(folder)}/{MANIFEST}"
                 try:
                     is_same = read_manifest(folder).key == key_of[folder]()
-                except SelectiveDPOError as error:
+                except (ArtifactError, DataError, IdentityError) as error:
                     check.wrong(place, f"its key cannot be worked out: {self.below_root(error)}")
                     continue
                 if not is_same:
