@@ -16,7 +16,7 @@ RUN = "runs/tiny"
 # The command, with {} for the path; what is wrong with the path; and what is said of it.
 CASES = [
     ("demo --out {}", "below a file", "Not a directory"),
-    ("run recipe.yaml --output_dir {}", "a file", "File exists"),
+    ("run recipe.yaml --output_dir {}", "a file", "Not a directory"),
     ("run {}", "a folder", "cannot read the recipe"),
     ("run recipe.yaml --output_dir {}", "links in a circle", "Too many levels of symbolic links"),
     ("plan recipe.yaml --json {}", "a folder", "is a folder, which no file can take the place of"),
@@ -24,7 +24,7 @@ CASES = [
     ("import-records records --out {}", "a long name", "File name too long"),
     ("import-curriculum {} --out nowhere", "below a file", "does not exist"),
     ("import-curriculum records --out {}.parquet", "a NUL byte", "it holds a NUL character"),
-    (f"export {RUN} --format csv --overwrite --out {{}}", "a pipe", "a device or a pipe"),
+    (f"export {RUN} --format csv --overwrite --out {{}}", "a pipe", "is not an exported"),
     (f"export {RUN} --format datasets --overwrite --out {{}}", "a file", "is not an exported"),
     (f"export {RUN} --format jsonl --out nowhere --pairs {{}}", "a folder", "is not complete"),
     ("inspect {}", "a folder", "no curriculum at"),

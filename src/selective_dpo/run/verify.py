@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -345,13 +345,12 @@ class _Checks:
         records = read_records(folder / RECORDS)
         check.counted = f"{len(records):,} records: {count} evaluations"
         tokens = load_tokens(self.folder.pairs)
-        aside = read_quarantine([self.folder.reference, folder])
+        ids, aside = list(tokens["pair_id"]), read_quarantine([self.folder.reference, folder])
         rows = split_pairs(list(tokens["prompt_id"]), scorer).held_out
-        held_out = tokens.select([row for row in rows if tokens[int(row)]["pair_id"] not in aside])
+        held_out = tokens.select([row for row in rows if ids[row] not in aside])
+        steps = evaluation_steps(read_json(folder / COST)["optimizer_steps"], count)
         measurements = []
-        for number, step in enumerate(
-            evaluation_steps(read_json(folder / COST)["optimizer_steps"], count), 1
-        ):
+        for number, step in enumerate(steps, start=1):
             at = records.evaluation == number
             logps = (records.policy_chosen_logp[at], records.policy_rejected_logp[at])
             measurements.append(Measurement(number, step, PairLogps(records.pair_id[at].tolist(), *logps)))
@@ -380,7 +379,7 @@ class _Checks:
                 wanted = imported_inputs(run, outside.digest)
                 again = outside_curriculum(outside, kept["pair_id"], kept["prompt_id"], select)
             else:
-                wanted, again = self._select_again(run, select, list(inputs))
+                wanted, again = self._select_again(run, select, inputs)
             check.equal(place, "inputs", inputs, wanted)
             check.equal(place, "key", found.facts["key"], curriculum_key(wanted, select))
             for key in ("select", "seeds", "evaluations", "pairs", "selected", "quarantined", "partial"):
@@ -392,13 +391,13 @@ class _Checks:
         return found
 
     def _select_again(
-        self, run: Run, select: SelectConfig, scorers: Sequence[str]
+        self, run: Run, select: SelectConfig, used: Collection[str]
     ) -> tuple[dict[str, str], Curriculum]:
-        """The digests of these scorers' records, and the curriculum that they give."""
-        folders = [self.folder.root / "scores" / name for name in scorers]
+        """The digests of the records of all scorers (of a partial curriculum, of those `used`), and the
+        curriculum that they give."""
+        scorers = [each for each in run.scorer_runs if each.name in used or not select.allow_partial]
+        folders = [self.folder.scores(scorer) for scorer in scorers]
         inputs = {folder.name: read_manifest(folder).files[RECORDS] for folder in folders}
-        if not select.allow_partial:
-            inputs |= {scorer.name: "not used" for scorer in run.scorer_runs if scorer.name not in inputs}
         config = resolved_selection(select)
         losses = collect_losses(folders, allow_partial=select.allow_partial)
         measured = difficulty(losses, config.aggregate, allow_partial=select.allow_partial)
@@ -442,13 +441,16 @@ class _Checks:
             answers, verdicts = (pq.read_table(folder / name) for name in (GENERATIONS, VERDICTS))
             check.counted = f"{len(results.policies)} arms, {len(answers):,} answers"
             check.counted += f", {len(verdicts):,} verdicts"
-            place, arms, samples = f"evaluation/{RESULTS}", [REFERENCE, *trainings(run)], results.samples
+            place, arms = f"evaluation/{RESULTS}", [REFERENCE, *trainings(run)]
             check.equal(place, "arms", sorted(arm.name for arm in results.policies), sorted(arms))
             prompts = sorted(set(answers["prompt_id"].to_pylist()))
             if not _asks_a_file_that_is_gone(run):
                 chosen = choose_prompts(prompts_to_answer(run), run.recipe.evaluate.generation)
                 prompts = [prompt.prompt_id for prompt in chosen]
-            check.equal(place, "prompts", results.prompts, len(prompts))
+            samples = run.recipe.evaluate.generation.samples if prompts else 0
+            check.equal(
+                place, "prompts and samples", (results.prompts, results.samples), (len(prompts), samples)
+            )
             asked = product(arms, prompts, range(samples))
             keys = ["arm", "prompt_id", "sample"]
             check.same_ids(f"evaluation/{GENERATIONS}", _names(answers, keys), _joined(asked), "answers")
