@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 from trl import DPOConfig
 
-from selective_dpo.cli.main import VERBS
+from selective_dpo.cli import VERBS
 from selective_dpo.config import Recipe, ScoreConfig, SelectConfig, SourceConfig
 from selective_dpo.config.load import MAX_BYTES, dump_config, load_recipe, make_recipe
 from selective_dpo.config.messages import dotted_keys, inlined

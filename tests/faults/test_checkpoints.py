@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from selective_dpo.cli.main import main
+from selective_dpo.cli import main
 from tests.fixtures.fork_server import Moment
 from tests.fixtures.interrupted import Killed, killed, killed_runs  # noqa: F401  (fixtures)
 from tests.fixtures.results import differences

@@ -20,7 +20,7 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from selective_dpo import SelectiveDPOTrainer
-from selective_dpo.cli.main import main
+from selective_dpo.cli import main
 from selective_dpo.errors import ModelError
 from selective_dpo.training import train as train_module
 from selective_dpo.training.batching import PairBatch, PairRow, split_batch

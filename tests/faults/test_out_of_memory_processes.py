@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from selective_dpo.cli.main import main
+from selective_dpo.cli import main
 from selective_dpo.distributed.launch import launch_command
 from tests.fixtures import scarce
 from tests.fixtures.fork_server import REPOSITORY

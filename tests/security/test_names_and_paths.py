@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from selective_dpo.cli.main import main
+from selective_dpo.cli import main
 from selective_dpo.config import Recipe
 from selective_dpo.run.verify import verify_run
 from tests.fixtures.finished import finished_demo

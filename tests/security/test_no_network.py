@@ -58,7 +58,7 @@ DEMO = """
     demo(Path(sys.argv[2]), seed=3, config=SMALL, say=lambda line: None)
 """
 COMMANDS = """
-    from selective_dpo.cli.main import main
+    from selective_dpo.cli import main
     sys.exit(max(main([verb, sys.argv[2]]) for verb in ("doctor", "plan", "run", "run")))
 """
 ASKING = """

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from selective_dpo.cli.main import main
+from selective_dpo.cli import main
 from tests.fixtures.finished import finished_demo
 from tests.fixtures.models import recipe_file, tiny_model_folder, tiny_recipe
 

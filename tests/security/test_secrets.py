@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from selective_dpo.cli.main import main
+from selective_dpo.cli import main
 from tests.fixtures.models import recipe_file, tiny_recipe
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from selective_dpo import models
-from selective_dpo.cli.main import main
+from selective_dpo.cli import main
 from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.storage.artifacts import read_json
 from tests.fixtures.models import recipe_file, tiny_model_folder, tiny_pairs_file, tiny_recipe

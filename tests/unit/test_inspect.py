@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from selective_dpo.cli.main import main
+from selective_dpo.cli import main
 from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.errors import ArtifactError, ConfigError, IdentityError
 from selective_dpo.report.content import ExampleGroup, ExamplePair

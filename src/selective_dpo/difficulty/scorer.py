@@ -106,7 +106,7 @@ def run_scorer(job: ScorerJob) -> None:
         trainer, evaluations = _make_trainer(job, train, held_out, training)
         earlier = train_resumably(trainer, job.checkpoints, [evaluations])
     settings = {**ORIGINAL_DEFAULTS, **config.trainer}
-    measured = _to_records(job.run, held_out, reference, evaluations.measurements, settings)
+    measured = to_records(job.run, held_out, reference, evaluations.measurements, settings)
     records, quarantined = sift(measured)
     require_few(
         quarantined,
@@ -180,13 +180,14 @@ def forward_model(trainer: Any) -> Any:
     return trainer.model_wrapped if sharded else trainer.model
 
 
-def _to_records(
+def to_records(
     run: ScorerRun,
     held_out: Dataset,
     reference: PairLogps,
     measurements: list[Measurement],
     settings: Settings,
 ) -> Records:
+    """The records of all `measurements` of the pairs `held_out`, with their margins and losses."""
     pair_ids, prompt_ids = list(held_out["pair_id"]), list(held_out["prompt_id"])
     at_reference = positions_of(pair_ids, reference.pair_ids, what="reference log-probs")
     reference_P2 = np.stack([reference.chosen_P[at_reference], reference.rejected_P[at_reference]], axis=1)
