@@ -10,8 +10,6 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
-
 
 class SelectiveDPOError(Exception):
     """Base of every error that the user, not this package, has to mend."""
@@ -154,6 +152,7 @@ _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory",
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` says that an allocation failed, on any device."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    # torch's own class is known by its name, so that an error message does not wait for torch.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from selective_dpo.config import LaunchConfig
-from selective_dpo.worlds.build import build_world
 from selective_dpo.worlds.recipe import world_recipe
+from selective_dpo.worlds.world import build_world
 from tests.fixtures.fork_server import ForkServer, Moment, Outcome
 from tests.fixtures.models import recipe_file
 from tests.fixtures.results import differences, results_of

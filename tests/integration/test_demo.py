@@ -16,9 +16,8 @@ from selective_dpo.run.demo import comparisons, demo, hardest_half, truth_about_
 from selective_dpo.run.run import curriculum, open_run
 from selective_dpo.stats.estimates import Estimate
 from selective_dpo.storage.artifacts import read_json, verify_folder
-from selective_dpo.worlds.build import build_world, load_world
-from selective_dpo.worlds.config import PairsConfig, SFTConfig, WorldConfig
 from selective_dpo.worlds.recipe import world_recipe
+from selective_dpo.worlds.world import PairsConfig, SFTConfig, WorldConfig, build_world, load_world
 
 # Enough prompts, less those with two equal answers, for halves of five batches of 32 (five evaluations).
 SMALL = WorldConfig(
