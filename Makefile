@@ -28,7 +28,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports --no-timing
+	$(BIN)/lint-imports --no-logo
 
 # All of the README's measurements, with their results as JSON: hours, most of them of `findings`.
 BENCHMARKS := scoring training protocol tables findings

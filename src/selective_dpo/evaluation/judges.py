@@ -128,8 +128,6 @@ def judge_for(config: EvaluateConfig) -> Judge | None:
         return None
     if config.judge == "embedded-world":
         return EmbeddedWorldJudge()
-    from selective_dpo.evaluation.judges import RewardModelJudge
-
     return RewardModelJudge(config.reward_model)
 
 
@@ -140,10 +138,6 @@ def _require_finite(rewards: Sequence[float], keys: Sequence[tuple[str, str]], n
             f"judge {name!r} gave {len(bad):,} answers a reward that is not finite; "
             f"use another reward model. Prompts: {name_some(bad, 3)}"
         )
-
-
-# ----------------------------------------------------------------------------------------------------
-# A reward model as judge: a sequence classifier with one output.
 
 
 class RewardModelJudge(RewardJudge):

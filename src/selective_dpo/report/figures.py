@@ -18,19 +18,98 @@ from matplotlib.figure import Figure
 from selective_dpo.criteria import CRITERIA
 from selective_dpo.curriculum.columns import codes
 from selective_dpo.evaluation.results import REFERENCE, SELECTED, EvaluationResults, Measure, main_measure
-from selective_dpo.report.content import Curve, ReportContent, TrainingLog
+from selective_dpo.report.content import Curve, ReportContent
 from selective_dpo.report.tables import chance_in_words, printable
 from selective_dpo.stats.estimates import Estimate
 from selective_dpo.stats.rank_correlation import binned_medians, clustered_spearman
 
+# The hues are Okabe and Ito's, which people with any of the common color-vision deficiencies can tell apart.
+BLUE = "#0072B2"
+VERMILLION = "#D55E00"
+GREY = "#C4C9D0"
+INK = "#1F2933"
+MUTED = "#5F6B7A"
+FAINT = "#E4E7EB"
+_ARM_COLORS = ("#D55E00", "#009E73", "#CC79A7", "#B8860B", "#56B4E9", "#6B4C9A")
+_LINE_STYLES = ("-", "--", "-.", ":")
+_CHANCE_LINE: dict[str, Any] = {"color": VERMILLION, "linestyle": (0, (4, 2))}
+# The dark end of the greys is kept for the line of medians.
+_LIGHT_GREYS = ListedColormap(matplotlib.colormaps["Greys"](np.linspace(0.12, 0.55, 32)))
+# In steps: a smooth color bar would be drawn as an image, which the page's policy forbids.
+_HEAT_MAP = matplotlib.colormaps["Blues"].resampled(10)
+
+_WIDTH_INCHES = 7.6
 _BINS = 48
-
-_MOST_ANNOTATED_COLUMNS = 15
-
-_MOST_POINTS = 1500
-
+_MAX_ANNOTATED_COLUMNS = 15
+_MAX_DOTS = 1500
+_MAX_CURVE_POINTS = 120
+_MAX_LABEL = 44
 # The few pairs beyond these quantiles would flatten everything else; they are counted, not hidden.
 _SHOWN_QUANTILES = (0.002, 0.998)
+_SVG = "{http://www.w3.org/2000/svg}"
+
+_STYLE: dict[str, Any] = {
+    "axes.edgecolor": MUTED,
+    "axes.grid": False,
+    "axes.labelcolor": INK,
+    "axes.labelsize": 9.5,
+    "axes.linewidth": 0.8,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlecolor": INK,
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "figure.constrained_layout.h_pad": 0.08,
+    "figure.constrained_layout.w_pad": 0.08,
+    "font.family": "DejaVu Sans",
+    "font.size": 9.5,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.8,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "text.color": INK,
+    # A label is the user's text: a dollar sign in it is not mathematics.
+    "text.parse_math": False,
+    "xtick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "xtick.labelsize": 9,
+    "ytick.color": MUTED,
+    "ytick.labelcolor": INK,
+    "ytick.labelsize": 9,
+}
+
+
+@contextlib.contextmanager
+def report_style() -> Iterator[None]:
+    """matplotlib's defaults and ours for as long as this is open, whatever the user's settings are."""
+    defaults = {
+        name: value for name, value in matplotlib.rcParamsDefault.items() if not name.startswith("backend")
+    }
+    letters = {"svg.fonttype": "none", "svg.hashsalt": "selective-dpo"}
+    with matplotlib.rc_context({**defaults, **_STYLE, **letters}):
+        yield
+
+
+def new_figure(height_inches: float, columns: int = 1, **options: Any) -> tuple[Figure, list[Any]]:
+    """A figure and its axes, from left to right; `options` go to matplotlib's `Figure.subplots`."""
+    figure = Figure(figsize=(_WIDTH_INCHES, height_inches), layout="constrained")
+    axes = figure.subplots(1, columns, squeeze=False, **options)
+    return figure, list(axes[0])
+
+
+def arm_colors(names: Sequence[str]) -> dict[str, str]:
+    """One color an arm, the same in each figure: blue for the run's own, grey for the starting model."""
+    others = sorted(name for name in names if name not in (SELECTED, REFERENCE))
+    colors = {name: _ARM_COLORS[place % len(_ARM_COLORS)] for place, name in enumerate(others)}
+    return {**colors, SELECTED: BLUE, REFERENCE: MUTED}
+
+
+def signed(value: float, decimals: int) -> str:
+    """A difference with its sign, a true minus, and none at zero."""
+    text = f"{value:+.{decimals}f}"
+    return text[1:] if float(text) == 0 else text.replace("-", "\N{MINUS SIGN}")
 
 
 def difficulty_svg(content: ReportContent) -> str:
@@ -65,22 +144,15 @@ def draw_difficulty(axes: Any, content: ReportContent) -> None:
         name, _ = chance_in_words(content.chance)
         title += f"; {float((difficulty_P > content.chance).mean()):.1%} lie above {name}"
         if edges[0] <= content.chance <= edges[-1]:
-            line = {"color": VERMILLION, "linestyle": (0, (4, 2)), "linewidth": 1.4}
-            axes.axvline(content.chance, label=f"{name} (chance)", **line)
+            axes.axvline(content.chance, label=f"{name} (chance)", linewidth=1.4, **_CHANCE_LINE)
     axes.set_title(title)
-    axes.set_xlabel(f"difficulty: {_meaning(content)}")
+    meaning = "as imported" if content.imported is not None else CRITERIA[content.select.aggregate].axis
+    axes.set_xlabel(f"difficulty: {meaning}{content.unit if content.is_loss or content.imported else ''}")
     axes.set_ylabel("pairs")
     axes.margins(x=0.01)
     axes.set_ylim(0, 1.08 * max(selected + others))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.legend(loc="best", handlelength=1.4)
-
-
-def _meaning(content: ReportContent) -> str:
-    if content.imported is not None:
-        return f"as imported{content.unit}"
-    unit = content.unit if content.is_loss else ""
-    return CRITERIA[content.select.aggregate].axis + unit
 
 
 def agreement_svg(content: ReportContent) -> str | None:
@@ -97,24 +169,14 @@ def agreement_svg(content: ReportContent) -> str | None:
         return to_svg(figure, name="agreement", description=f"Heat map: {axes.get_title(loc='left')}")
 
 
-def _light_greys() -> Any:
-    # The dark end is kept for the line of medians.
-    return ListedColormap(matplotlib.colormaps["Greys"](np.linspace(0.12, 0.55, 32)))
-
-
-def _heat_map() -> Any:
-    # In steps: a smooth color bar would be drawn as an image, which the page's policy forbids.
-    return matplotlib.colormaps["Blues"].resampled(10)
-
-
 def _draw_agreement(figure: Figure, axes: Any, columns: list[dict[str, int]], spearman_CC: Any) -> None:
     count = len(columns)
     apart = spearman_CC[~np.eye(count, dtype=bool)]
     floor = min(math.floor(10 * float(np.nanmin(apart))) / 10, 0.9)
     mesh = axes.pcolormesh(
-        spearman_CC, cmap=_heat_map(), vmin=floor, vmax=1.0, edgecolor="white", linewidth=0.6
+        spearman_CC, cmap=_HEAT_MAP, vmin=floor, vmax=1.0, edgecolor="white", linewidth=0.6
     )
-    if count <= _MOST_ANNOTATED_COLUMNS:
+    if count <= _MAX_ANNOTATED_COLUMNS:
         for row, column in np.ndindex(count, count):
             value = spearman_CC[row, column]
             dark = value > floor + 0.55 * (1 - floor)
@@ -176,18 +238,18 @@ def length_svg(content: ReportContent) -> str | None:
 def _draw_length(axes: Any, content: ReportContent, length_P: Any, label: str, title: str) -> None:
     difficulty_P = content.curriculum.difficulty_P
     clusters_P, _ = codes(content.curriculum.table["prompt_id"])
-    (left, right), (low, high) = (
-        np.quantile(values, _SHOWN_QUANTILES) for values in (length_P, difficulty_P)
-    )
-    shown = (length_P >= left) & (length_P <= right) & (difficulty_P >= low) & (difficulty_P <= high)
-    if len(length_P) <= _MOST_POINTS:
+    shown = np.ones(len(length_P), dtype=bool)
+    for values_P in (length_P, difficulty_P):
+        least, largest = np.quantile(values_P, _SHOWN_QUANTILES)
+        shown &= (values_P >= least) & (values_P <= largest)
+    if len(length_P) <= _MAX_DOTS:
         axes.scatter(length_P[shown], difficulty_P[shown], s=9, color=MUTED, alpha=0.35, linewidths=0)
     else:
         axes.hexbin(
             length_P[shown],
             difficulty_P[shown],
             gridsize=(34, 22),
-            cmap=_light_greys(),
+            cmap=_LIGHT_GREYS,
             bins="log",
             mincnt=1,
             linewidths=0.1,
@@ -196,29 +258,14 @@ def _draw_length(axes: Any, content: ReportContent, length_P: Any, label: str, t
     axes.fill_between(bins.centres, bins.lower, bins.upper, color=BLUE, alpha=0.18, linewidth=0)
     axes.plot(bins.centres, bins.median, color=BLUE, linewidth=1.8, marker="o", markersize=4)
     if content.chance is not None:
-        axes.axhline(content.chance, color=VERMILLION, linestyle=(0, (4, 2)), linewidth=1.2)
+        axes.axhline(content.chance, linewidth=1.2, **_CHANCE_LINE)
     rho = clustered_spearman(length_P, difficulty_P, clusters_P)
-    axes.set_title(f"{title}\n{_in_words(rho)}")
+    value, low, high = (signed(number, 2) for number in (rho.value, rho.low, rho.high))
+    axes.set_title(f"{title}\nSpearman {value} (95% {low} to {high})")
     axes.set_xlabel(label)
     axes.grid(axis="y", color=FAINT)
     axes.set_axisbelow(True)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}".replace("-", "\N{MINUS SIGN}"))
-
-
-def _in_words(rho: Estimate) -> str:
-    value, low, high = (signed(number, 2) for number in (rho.value, rho.low, rho.high))
-    return f"Spearman {value} (95% {low} to {high})"
-
-
-# ----------------------------------------------------------------------------------------------------
-# Figures of the arms: how each did, and how its training went.
-
-
-_CHANCE = 0.5
-
-_MOST_RAW_POINTS = 120
-
-_LONGEST_LABEL = 44
 
 
 def arms_svg(content: ReportContent) -> str | None:
@@ -247,7 +294,7 @@ def arms_svg(content: ReportContent) -> str | None:
 def draw_arms(axes: Any, results: EvaluationResults, measure: Measure) -> None:
     """Draw each arm's estimate with its 95% interval, one line an arm, beside what it was trained on."""
     names = list(measure.values)
-    axes.axvline(_CHANCE, color=MUTED, linewidth=1)
+    axes.axvline(0.5, color=MUTED, linewidth=1)
     _draw_estimates(axes, measure.values, names, lambda value: f"{value:.1%}")
     axes.set_yticks([])
     for row, arm in enumerate(arm for arm in results.arms if arm.name in measure.values):
@@ -296,25 +343,21 @@ def _draw_estimates(
 
 def training_svg(content: ReportContent) -> str | None:
     """Loss by step, and the difficulty of the pairs trained on by step, one line an arm."""
-    panels = [
-        (title, label, curves)
-        for title, label, curves in (
-            ("Training loss", "loss", _curves(content, lambda log: log.loss)),
-            ("Held-out loss", "loss", _curves(content, lambda log: log.held_out_loss)),
-            (
-                "Difficulty of the batch",
-                f"difficulty{content.unit}",
-                _curves(content, lambda log: log.difficulty),
-            ),
-        )
-        if curves
-    ]
+    panels = []
+    for name, title, label in (
+        ("loss", "Training loss", "loss"),
+        ("held_out_loss", "Held-out loss", "loss"),
+        ("difficulty", "Difficulty of the batch", f"difficulty{content.unit}"),
+    ):
+        curves = {log.arm: curve for log in content.training_logs if (curve := getattr(log, name)).steps}
+        if curves:
+            panels.append((title, label, curves))
     if not panels:
         return None
     with report_style():
         figure, axes = new_figure(3.4, columns=len(panels))
         colors = arm_colors([log.arm for log in content.training_logs])
-        styles = {arm: LINE_STYLES[place % len(LINE_STYLES)] for place, arm in enumerate(colors)}
+        styles = {arm: _LINE_STYLES[place % len(_LINE_STYLES)] for place, arm in enumerate(colors)}
         lines = {}
         for panel, (title, label, curves) in zip(axes, panels, strict=True):
             for arm, curve in curves.items():
@@ -337,13 +380,9 @@ def training_svg(content: ReportContent) -> str | None:
         return to_svg(figure, name="training", description=f"Curves by optimizer step: {titles}")
 
 
-def _curves(content: ReportContent, pick: Callable[[TrainingLog], Curve]) -> dict[str, Curve]:
-    return {log.arm: pick(log) for log in content.training_logs if pick(log).steps}
-
-
 def _smoothed(curve: Curve) -> Curve:
-    """Means of neighbouring entries, so that at most `_MOST_RAW_POINTS` are drawn."""
-    size = -(-len(curve.steps) // _MOST_RAW_POINTS)
+    """Means of neighbouring entries, so that at most `_MAX_CURVE_POINTS` are drawn."""
+    size = -(-len(curve.steps) // _MAX_CURVE_POINTS)
     starts = range(0, len(curve.steps), size)
     return Curve(
         tuple(curve.steps[start : start + size][-1] for start in starts),
@@ -353,97 +392,7 @@ def _smoothed(curve: Curve) -> Curve:
 
 def _shortened(text: str) -> str:
     clean = printable(text).replace("\n", " ")
-    return clean if len(clean) <= _LONGEST_LABEL else f"{clean[: _LONGEST_LABEL - 1]}…"
-
-
-# ----------------------------------------------------------------------------------------------------
-# How figures look, and how one becomes SVG that can stand inside a page.
-#
-# The hues are Okabe and Ito's, which people with any of the common color-vision deficiencies can tell apart.
-
-
-BLUE = "#0072B2"
-
-VERMILLION = "#D55E00"
-
-GREY = "#C4C9D0"
-
-INK = "#1F2933"
-
-MUTED = "#5F6B7A"
-
-FAINT = "#E4E7EB"
-
-_ARM_COLORS = ("#D55E00", "#009E73", "#CC79A7", "#B8860B", "#56B4E9", "#6B4C9A")
-
-LINE_STYLES = ("-", "--", "-.", ":")
-
-WIDTH_INCHES = 7.6
-
-_SVG = "{http://www.w3.org/2000/svg}"
-
-_STYLE: dict[str, Any] = {
-    "axes.edgecolor": MUTED,
-    "axes.grid": False,
-    "axes.labelcolor": INK,
-    "axes.labelsize": 9.5,
-    "axes.linewidth": 0.8,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlecolor": INK,
-    "axes.titlelocation": "left",
-    "axes.titlepad": 10,
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "figure.constrained_layout.h_pad": 0.08,
-    "figure.constrained_layout.w_pad": 0.08,
-    "font.family": "DejaVu Sans",
-    "font.size": 9.5,
-    "grid.color": FAINT,
-    "grid.linewidth": 0.8,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "text.color": INK,
-    # A label is the user's text: a dollar sign in it is not mathematics.
-    "text.parse_math": False,
-    "xtick.color": MUTED,
-    "xtick.labelcolor": INK,
-    "xtick.labelsize": 9,
-    "ytick.color": MUTED,
-    "ytick.labelcolor": INK,
-    "ytick.labelsize": 9,
-}
-
-
-@contextlib.contextmanager
-def report_style() -> Iterator[None]:
-    """matplotlib's defaults and ours for as long as this is open, whatever the user's settings are."""
-    defaults = {
-        name: value for name, value in matplotlib.rcParamsDefault.items() if not name.startswith("backend")
-    }
-    letters = {"svg.fonttype": "none", "svg.hashsalt": "selective-dpo"}
-    with matplotlib.rc_context({**defaults, **_STYLE, **letters}):
-        yield
-
-
-def new_figure(height_inches: float, columns: int = 1, **options: Any) -> tuple[Figure, list[Any]]:
-    """A figure and its axes, from left to right; `options` go to matplotlib's `Figure.subplots`."""
-    figure = Figure(figsize=(WIDTH_INCHES, height_inches), layout="constrained")
-    axes = figure.subplots(1, columns, squeeze=False, **options)
-    return figure, list(axes[0])
-
-
-def arm_colors(names: Sequence[str]) -> dict[str, str]:
-    """One color an arm, the same in each figure: blue for the run's own, grey for the starting model."""
-    others = sorted(name for name in names if name not in (SELECTED, REFERENCE))
-    colors = {name: _ARM_COLORS[place % len(_ARM_COLORS)] for place, name in enumerate(others)}
-    return {**colors, SELECTED: BLUE, REFERENCE: MUTED}
-
-
-def signed(value: float, decimals: int) -> str:
-    """A difference with its sign, a true minus, and none at zero."""
-    text = f"{value:+.{decimals}f}"
-    return text[1:] if float(text) == 0 else text.replace("-", "\N{MINUS SIGN}")
+    return clean if len(clean) <= _MAX_LABEL else f"{clean[: _MAX_LABEL - 1]}…"
 
 
 def to_svg(figure: Figure, *, name: str, description: str) -> str:

@@ -232,7 +232,7 @@ def train_sft(tasks: TasksConfig, config: SFTConfig, *, seed: int) -> SFTResult:
         lengths=tasks.lengths,
         hasty_share=config.hasty_share,
     )
-    input_ids, labels = (torch.from_numpy(ids_DT).split(config.batch_size) for ids_DT in drawn)
+    input_ids, labels = (torch.split(torch.from_numpy(ids_DT), config.batch_size) for ids_DT in drawn)
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=config.learning_rate,

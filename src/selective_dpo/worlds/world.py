@@ -133,9 +133,15 @@ def build_world(folder: str | Path, *, seed: int, config: WorldConfig | None = N
 def load_world(folder: str | Path) -> World:
     """A world that was built before; `ArtifactError` if there is none."""
     folder = Path(folder)
-    jsonl = (folder / f"{name}.jsonl" for name in ("pairs", "test_pairs", "test_prompts"))
-    facts = read_json(folder / "world.json")
-    return World(folder, folder / "model", *jsonl, folder / "truth.parquet", facts)
+    return World(
+        folder=folder,
+        model=folder / "model",
+        pairs=folder / "pairs.jsonl",
+        test_pairs=folder / "test_pairs.jsonl",
+        test_prompts=folder / "test_prompts.jsonl",
+        truth=folder / "truth.parquet",
+        facts=read_json(folder / "world.json"),
+    )
 
 
 def _fill(folder: Path, seed: int, config: WorldConfig) -> None:
