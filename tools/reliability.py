@@ -45,10 +45,10 @@ HEAD = """\
 # Reliability
 
 Written by `python tools/reliability.py`, which runs the tests of each row and prints their names; do not edit
-(`--list` prints them and runs nothing). A fault is survived if the repeated command finishes with the records,
-curriculum, order digest and policy of an undisturbed run (bit for bit on a CPU), or if a typed error came
-before anything was spent. Trials count how often the fault was really made: kills at seeded moments, damaged
-files, wrong inputs. "passed" means each of them.
+(`--list` prints them and runs nothing). A fault is survived if the repeated command finishes with the
+records, curriculum, order digest and policy of an undisturbed run (bit for bit on a CPU), or if a typed error
+came before anything was spent. Trials count how often the fault was really made: kills at seeded moments,
+damaged files, wrong inputs. "passed" means each of them.
 
 """
 

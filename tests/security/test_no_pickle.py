@@ -17,10 +17,7 @@ import pytest
 import torch
 
 from selective_dpo.cli.main import main
-from tests.fixtures.finished import finished_demo
 from tests.fixtures.models import recipe_file, tiny_model_folder, tiny_recipe
-
-__all__ = ["finished_demo"]
 
 PACKAGE = Path(__file__).resolve().parents[2] / "src" / "selective_dpo"
 KNOWN = {".parquet", ".json", ".jsonl", ".safetensors", ".md", ".yaml", ".html", ".jinja", ".csv", ".arrow"}
