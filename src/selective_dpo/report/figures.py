@@ -19,7 +19,7 @@ from selective_dpo.criteria import CRITERIA
 from selective_dpo.curriculum.columns import codes
 from selective_dpo.evaluation.results import REFERENCE, SELECTED, EvaluationResults, Measure, main_measure
 from selective_dpo.report.content import Curve, ReportContent
-from selective_dpo.report.tables import chance_in_words, printable
+from selective_dpo.report.tables import describe_chance, printable
 from selective_dpo.stats.estimates import Estimate
 from selective_dpo.stats.rank_correlation import binned_medians, clustered_spearman
 
@@ -141,7 +141,7 @@ def draw_difficulty(axes: Any, content: ReportContent) -> None:
     )
     title = f"{selected_P.sum():,} of {len(difficulty_P):,} pairs selected"
     if content.chance is not None:
-        name, _ = chance_in_words(content.chance)
+        name, _ = describe_chance(content.chance)
         title += f"; {float((difficulty_P > content.chance).mean()):.1%} lie above {name}"
         if edges[0] <= content.chance <= edges[-1]:
             axes.axvline(content.chance, label=f"{name} (chance)", linewidth=1.4, **_CHANCE_LINE)

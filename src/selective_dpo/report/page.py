@@ -31,7 +31,7 @@ from selective_dpo.report.content import DropCount, ReportContent, load_report_c
 from selective_dpo.report.figures import agreement_svg, arms_svg, difficulty_svg, length_svg, training_svg
 from selective_dpo.report.tables import (
     agreement_rows,
-    chance_in_words,
+    describe_chance,
     label_for,
     number_with_interval,
     points_with_interval,
@@ -227,7 +227,7 @@ def tiles(content: ReportContent) -> list[Tile]:
     chance = content.agreement.get("above_chance")
     above = estimate_from_json(chance) if chance else None
     if above and np.isfinite(above.value):
-        name, meaning = chance_in_words(content.agreement.get("chance_loss", LN_2))
+        name, meaning = describe_chance(content.agreement.get("chance_loss", LN_2))
         shown.append(Tile(f"Above {name}", f"{above.value:.1%}", f"{_interval(above)}; {meaning}"))
     return shown
 

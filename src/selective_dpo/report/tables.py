@@ -133,12 +133,12 @@ def agreement_table(agreement: Mapping[str, Any]) -> str:
         parts.append(text_table(header, [(f"seeds {name}", *numbers) for name, *numbers in rows]))
     if agreement.get("above_chance"):
         above = share_with_interval(estimate_from_json(agreement["above_chance"]))
-        name, meaning = chance_in_words(agreement.get("chance_loss", LN_2))
+        name, meaning = describe_chance(agreement.get("chance_loss", LN_2))
         parts.append(f"pairs above {name} ({meaning}): {above}")
     return "\n".join(parts)
 
 
-def chance_in_words(chance: float) -> tuple[str, str]:
+def describe_chance(chance: float) -> tuple[str, str]:
     """The loss of a policy that has not moved, and what it means for a pair to lie above it.
 
     At ln 2, of DPO's own loss and those like it, a loss is above it exactly where the margin is below 0.
