@@ -152,7 +152,8 @@ _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory",
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` says that an allocation failed, on any device."""
-    # torch's own class is known by its name, so that an error message does not wait for torch.
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    import torch  # here, since `selective-dpo --help` imports this module
+
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)

@@ -128,6 +128,8 @@ def judge_for(config: EvaluateConfig) -> Judge | None:
         return None
     if config.judge == "embedded-world":
         return EmbeddedWorldJudge()
+    from selective_dpo.evaluation.judges import RewardModelJudge
+
     return RewardModelJudge(config.reward_model)
 
 
