@@ -161,61 +161,59 @@ def agreement_svg(content: ReportContent) -> str | None:
     if len(columns) < 2:
         return None
     spearman = np.array(content.agreement["spearman"], dtype=np.float64)
-    if not np.isfinite(spearman[~np.eye(len(columns), dtype=bool)]).any():
+    count = len(columns)
+    apart = spearman[~np.eye(count, dtype=bool)]
+    if not np.isfinite(apart).any():
         return None
     with report_style():
         figure, (axes,) = new_figure(5.9)
-        _draw_agreement(figure, axes, columns, spearman)
+        floor = min(math.floor(10 * float(np.nanmin(apart))) / 10, 0.9)
+        mesh = axes.pcolormesh(
+            spearman, cmap=_HEAT_MAP, vmin=floor, vmax=1.0, edgecolor="white", linewidth=0.6
+        )
+        if count <= _MAX_ANNOTATED_COLUMNS:
+            for row, column in np.ndindex(count, count):
+                value = spearman[row, column]
+                dark = value > floor + 0.55 * (1 - floor)
+                size = 7.2 if count > 8 else 9
+                text = f"{value:.2f}".replace("0.", ".", 1) if np.isfinite(value) else "–"
+                place = {"ha": "center", "va": "center"}
+                axes.text(
+                    column + 0.5, row + 0.5, text, color="white" if dark else INK, fontsize=size, **place
+                )
+        starts = [place for place in range(1, count) if columns[place]["seed"] != columns[place - 1]["seed"]]
+        for start in starts:
+            axes.axhline(start, color="white", linewidth=3)
+            axes.axvline(start, color="white", linewidth=3)
+        centres = [(low + high) / 2 for low, high in zip([0, *starts], [*starts, count], strict=True)]
+        ticks, labels = np.arange(count) + 0.5, [str(column["evaluation"]) for column in columns]
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_ticks(ticks, labels)
+            axis.set_tick_params(length=0)
+        for start, centre in zip([0, *starts], centres, strict=True):
+            name = {"text": f"seed {columns[start]['seed']}", "textcoords": "offset points", "color": MUTED}
+            axes.annotate(
+                xy=(centre, 0), xycoords=("data", "axes fraction"), xytext=(0, -24), ha="center", **name
+            )
+            axes.annotate(
+                xy=(0, centre),
+                xycoords=("axes fraction", "data"),
+                xytext=(-26, 0),
+                va="center",
+                rotation=90,
+                ha="center",
+                **name,
+            )
+        axes.invert_yaxis()
+        axes.set_aspect("equal")
+        axes.spines[:].set_visible(False)
+        axes.set_title(
+            f"Rank correlation between any two evaluations: {np.nanmin(apart):.2f} to {np.nanmax(apart):.2f}"
+        )
+        colors = figure.colorbar(mesh, ax=axes, shrink=0.6, aspect=25, pad=0.03)
+        colors.outline.set_visible(False)
+        colors.set_label("Spearman's rank correlation")
         return to_svg(figure, name="agreement", description=f"Heat map: {axes.get_title(loc='left')}")
-
-
-def _draw_agreement(figure: Figure, axes: Any, columns: list[dict[str, int]], spearman_CC: Any) -> None:
-    count = len(columns)
-    apart = spearman_CC[~np.eye(count, dtype=bool)]
-    floor = min(math.floor(10 * float(np.nanmin(apart))) / 10, 0.9)
-    mesh = axes.pcolormesh(
-        spearman_CC, cmap=_HEAT_MAP, vmin=floor, vmax=1.0, edgecolor="white", linewidth=0.6
-    )
-    if count <= _MAX_ANNOTATED_COLUMNS:
-        for row, column in np.ndindex(count, count):
-            value = spearman_CC[row, column]
-            dark = value > floor + 0.55 * (1 - floor)
-            size = 7.2 if count > 8 else 9
-            text = f"{value:.2f}".replace("0.", ".", 1) if np.isfinite(value) else "–"
-            place = {"ha": "center", "va": "center"}
-            axes.text(column + 0.5, row + 0.5, text, color="white" if dark else INK, fontsize=size, **place)
-    starts = [place for place in range(1, count) if columns[place]["seed"] != columns[place - 1]["seed"]]
-    for start in starts:
-        axes.axhline(start, color="white", linewidth=3)
-        axes.axvline(start, color="white", linewidth=3)
-    centres = [(low + high) / 2 for low, high in zip([0, *starts], [*starts, count], strict=True)]
-    ticks, labels = np.arange(count) + 0.5, [str(column["evaluation"]) for column in columns]
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_ticks(ticks, labels)
-        axis.set_tick_params(length=0)
-    for start, centre in zip([0, *starts], centres, strict=True):
-        name = {"text": f"seed {columns[start]['seed']}", "textcoords": "offset points", "color": MUTED}
-        axes.annotate(
-            xy=(centre, 0), xycoords=("data", "axes fraction"), xytext=(0, -24), ha="center", **name
-        )
-        axes.annotate(
-            xy=(0, centre),
-            xycoords=("axes fraction", "data"),
-            xytext=(-26, 0),
-            va="center",
-            rotation=90,
-            ha="center",
-            **name,
-        )
-    axes.invert_yaxis()
-    axes.set_aspect("equal")
-    axes.spines[:].set_visible(False)
-    axes.set_title(
-        f"Rank correlation between any two evaluations: {np.nanmin(apart):.2f} to {np.nanmax(apart):.2f}"
-    )
-    colors = figure.colorbar(mesh, ax=axes, shrink=0.6, aspect=25, pad=0.03)
-    colors.outline.set_visible(False)
-    colors.set_label("Spearman's rank correlation")
 
 
 def length_svg(content: ReportContent) -> str | None:
