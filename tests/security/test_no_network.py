@@ -36,6 +36,7 @@ IMPORT = """
 """
 
 
+@pytest.mark.slow
 def test_importing_asks_nobody(tmp_path: Path) -> None:
     done = without_network(IMPORT, tmp_path / "attempts")
     assert done.returncode == 0, done.stderr

@@ -142,6 +142,7 @@ def test_training_repeats_exactly_and_leaves_the_global_random_state() -> None:
     assert other.loss != first.loss
 
 
+@pytest.mark.slow
 def test_a_little_model_learns_to_copy(tmp_path: Path) -> None:
     tasks = TasksConfig(operations=("copy",), lengths=(2,))
     config = SFTConfig(
