@@ -34,6 +34,7 @@ def moment_of(kill: int, undisturbed: Outcome) -> Moment:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # a minute on a quiet machine
 @pytest.mark.fault(row=1, trials=KILLS)
 def test_a_run_of_every_stage_killed_ten_times_ends_as_an_undisturbed_one(
     server: ForkServer, finished_demo: Path, tmp_path: Path

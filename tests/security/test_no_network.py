@@ -17,7 +17,7 @@ from tests.fixtures.models import recipe_file, tiny_recipe
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = """
     from selective_dpo.cli.main import main
-    sys.exit(max(main([verb, sys.argv[2]]) for verb in ("doctor", "plan", "run", "run")))
+    sys.exit(max(main([verb, sys.argv[2]]) for verb in ("doctor", "plan")))
 """
 ASKING = """
     import urllib.request
@@ -50,9 +50,8 @@ def test_the_whole_demo_asks_nobody(finished_demo: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_recipe_of_local_files_asks_nobody(tmp_path: Path) -> None:
-    score = {"evaluations": 1, "keep_scorers": True}
-    recipe = recipe_file(tiny_recipe(tmp_path, score=score), tmp_path / "recipe.yaml")
+def test_checks_of_a_recipe_of_local_files_ask_nobody(tmp_path: Path) -> None:
+    recipe = recipe_file(tiny_recipe(tmp_path), tmp_path / "recipe.yaml")
     done = without_network(COMMANDS, tmp_path / "attempts", recipe)
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "attempts").exists(), (tmp_path / "attempts").read_text()

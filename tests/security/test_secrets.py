@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,8 +9,6 @@ import pytest
 from selective_dpo.cli.main import main
 from tests.fixtures.finished import SECRETS
 from tests.fixtures.models import recipe_file, tiny_recipe
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def found_in(root: Path, secrets: list[str]) -> list[str]:
@@ -31,25 +26,21 @@ def test_no_byte_of_a_run_holds_a_secret(finished_demo: Path, demo_output: str) 
     assert not [secret for secret in secrets if secret in demo_output]
 
 
-@pytest.mark.slow
-def test_no_byte_of_a_tracker_holds_a_secret(tmp_path: Path) -> None:
+def test_no_byte_of_a_tracker_holds_a_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("tensorboard")
+    for name, secret in SECRETS.items():
+        monkeypatch.setenv(name, secret)
     trainer = {"report_to": "tensorboard"}
     recipe = tiny_recipe(
         tmp_path, score={"evaluations": 1}, train={"trainer": trainer}, launch={"checkpoint_steps": 1}
     )
-    done = subprocess.run(
-        [sys.executable, "-m", "selective_dpo", "train", str(recipe_file(recipe, tmp_path / "recipe.yaml"))],
-        env={**os.environ, **SECRETS},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    assert main(["train", str(recipe_file(recipe, tmp_path / "recipe.yaml"))]) == 0
     secrets = list(SECRETS.values())
     assert found_in(tmp_path / "runs", secrets) == []
-    assert not [secret for secret in secrets if secret in done.stdout + done.stderr]
+    printed = capfd.readouterr()
+    assert not [secret for secret in secrets if secret in printed.out + printed.err]
     assert list((tmp_path / "runs" / "tiny" / "tracking").rglob("events.*"))
 
 
