@@ -6,7 +6,7 @@ READY  := $(VENV)/.installed
 AUDIT  := $(VENV)-audit
 PIP_AUDIT_VERSION := 2.10.1
 
-.PHONY: demo test lint bench audit setup clean
+.PHONY: demo test test-fast lint bench audit setup clean
 
 setup: $(READY)
 
@@ -20,6 +20,10 @@ $(READY): pyproject.toml constraints.txt
 
 demo: setup
 	$(BIN)/selective-dpo demo
+
+# The loop to develop in: pure and unit tests.
+test-fast: setup
+	$(BIN)/python -m pytest --quiet --numprocesses 2 -m "not slow" tests/unit
 
 test: setup
 	$(BIN)/python -m pytest --quiet --numprocesses 2

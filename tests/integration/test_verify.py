@@ -31,10 +31,8 @@ from selective_dpo.storage.artifacts import (
 )
 from selective_dpo.storage.digests import digest
 from tests.faults.test_not_finite import poison_folder, write_inputs
-from tests.fixtures.finished import finished_demo
 from tests.fixtures.models import tiny_recipe
 
-__all__ = ["finished_demo"]
 pytestmark = pytest.mark.slow
 
 Damage = Callable[[Path], None]
