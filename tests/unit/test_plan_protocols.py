@@ -17,7 +17,7 @@ from selective_dpo.curriculum.records import LossTable
 from selective_dpo.curriculum.select import Rule, select
 from selective_dpo.curriculum.table import curriculum_losses
 from selective_dpo.data.store import PairsSummary
-from selective_dpo.logprobs.packing_support import Path as RowPath
+from selective_dpo.logprobs.packing_support import RowLayout as RowPath
 from selective_dpo.logprobs.padded import PartLengths
 from selective_dpo.run.planning.architecture import Architecture
 from selective_dpo.run.planning.forwarding import Forwarding

@@ -135,7 +135,7 @@ class SourceConfig(Block):
     """Renames columns before a row is read: our name of a column -> its name in this source, such as
     `{prompt: instruction, chosen: answer_a, rejected: answer_b}`. Columns that are not named keep their
     names."""
-    adapter: Text = ""
+    adapter: str = ""
     """What makes a pair of a row: `my_module:my_function`, or a name given with `@adapter`. Empty: the known
     shapes are read."""
 
@@ -387,7 +387,7 @@ class EvaluateConfig(Block):
 
     generation: GenerationConfig = GenerationConfig()
     """Sampling from the policy and the starting model."""
-    judge: Annotated[str, Field(min_length=1)] = "none"
+    judge: Literal["none", "reward-model", "embedded-world"] | DottedName = "none"
     """Who compares the answers: `none`, `reward-model` (a sequence classifier), `embedded-world` (its gold
     reward), or `my_module:MyJudge`, a class of your own (docs/extending.md)."""
     reward_model: PathText = ""

@@ -168,10 +168,6 @@ def _require_finite(rewards: Sequence[float], keys: Sequence[tuple[str, str]], n
         )
 
 
-# ----------------------------------------------------------------------------------------------------
-# A reward model as judge: a sequence classifier with one output.
-
-
 class RewardModelJudge(RewardJudge):
     """Prefers the answer to which a sequence classifier gives the larger output.
 
@@ -226,7 +222,7 @@ class RewardModelJudge(RewardJudge):
             ModelError: the weights cannot be loaded, or a conversation exceeds the model's positions.
         """
         rows = [self._encode(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
-        self._require_room(rows)
+        self._require_positions(rows)
         order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
         rewards = [0.0] * len(rows)
         with torch.no_grad(), Progress(len(rows), "rewards", unit="answers") as progress:
@@ -242,7 +238,7 @@ class RewardModelJudge(RewardJudge):
         messages.append({"role": "assistant", "content": answer})
         return encode_conversation(self._tokenizer, Conversation(messages))
 
-    def _require_room(self, rows: Sequence[Sequence[int]]) -> None:
+    def _require_positions(self, rows: Sequence[Sequence[int]]) -> None:
         positions = getattr(self._config.get_text_config(), "max_position_embeddings", None)
         longest = max(map(len, rows), default=0)
         if positions is not None and longest > positions:

@@ -13,6 +13,7 @@ from selective_dpo.data.store import PairsSummary
 from selective_dpo.errors import ModelError, RunChangedError
 from selective_dpo.evaluation.evaluate import check_evaluation
 from selective_dpo.run.folder import RunDirectory
+from selective_dpo.run.keys import Run
 from selective_dpo.run.planning.cached import complete_results, has_results
 from selective_dpo.run.planning.device import ASSUMED_UTILISATION, Device, this_device
 from selective_dpo.run.planning.disk import Disk, disk_need
@@ -22,7 +23,6 @@ from selective_dpo.run.planning.pricing import Models, PlannedJob, Pricing, mode
 from selective_dpo.run.planning.protocols import PlannedProtocol, planned_protocols
 from selective_dpo.run.planning.settings import TrainingSettings, training_settings
 from selective_dpo.run.planning.workload import workloads
-from selective_dpo.run.stages import Run
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def _unknown_jobs(recipe: Recipe, jobs: tuple[PlannedJob, ...], inputs: Inputs |
 
 def _notes(run: Run) -> list[str]:
     try:
-        run.folder.require_unchanged(run.recipe)
+        run.folder.require_same_recipe(run.recipe)
     except RunChangedError as error:
         return [f"a run would refuse this: {error}"]
     return []

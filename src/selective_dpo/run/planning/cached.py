@@ -8,16 +8,18 @@ from typing import ParamSpec
 
 from selective_dpo.errors import ArtifactError
 from selective_dpo.run.keys import (
+    Run,
     curriculum_key,
+    evaluation_key,
     has_curriculum,
     imported_inputs,
+    prepared_key,
     record_digests,
     reference_key,
     scorer_job,
     training_job,
     trainings,
 )
-from selective_dpo.run.stages import Run, evaluation_key, prepared_key
 from selective_dpo.storage.artifacts import MANIFEST, is_complete
 
 P = ParamSpec("P")

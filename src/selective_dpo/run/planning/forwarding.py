@@ -9,7 +9,7 @@ import torch
 from selective_dpo.config import Recipe
 from selective_dpo.logprobs.memory import Budget, TokenBudget, bounded_batches, budget_for, most_tokens
 from selective_dpo.logprobs.packed import CUDA_ALIGNMENT, width_multiple
-from selective_dpo.logprobs.packing_support import Path, choose_path
+from selective_dpo.logprobs.packing_support import RowLayout, choose_path
 from selective_dpo.run.planning.batches import NO_WORK, Work, padded_rows, total_work
 from selective_dpo.run.planning.inputs import KeptPairs
 
@@ -17,7 +17,7 @@ from selective_dpo.run.planning.inputs import KeptPairs
 class Forwarding(NamedTuple):
     """The engine's choices for one model."""
 
-    path: Path
+    path: RowLayout
     model: Any
     """On the meta device; None where its configuration cannot be had."""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -64,7 +64,7 @@ def forwarding_of(recipe: Recipe, model: Any) -> Forwarding:
     if model is None:
         shared = recipe.model.attention in ("sdpa", "eager", "flex_attention")
         reason = "as most models with this attention"
-        return Forwarding(Path("shared" if shared else "padded", reason), None, device)
+        return Forwarding(RowLayout("shared" if shared else "padded", reason), None, device)
     model.config._attn_implementation = recipe.model.attention
     model.to(getattr(torch, recipe.model.dtype))
     return Forwarding(choose_path(model, recipe.data.max_length), model, device)

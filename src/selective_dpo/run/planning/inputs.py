@@ -23,7 +23,8 @@ from selective_dpo.logprobs.packed import shared_lengths
 from selective_dpo.logprobs.padded import PartLengths, part_lengths
 from selective_dpo.models import load_tokenizer
 from selective_dpo.run.folder import RunDirectory
-from selective_dpo.run.stages import Run, prepare, prompts_to_answer
+from selective_dpo.run.keys import Run, prompts_to_answer
+from selective_dpo.run.stages import prepare
 
 
 class Unknown(NamedTuple):

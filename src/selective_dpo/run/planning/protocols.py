@@ -11,6 +11,7 @@ from selective_dpo.config import PROTOCOLS, Recipe, SelectConfig
 from selective_dpo.difficulty.folds import FOLDS
 from selective_dpo.difficulty.protocols import ScorerRun
 from selective_dpo.report.tables import DEFAULT_FRACTION
+from selective_dpo.run.keys import MIN_SEEDS
 from selective_dpo.run.planning.batches import Work, total_work
 from selective_dpo.run.planning.costs import forward_flops, training_flops
 from selective_dpo.run.planning.forwarding import Forwarding
@@ -20,7 +21,6 @@ from selective_dpo.run.planning.plain import plain_epoch_flops, plain_scorer
 from selective_dpo.run.planning.pricing import Models
 from selective_dpo.run.planning.scorer_work import scorer_work
 from selective_dpo.run.planning.settings import training_settings
-from selective_dpo.run.stages import FEWEST_SEEDS
 
 
 class Passes(NamedTuple):
@@ -215,7 +215,7 @@ def _compared(recipe: Recipe) -> Iterator[Scoring]:
         is_own = name == own.protocol
         seeds, evaluations = (own.seeds, own.evaluations) if is_own else published
         if name == "certified":
-            parts = {"least": seeds[:FEWEST_SEEDS], "most": seeds}
+            parts = {"least": seeds[:MIN_SEEDS], "most": seeds}
             for part, some in parts.items():
                 yield Scoring(name, some, evaluations, part, is_own)
         elif is_own or name != "custom":

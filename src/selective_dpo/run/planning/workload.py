@@ -14,14 +14,14 @@ from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.difficulty.protocols import ScorerRun
 from selective_dpo.evaluation.results import SELECTED
 from selective_dpo.identity import positions_of
-from selective_dpo.run.keys import trainings
+from selective_dpo.run.keys import Run, trainings
 from selective_dpo.run.planning.batches import NO_WORK, Work
 from selective_dpo.run.planning.dealing import dealing_of, expected_work, ordered_work
 from selective_dpo.run.planning.forwarding import Forwarding
 from selective_dpo.run.planning.inputs import Inputs, KeptPairs
 from selective_dpo.run.planning.scorer_work import epochs_done, scorer_work, updates_of
 from selective_dpo.run.planning.settings import trainer_value, training_settings
-from selective_dpo.run.stages import Run, scorer_steps
+from selective_dpo.run.stages import scorer_steps
 
 Kind = Literal["reference", "scorer", "policy", "held-out", "answers"]
 
