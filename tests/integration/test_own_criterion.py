@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from selective_dpo.cli import main
 
+from selective_dpo.cli import main
 from selective_dpo.criteria import CRITERIA
 from selective_dpo.curriculum.records import read_loss_table
 from selective_dpo.curriculum.table import Curriculum
@@ -39,6 +39,7 @@ def test_a_run_selects_by_it_and_notices_an_edit(
         assert made.difficulty_P == pytest.approx(-table.others["margin"][:, :, -1].mean(axis=1))
         assert np.ptp(made.difficulty_P) > 0
         assert file_digest(file) in str((run / "inputs.json").read_text())
+        assert main(["verify", str(run)]) == 0
         file.write_text(CODE.replace("mean", "min"))
         capsys.readouterr()
         assert main(["curriculum", str(path)]) == 2

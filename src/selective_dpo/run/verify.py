@@ -401,7 +401,7 @@ class _Checks:
         folders = [self.folder.scores(scorer) for scorer in scorers]
         inputs = {folder.name: read_manifest(folder).files[RECORDS] for folder in folders}
         config = resolved_selection(select)
-        losses = collect_losses(folders, allow_partial=select.allow_partial)
+        losses = collect_losses(folders, allow_partial=select.allow_partial, criteria=[config.aggregate])
         measured = difficulty(losses, config.aggregate, allow_partial=select.allow_partial)
         aside = read_quarantine([self.folder.reference, *folders])
         return inputs, assemble(losses, measured, config, {}, aside=aside, reason=REASON)
