@@ -217,9 +217,7 @@ def _refuse_options(config: SourceConfig, names: tuple[str, ...], what: str) -> 
         )
 
 
-# ----------------------------------------------------------------------------------------------------
-# Which rows of several sources are used.
-
+# --- which rows of several sources are used --------------------------------------------------------------
 
 _ALL_SOURCES = 0
 
@@ -260,8 +258,7 @@ def _generator(seed: int, stream: int) -> np.random.Generator:
     return np.random.default_rng([seed % 2**64, stream])
 
 
-# ----------------------------------------------------------------------------------------------------
-# A file of prompts to be answered, without completions.
+# --- a file of prompts to be answered, without completions -----------------------------------------------
 
 
 def read_prompts(path: Path) -> list[Text]:
