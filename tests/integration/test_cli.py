@@ -330,10 +330,10 @@ def test_a_folder_without_the_right_to_write(
 def test_a_full_disk(
     things: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(path: Path, content: str | bytes) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    def full(folder: Path, manifest: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
-    monkeypatch.setattr(artifacts, "_write_flushed", full)
+    monkeypatch.setattr(artifacts, "_write_manifest", full)
     assert "No space left on device" in one_line(capsys, ["run", *recipe_in(things, tmp_path)])
     assert list(tmp_path.iterdir()) == []
 

@@ -76,14 +76,13 @@ def test_a_content_key_depends_on_the_schema(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_the_manifest_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[set[str]] = []
-    write = artifacts._write_flushed
+    write = artifacts._write_manifest
 
-    def spying(path: Path, content: str | bytes) -> None:
-        if path.name == MANIFEST:
-            seen.append({entry.name for entry in path.parent.iterdir()})
-        write(path, content)
+    def spying(folder: Path, manifest: artifacts.Manifest) -> None:
+        seen.append({entry.name for entry in folder.iterdir()})
+        write(folder, manifest)
 
-    monkeypatch.setattr(artifacts, "_write_flushed", spying)
+    monkeypatch.setattr(artifacts, "_write_manifest", spying)
     folder = publish(tmp_path / "pairs")
     assert seen == [{"a.txt", "deep"}]
     assert {entry.name for entry in folder.iterdir()} == {"a.txt", "deep", MANIFEST}
@@ -135,7 +134,7 @@ folder, moment = Path(sys.argv[1]), sys.argv[2]
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 if moment == "before the manifest":
-    artifacts._write_flushed = die
+    artifacts._write_manifest = die
 elif moment == "before the rename":
     artifacts._replace_folder = die
 with publish_folder(folder, kind="test", key="new") as partial:

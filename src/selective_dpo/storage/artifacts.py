@@ -87,9 +87,7 @@ def publish_folder(folder: Path, *, kind: str, key: str) -> Iterator[Path]:
             files = folder_digests(partial)
             for name in files:
                 _flush(partial / name)
-            manifest = Manifest(SCHEMA_VERSION, kind, key, files)
-            (partial / MANIFEST).write_text(_to_json(manifest._asdict()), "utf-8")
-            _flush(partial / MANIFEST)
+            _write_manifest(partial, Manifest(SCHEMA_VERSION, kind, key, files))
             _replace_folder(partial, folder)
         except BaseException as error:
             _name_place(error, folder, partial)
@@ -101,6 +99,11 @@ def _remove_partials(folder: Path) -> None:
     # The name's random end is spelled out: `.partial-a-*` would be those of a folder `a-b`, too.
     for leftover in folder.parent.glob(f".partial-{glob.escape(folder.name)}-{'[0-9a-f]' * 8}"):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _write_manifest(folder: Path, manifest: Manifest) -> None:
+    (folder / MANIFEST).write_text(_to_json(manifest._asdict()), "utf-8")
+    _flush(folder / MANIFEST)
 
 
 def read_manifest(folder: Path) -> Manifest:
