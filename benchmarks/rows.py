@@ -24,6 +24,7 @@ from trl import DPOConfig
 from harness import add_options, interleave, show, summary
 from selective_dpo.distributed.progress import quieten_libraries
 from selective_dpo.logprobs.compute import PairLogps, pair_logps
+from selective_dpo.storage.artifacts import write_json
 from selective_dpo.training.batching import PAIRS, PairBatch
 from selective_dpo.training.trainer import PairTrainer
 from workload import byte_tokenizer
@@ -70,7 +71,9 @@ def main() -> None:
                 details = {"shape": shape, "pairs": options.pairs, "hidden": options.hidden}
                 name = f"{kind} {'/'.join(map(str, shape))}"
                 results.append(summary(name, rounds, max_abs_diff=gap, details=details))
-    show(results, options.json)
+                show(results[-1:], None)
+                if options.json is not None:  # as far as it has come: on a busy machine this takes long
+                    write_json(options.json, {"results": results})
 
 
 def pairs_of(shape: tuple[int, int, int], count: int) -> Dataset:
