@@ -37,7 +37,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def interleave(
-    ours: Callable[[], object], theirs: Callable[[], object], *, rounds: int, device: str = "cpu"
+    ours: Callable[[], object],
+    theirs: Callable[[], object],
+    *,
+    rounds: int,
+    device: str = "cpu",
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[Round]:
     """Run A B A B ...; a warm-up of each comes first and is not counted.
 
@@ -46,7 +51,7 @@ def interleave(
     """
     measured = []
     for number in range(rounds + 1):
-        found = Round(seconds_of(ours, device), seconds_of(theirs, device))
+        found = Round(seconds_of(ours, device, clock), seconds_of(theirs, device, clock))
         if number:
             measured.append(found)
     return measured
@@ -85,13 +90,15 @@ def show(results: list[dict[str, Any]], path: Path | None) -> None:
         write_json(path, json.loads(json.dumps({"results": results})))
 
 
-def seconds_of(work: Callable[[], object], device: str) -> float:
-    """Wall-clock seconds of `work`, with everything that it started on the GPU."""
+def seconds_of(
+    work: Callable[[], object], device: str, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """Seconds of `work` by `clock`, with everything that it started on the GPU."""
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
-    started = time.perf_counter()
+    started = clock()
     work()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return clock() - started

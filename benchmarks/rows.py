@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,8 @@ from trl import DPOConfig
 from harness import add_options, interleave, show, summary
 from selective_dpo.distributed.progress import quieten_libraries
 from selective_dpo.logprobs.compute import PairLogps, pair_logps
+from selective_dpo.logprobs.packed import log_probs_only
+from selective_dpo.logprobs.packing_support import plan_rows
 from selective_dpo.storage.artifacts import write_json
 from selective_dpo.training.batching import PAIRS, PairBatch
 from selective_dpo.training.trainer import PairTrainer
@@ -60,6 +63,8 @@ def main() -> None:
         )
     ).to(options.device)
     results = []
+    # A process's own time does not depend on who else uses the machine.
+    clock = time.process_time if options.device == "cpu" else time.perf_counter
     for shape in SHAPES:
         pairs = pairs_of(shape, options.pairs)
         with tempfile.TemporaryDirectory() as scratch:
@@ -67,7 +72,7 @@ def main() -> None:
                 ("score", *scoring(model, pairs)),
                 ("train", *training(model, pairs, Path(scratch), options)),
             ):
-                rounds = interleave(*sides, rounds=options.rounds, device=options.device)
+                rounds = interleave(*sides, rounds=options.rounds, device=options.device, clock=clock)
                 details = {"shape": shape, "pairs": options.pairs, "hidden": options.hidden}
                 name = f"{kind} {'/'.join(map(str, shape))}"
                 results.append(summary(name, rounds, max_abs_diff=gap, details=details))
@@ -107,7 +112,19 @@ def scoring(model: Any, pairs: Dataset) -> tuple[Sides, float]:
     found = [np.stack(measure(path)[1:]) for path in ("auto", "shared", "padded")]
     gap = max(float(np.abs(each - found[-1]).max()) for each in found)
     require_equal(gap / min(map(len, (pairs[0]["chosen_ids"], pairs[0]["rejected_ids"]))))
-    return Sides(lambda: measure("auto"), lambda: measure("padded")), gap
+
+    def forward(path: Any) -> Callable[[], Any]:
+        # The choice is made once for a data set, so it is no part of a batch's time.
+        with torch.no_grad(), log_probs_only(model):
+            plan, rows = plan_rows(model.eval(), pairs, 0, path), pairs[:]
+
+        def run() -> Any:
+            with torch.no_grad(), log_probs_only(model):
+                return plan.logps(rows)
+
+        return run
+
+    return Sides(forward("auto"), forward("padded")), gap
 
 
 def training(model: Any, pairs: Dataset, folder: Path, options: Any) -> tuple[Sides, float]:
