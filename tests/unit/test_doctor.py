@@ -25,10 +25,9 @@ from selective_dpo.run import doctor as data
 from selective_dpo.run import doctor as environment
 from selective_dpo.run import run as verbs
 from selective_dpo.run import stages as pairs_stage
+from selective_dpo.run.costs import Device, Disk
 from selective_dpo.run.doctor import Check, check_source, diagnose
 from selective_dpo.run.folder import RunDirectory
-from selective_dpo.run.planning.device import Device
-from selective_dpo.run.planning.disk import Disk
 from selective_dpo.run.stages import Run
 from tests.fixtures.models import TRAINER, recipe_file, tiny_model_folder, tiny_pairs_file, tiny_recipe
 

@@ -26,8 +26,7 @@ def execute(verb: str, options: argparse.Namespace, overrides: Sequence[tuple[st
 
     recipe = read_recipe(options, overrides)
     quieten_libraries()
-    from selective_dpo.run.plan import make_plan
-    from selective_dpo.run.planning.words import plan_text
+    from selective_dpo.run.plan import make_plan, plan_text
     from selective_dpo.storage.artifacts import write_json
 
     plan = make_plan(recipe)

@@ -40,14 +40,23 @@ from selective_dpo.logprobs.reference import TRIED, require_finite_start
 from selective_dpo.models import damaged_weights, load_policy, load_tokenizer
 from selective_dpo.run import doctor as environment
 from selective_dpo.run import doctor as models
+from selective_dpo.run.costs import (
+    BYTES,
+    Architecture,
+    Device,
+    Disk,
+    Models,
+    adapter_parameters,
+    build_on_meta,
+    disk_need,
+    job_kinds,
+    job_memory,
+    models_of,
+    readable_bytes,
+    readable_count,
+    this_device,
+)
 from selective_dpo.run.folder import RunDirectory
-from selective_dpo.run.planning.architecture import Architecture, adapter_parameters, build_on_meta
-from selective_dpo.run.planning.costs import BYTES
-from selective_dpo.run.planning.device import Device, this_device
-from selective_dpo.run.planning.disk import Disk, disk_need
-from selective_dpo.run.planning.pricing import Models, Pricing, models_of
-from selective_dpo.run.planning.words import readable_bytes, readable_count
-from selective_dpo.run.planning.workload import workloads
 from selective_dpo.run.stages import Run, prepare
 from selective_dpo.training.arguments import PURE, dpo_arguments
 from selective_dpo.training.train import tracker_names
@@ -494,10 +503,7 @@ def check_forward(
 
 def check_memory(recipe: Recipe, models: Models, device: Device) -> Check:
     """The plan's largest estimate, at the longest sequences that the recipe allows, against the device."""
-    pricing = Pricing(recipe, models, device)
-    run = Run(recipe, RunDirectory.of(recipe), say=lambda line: None)
-    jobs = [pricing.priced(load, run.folder.root) for load in workloads(run, None, (), models.forwarding)]
-    need, name = max((job.memory.total, job.name) for job in jobs if job.memory is not None)
+    need, name = max((job_memory(recipe, models, kind).total, kind) for kind in job_kinds(recipe))
     found = f"{name} needs about {readable_bytes(need)} of {readable_bytes(device.memory)}"
     if device.memory and need > _NEARLY_FULL * device.memory:
         remedy = "lower per_device_train_batch_size or tokens_per_batch, use LoRA, or shard over processes"

@@ -61,6 +61,7 @@ from selective_dpo.losses import chance_loss
 from selective_dpo.models import load_policy, load_tokenizer, loading, model_digest
 from selective_dpo.report.tables import label_for, seeds_note
 from selective_dpo.run import stages as told
+from selective_dpo.run.costs import optimizer_steps, training_settings
 from selective_dpo.run.folder import RunDirectory
 from selective_dpo.run.keys import (
     curriculum_key,
@@ -79,8 +80,6 @@ from selective_dpo.run.keys import (
     training_job,
     trainings,
 )
-from selective_dpo.run.planning.batches import optimizer_steps
-from selective_dpo.run.planning.settings import training_settings
 from selective_dpo.storage.artifacts import (
     MANIFEST,
     content_key,
@@ -724,13 +723,7 @@ def scorer_steps(recipe: Recipe, scorer: ScorerRun, pairs: int, processes: int) 
     """
     config = recipe.score
     settings = training_settings(config.trainer, recipe.model)
-    updates = optimizer_steps(
-        pairs,
-        pairs_per_batch=settings.pairs_per_batch,
-        accumulation=settings.accumulation,
-        processes=processes,
-        epochs=settings.epochs,
-    )
+    updates = optimizer_steps(pairs, settings, processes)
     try:
         return ScorerSteps(updates, evaluation_steps(updates, config.evaluations))
     except ValueError as error:
