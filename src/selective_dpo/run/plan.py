@@ -135,7 +135,10 @@ def make_plan(recipe: Recipe) -> Plan:
     what = "parameters, so FLOPs, memory, disk and time"
     models = _known(lambda: costs.models_of(recipe), what, unknown, is_here=has_model)
     what = f"which results in {run.folder.root} can be used again"
-    cached = _known(lambda: complete_results(run), what, unknown, is_here=has_model) or frozenset()
+    cached = frozenset[Path]()
+    if (run.folder.pairs / MANIFEST).is_file():
+        found = _known(lambda: complete_results(run), what, unknown, is_here=has_model and has_data)
+        cached = found or cached
     what = "pairs and tokens, so updates, FLOPs and time"
     inputs = _known(lambda: _read_inputs(run, cached), what, unknown, is_here=has_model and has_data)
     device = costs.this_device()
@@ -811,18 +814,8 @@ def _training_text(lora: object, adapter: int | None, settings: TrainingSettings
 
 
 def _jobs_text(plan: Plan) -> str:
-    header = [
-        "job",
-        "pairs",
-        "held out",
-        "updates",
-        "evaluated after",
-        "tokens",
-        "FLOPs",
-        "memory",
-        "time",
-        "",
-    ]
+    header = ["job", "pairs", "held out", "updates", "evaluated after"]
+    header += ["tokens", "FLOPs", "memory", "time", ""]
     rows = [
         [
             job.name,
@@ -840,12 +833,12 @@ def _jobs_text(plan: Plan) -> str:
     ]
     # In the table a sign is enough: the last lines say what is unknown, and why.
     table = text_table(header, [["?" if cell == UNKNOWN else cell for cell in row] for row in rows])
-    rows = "" if plan.model is None else f", {plan.model.rows_per_pair} row(s) a pair"
+    per_pair = "" if plan.model is None else f", {plan.model.rows_per_pair} row(s) a pair"
     rates = plan.measured_flops_per_second.items()
     speed = ", ".join(f"{readable(rate, 'FLOP/s')} in {name}" for name, rate in rates)
     device = f"{plan.device.name}, {readable_bytes(plan.device.memory)}"
     legend = f"""
-tokens: what the model computes, padding in batches included{rows}; of a random order where that of the
+tokens: what the model computes, padding in batches included{per_pair}; of a random order where that of the
   training is not known yet
 FLOPs: 2 per parameter and token, plus attention; training 3 times that, with LoRA about 2 times; recomputed
   activations are counted
