@@ -16,17 +16,11 @@ from selective_dpo.config import GenerationConfig, Recipe
 from selective_dpo.curriculum.table import TABLE, Curriculum
 from selective_dpo.distributed.progress import quieten_libraries
 from selective_dpo.evaluation.evaluate import Arm, evaluate_arms
-from selective_dpo.evaluation.results import REFERENCE, from_json
+from selective_dpo.evaluation.results import REFERENCE, SELECTED, from_json
 from selective_dpo.identity import positions_of
+from selective_dpo.run.keys import Run, prompts_to_answer, training_job
 from selective_dpo.run.run import open_run
-from selective_dpo.run.stages import (
-    SELECTED,
-    Run,
-    ensure_evaluation,
-    load_arm,
-    prompts_to_answer,
-    training_job,
-)
+from selective_dpo.run.stages import bring_up, load_arm
 from selective_dpo.storage.artifacts import content_key, read_json, write_json
 from selective_dpo.training.train import train_policy
 from selective_dpo.worlds.build import World, build_world
@@ -67,14 +61,14 @@ def measure_world(job: WorldJob) -> None:
     config = WorldConfig(pairs=PairsConfig(annotator_temperature=job.annotator_temperature))
     world = build_world(job.folder / "world", seed=job.seed, config=config)
     run = _run(job, world, "main", BETA, _controls(job.sweep))
-    ensure_evaluation(run)
+    bring_up(run, "evaluation")
     arms = _arms(run)
     arms[ORACLE] = _oracle(run, world)
     greedy = _greedy(run)
     betas = {str(BETA): {name: arms[name] for name in (SELECTED, "all")}}
     for beta in job.betas:
         other = _run(job, world, f"beta-{beta:g}", beta, {"all": _controls(False)["all"]}, share=run)
-        ensure_evaluation(other)
+        bring_up(other, "evaluation")
         betas[str(beta)] = _arms(other)
     agreement = Curriculum.load(run.folder.curriculum).facts["agreement"]
     write_json(

@@ -25,7 +25,8 @@ from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.data.store import load_tokens
 from selective_dpo.difficulty.scorer import collect_losses, collect_records
 from selective_dpo.run import run as verbs
-from selective_dpo.run.stages import Run, ensure_pairs
+from selective_dpo.run.keys import Run
+from selective_dpo.run.stages import bring_up
 from selective_dpo.storage.artifacts import read_json
 from selective_dpo.training.batching import TOKEN_COLUMNS
 from workload import MAX_LENGTH
@@ -112,7 +113,7 @@ class Ours:
 
     def _prepare(self, name: str) -> frozenset[Path]:
         run = self.run(name)
-        ensure_pairs(run)
+        bring_up(run, "pairs")
         return frozenset(run.folder.root.iterdir())
 
     @contextlib.contextmanager

@@ -10,8 +10,6 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
-
 
 class SelectiveDPOError(Exception):
     """Base of every error that the user, not this package, has to mend."""
@@ -47,10 +45,6 @@ class ArtifactError(SelectiveDPOError):
     """A published file is missing, incomplete, of another schema, or not what its digest says."""
 
 
-class CheckpointError(ArtifactError):
-    """A checkpoint's digests are right, and what it holds is not what its training has written."""
-
-
 class IdentityError(SelectiveDPOError):
     """Ids that should match one to one do not: missing, extra or repeated ones are named."""
 
@@ -84,13 +78,6 @@ class Interrupted(SelectiveDPOError):  # noqa: N818 (nothing is wrong)
 
     exit_code = 75
     """The system's EX_TEMPFAIL: try again. A scheduler can queue the same command again on it."""
-
-
-class StartAgainError(SelectiveDPOError):
-    """One of several processes found that all have to start again, and can go on then."""
-
-    exit_code = 75
-    """As for `Interrupted`."""
 
 
 _DISK_FAULTS = frozenset(  # not of this package
@@ -154,6 +141,8 @@ _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory",
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` says that an allocation failed, on any device."""
+    import torch  # here, since `selective-dpo --help` imports this module
+
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)

@@ -22,8 +22,9 @@ from selective_dpo.identity import pair_id, positions_of
 from selective_dpo.logprobs.reference import load_reference, with_reference
 from selective_dpo.models import load_policy, load_tokenizer
 from selective_dpo.run import stages
+from selective_dpo.run.keys import Run
 from selective_dpo.run.run import open_run, train
-from selective_dpo.run.stages import Run, ensure_reference
+from selective_dpo.run.stages import bring_up
 from selective_dpo.training import train as train_module
 from selective_dpo.training.arguments import dpo_arguments, lora_config
 from selective_dpo.training.trainer import PairTrainer
@@ -42,7 +43,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     tiny_model_folder(folder / "model")
     tiny_pairs_file(folder / "pairs.jsonl", PAIRS)
     made = open_run(tiny_recipe(folder), say=lambda line: None)
-    ensure_reference(made)
+    bring_up(made, "reference")
     return made
 
 

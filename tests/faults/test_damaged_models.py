@@ -24,7 +24,8 @@ from selective_dpo.models import load_policy, load_tokenizer
 from selective_dpo.run.costs import build_on_meta
 from selective_dpo.run.doctor import diagnose
 from selective_dpo.run.folder import RunDirectory
-from selective_dpo.run.stages import Run, load_arm
+from selective_dpo.run.keys import Run
+from selective_dpo.run.stages import load_arm
 from tests.fixtures.models import recipe_file, tiny_model_folder, tiny_recipe
 
 Damage = Callable[[Path], object]

@@ -16,7 +16,6 @@ import pytest
 
 from selective_dpo.cli.main import main
 from selective_dpo.curriculum.table import Curriculum
-from selective_dpo.difficulty import scorer as score_module
 from selective_dpo.run import stages
 from selective_dpo.storage.artifacts import folder_digests, verify_folder
 from tests.fixtures.models import recipe_file, tiny_model_folder, tiny_pairs_file, tiny_recipe
@@ -28,7 +27,7 @@ MAKERS = (
     (stages, "publish_reference"),
     (stages, "build_curriculum"),
     (stages, "train_policy"),
-    (score_module, "run_scorer"),
+    (stages, "run_scorer"),
 )
 """What makes each stage's result."""
 

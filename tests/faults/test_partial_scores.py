@@ -11,11 +11,11 @@ import pytest
 
 from selective_dpo.cli.main import main
 from selective_dpo.curriculum.table import Curriculum, curriculum_losses
-from selective_dpo.difficulty import scorer as score_module
 from selective_dpo.difficulty import scorer as scorer_module
 from selective_dpo.errors import ModelError, RecordsError
 from selective_dpo.report.content import load_report_content
 from selective_dpo.report.page import headline
+from selective_dpo.run import stages
 from selective_dpo.run.run import open_run
 from selective_dpo.run.run import score as score_run
 from selective_dpo.run.stages import build_curricula
@@ -97,7 +97,7 @@ def test_five_are_kept_the_curriculum_is_refused_and_made_from_them_when_asked(
 
     # Mended, only the one that failed is scored, and everything is as it should have been.
     scored: list[str] = []
-    monkeypatch.setattr(score_module, "run_scorer", noted(score_module.run_scorer, scored))
+    monkeypatch.setattr(stages, "run_scorer", noted(stages.run_scorer, scored))
     assert main(["curriculum", str(recipe), "--fresh"]) == 0
     assert scored == [FAILING] and same_records(run, undisturbed, SCORERS)
     mended = Curriculum.load(run)

@@ -18,7 +18,7 @@ from selective_dpo.logprobs.compute import pair_logps
 from selective_dpo.logprobs.reference import load_reference
 from selective_dpo.models import load_policy
 from selective_dpo.run.run import open_run
-from selective_dpo.run.stages import ensure_reference
+from selective_dpo.run.stages import bring_up
 from selective_dpo.storage.artifacts import read_json, read_manifest
 from selective_dpo.training import train as train_module
 from selective_dpo.training.arguments import autocast_dtype, dpo_arguments, hold_for_training, weights_dtype
@@ -100,7 +100,7 @@ def test_policy_and_reference_agree_at_the_start(
     score = {"lora": lora, "trainer": {"bf16": True}}
     recipe = recipe_of(place, "bfloat16", score=score, output_dir=str(tmp_path))
     run = open_run(recipe, say=lambda line: None)
-    ensure_reference(run)
+    bring_up(run, "reference")
     reference = load_reference(run.folder.reference)
     tokens = load_tokens(run.folder.pairs)
     settings = recipe.train.trainer
@@ -139,6 +139,6 @@ def test_the_keys_of_full_fine_tuning_in_16_bits_differ_from_those_of_pure_ones(
             output_dir=str(tmp_path),
         )
         run = open_run(recipe, fresh=True, say=lambda line: None)
-        ensure_reference(run)
+        bring_up(run, "reference")
         keys.add(read_manifest(run.folder.reference).key)
     assert len(keys) == 2

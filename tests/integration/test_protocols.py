@@ -10,8 +10,8 @@ from selective_dpo.config import Recipe
 from selective_dpo.config.load import make_recipe
 from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.errors import ConfigError
+from selective_dpo.run.keys import Run
 from selective_dpo.run.run import curriculum, open_run, score
-from selective_dpo.run.stages import Run
 from selective_dpo.storage.artifacts import read_json
 from tests.fixtures.models import tiny_recipe
 

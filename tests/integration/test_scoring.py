@@ -17,12 +17,12 @@ from selective_dpo.config import Recipe
 from selective_dpo.curriculum.build import build_curriculum
 from selective_dpo.curriculum.records import Records, read_records, write_records
 from selective_dpo.data.store import load_tokens
-from selective_dpo.difficulty import scorer as score_module
 from selective_dpo.difficulty import scorer as scorer_module
 from selective_dpo.difficulty.scorer import RECORDS, ScorerJob, collect_records, run_scorer
 from selective_dpo.errors import ConfigError, NotFiniteError, RecordsError
+from selective_dpo.run import stages
+from selective_dpo.run.keys import Run
 from selective_dpo.run.run import curriculum, open_run, score
-from selective_dpo.run.stages import Run
 from selective_dpo.run.verify import verify_run
 from selective_dpo.storage.artifacts import read_json, verify_folder
 from tests.fixtures.by_hand import dpo_loss, dpo_margin, sequence_logp
@@ -334,7 +334,7 @@ class TestWorkers:
                 raise RecordsError("the held-out loss of 2 pairs is not finite")
             run_scorer(job)
 
-        monkeypatch.setattr(score_module, "run_scorer", fails_on_fold_0)
+        monkeypatch.setattr(stages, "run_scorer", fails_on_fold_0)
         run = open_run(recipe_for(inputs, tmp_path), say=lambda line: None)
         with pytest.raises(RecordsError, match=r"^seed41-fold0: the held-out loss of 2 pairs is not finite$"):
             score(run)
@@ -365,7 +365,7 @@ class TestResume:
     ) -> None:
         run = scored(inputs, tmp_path)
         before = _states(run)
-        monkeypatch.setattr(score_module, "run_scorer", _must_not_run)
+        monkeypatch.setattr(stages, "run_scorer", _must_not_run)
         score(open_run(run.recipe, say=lambda line: None))
         assert _states(run) == before
 
@@ -434,7 +434,7 @@ def _log_scorers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         ran.append(job.run.name)
         run_scorer(job)
 
-    monkeypatch.setattr(score_module, "run_scorer", logged)
+    monkeypatch.setattr(stages, "run_scorer", logged)
     return ran
 
 

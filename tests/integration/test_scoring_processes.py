@@ -21,8 +21,8 @@ from selective_dpo.config import Recipe
 from selective_dpo.curriculum.records import Records
 from selective_dpo.difficulty.scorer import collect_records
 from selective_dpo.logprobs.reference import load_reference
+from selective_dpo.run.keys import Run
 from selective_dpo.run.run import open_run, score
-from selective_dpo.run.stages import Run
 from selective_dpo.storage.artifacts import read_json, verify_folder
 from tests.fixtures.models import recipe_file, tiny_model_folder, tiny_pairs_file, tiny_recipe
 

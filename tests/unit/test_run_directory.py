@@ -50,7 +50,7 @@ def test_asking_for_a_path_makes_nothing(tmp_path: Path) -> None:
     assert run.scores(ScorerRun(41, 0)) == tmp_path / "r" / "scores" / "seed41-fold0"
     assert run.control("all") == tmp_path / "r" / "controls" / "all"
     assert run.report == tmp_path / "r" / "report.html"
-    run.require_unchanged(recipe(tmp_path))
+    run.require_same_recipe(recipe(tmp_path))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -80,21 +80,21 @@ def test_a_changed_recipe_is_refused_field_by_field(tmp_path: Path) -> None:
     before = contents(run.root)
     changed = recipe(tmp_path, select={"fraction": 0.3}, train={"trainer": {"beta": 0.1}})
     with pytest.raises(RunChangedError) as caught:
-        run.require_unchanged(changed)
+        run.require_same_recipe(changed)
     message = str(caught.value)
     assert "select.fraction: null -> 0.3" in message
     assert "train.trainer.beta: (absent) -> 0.1" in message
     assert "--fresh" in message
     assert contents(run.root) == before
     run.claim(changed)  # accepted afresh: from now on it is this recipe's
-    run.require_unchanged(changed)
+    run.require_same_recipe(changed)
 
 
 def test_what_does_not_change_results_may_change(tmp_path: Path) -> None:
     run = RunDirectory.of(recipe(tmp_path))
     run.claim(recipe(tmp_path))
     moved = recipe(tmp_path, name="moved", output_dir="elsewhere", launch={"workers": 4})
-    run.require_unchanged(moved)
+    run.require_same_recipe(moved)
 
 
 def test_a_key_that_came_later_counts_as_its_default(tmp_path: Path) -> None:
@@ -103,9 +103,9 @@ def test_a_key_that_came_later_counts_as_its_default(tmp_path: Path) -> None:
     config = read_json(run.root / "config.json")
     del config["curriculum"], config["score"]["min_fold_prompts"]
     write_json(run.root / "config.json", config)
-    run.require_unchanged(recipe(tmp_path))
+    run.require_same_recipe(recipe(tmp_path))
     with pytest.raises(RunChangedError, match=r"score\.min_fold_prompts: 5 -> 1"):
-        run.require_unchanged(recipe(tmp_path, score={"min_fold_prompts": 1}))
+        run.require_same_recipe(recipe(tmp_path, score={"min_fold_prompts": 1}))
 
 
 def test_many_changes_are_counted(tmp_path: Path) -> None:
@@ -113,4 +113,4 @@ def test_many_changes_are_counted(tmp_path: Path) -> None:
     run.claim(recipe(tmp_path))
     trainer = {f"option{number}": number for number in range(11)}
     with pytest.raises(RunChangedError, match="and 3 more"):
-        run.require_unchanged(recipe(tmp_path, score={"trainer": trainer}))
+        run.require_same_recipe(recipe(tmp_path, score={"trainer": trainer}))

@@ -26,11 +26,11 @@ from selective_dpo.training.checkpointing import (
     checkpoints_in,
     discard_checkpoints,
     find_checkpoint,
-    is_of_the_disk,
+    is_disk_error,
     keep_only,
     require_layout,
     train_resumably,
-    write_sealed,
+    write_checkpoint,
 )
 from selective_dpo.training.selective_trainer import OrderLog
 
@@ -42,7 +42,7 @@ def plan(tmp_path: Path) -> CheckpointPlan:
     return CheckpointPlan(tmp_path / "checkpoints" / "selected", "key of the policy", minutes=10.0, steps=0)
 
 
-def seal(plan: CheckpointPlan, step: int) -> Path:
+def checkpoint_at(plan: CheckpointPlan, step: int) -> Path:
     place = plan.place(step)
     with publish_folder(place, kind=KIND, key=plan.key) as partial:
         (partial / TRAINER / f"checkpoint-{step}").mkdir(parents=True)
@@ -54,9 +54,9 @@ def seal(plan: CheckpointPlan, step: int) -> Path:
 
 
 def test_the_newest_by_number_not_by_time(plan: CheckpointPlan) -> None:
-    newest = seal(plan, 1_000_000)  # more digits than the others
-    seal(plan, 999_999)
-    seal(plan, 9)
+    newest = checkpoint_at(plan, 1_000_000)  # more digits than the others
+    checkpoint_at(plan, 999_999)
+    checkpoint_at(plan, 9)
     found = find_checkpoint(plan)
     assert found.folder == newest and found.passed_over == []
     assert found.trainer_folder == newest / TRAINER / "checkpoint-1000000"
@@ -70,7 +70,7 @@ def test_none_is_none(plan: CheckpointPlan) -> None:
 def test_another_job_or_library_version_is_another_training(
     plan: CheckpointPlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seal(plan, 3)
+    checkpoint_at(plan, 3)
     other = find_checkpoint(plan._replace(job="another key"))
     assert other.folder is None and "other settings, inputs or library versions" in other.passed_over[0]
     monkeypatch.setattr(module, "version", lambda name: "0.0")
@@ -78,7 +78,7 @@ def test_another_job_or_library_version_is_another_training(
 
 
 def test_how_often_checkpoints_are_made_is_no_part_of_what_they_are(plan: CheckpointPlan) -> None:
-    place = seal(plan, 3)
+    place = checkpoint_at(plan, 3)
     assert find_checkpoint(plan._replace(minutes=1.0, steps=7)).folder == place
 
 
@@ -94,7 +94,7 @@ def test_another_layout_is_refused_with_both(plan: CheckpointPlan) -> None:
 
 
 def test_only_the_ones_to_keep_are_kept(plan: CheckpointPlan) -> None:
-    places = [seal(plan, step) for step in (1, 2, 3)]
+    places = [checkpoint_at(plan, step) for step in (1, 2, 3)]
     (plan.folder / ".partial-step-000004-0123abcd").mkdir()
     (plan.folder / "else").mkdir()
     keep_only(plan.folder, places[1:])
@@ -103,9 +103,9 @@ def test_only_the_ones_to_keep_are_kept(plan: CheckpointPlan) -> None:
 
 
 def test_discarding_leaves_other_trainings(plan: CheckpointPlan) -> None:
-    seal(plan, 1)
+    checkpoint_at(plan, 1)
     other = plan._replace(folder=plan.folder.parent / "control")
-    seal(other, 1)
+    checkpoint_at(other, 1)
     discard_checkpoints(plan.folder)
     assert not plan.folder.exists() and find_checkpoint(other).folder is not None
     discard_checkpoints(other.folder)
@@ -113,7 +113,7 @@ def test_discarding_leaves_other_trainings(plan: CheckpointPlan) -> None:
     discard_checkpoints(other.folder)  # nothing is there
 
 
-# --- sealing -------------------------------------------------------------------------------------------
+# --- writing -------------------------------------------------------------------------------------------
 
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -129,28 +129,28 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
     ],
 )
 def test_what_the_disk_refuses_leaves_nothing(plan: CheckpointPlan, error: Exception, words: str) -> None:
-    before = seal(plan, 1)
+    before = checkpoint_at(plan, 1)
 
     def write(folder: Path) -> None:
         (folder / "half").write_bytes(b"x")
         raise error
 
-    assert words in write_sealed(plan.place(2), key=plan.key, write=write)
+    assert words in write_checkpoint(plan.place(2), key=plan.key, write=write)
     assert list(plan.folder.iterdir()) == [before]
 
 
 def test_other_errors_are_not_taken_for_the_disk(plan: CheckpointPlan) -> None:
-    assert not is_of_the_disk(RuntimeError("CUDA error")) and not is_of_the_disk(ValueError("disk"))
+    assert not is_disk_error(RuntimeError("CUDA error")) and not is_disk_error(ValueError("disk"))
 
     def write(folder: Path) -> None:
         raise RuntimeError("a bug")
 
     with pytest.raises(RuntimeError, match="a bug"):
-        write_sealed(plan.place(2), key=plan.key, write=write)
+        write_checkpoint(plan.place(2), key=plan.key, write=write)
     assert checkpoints_in(plan.folder) == []
 
 
-def test_a_disk_that_fails_while_sealing_leaves_nothing(
+def test_a_disk_that_fails_while_publishing_leaves_nothing(
     plan: CheckpointPlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import os
@@ -159,7 +159,7 @@ def test_a_disk_that_fails_while_sealing_leaves_nothing(
         raise FULL
 
     monkeypatch.setattr(os, "fsync", refuse)
-    assert write_sealed(plan.place(2), key=plan.key, write=lambda folder: None) == FULL.strerror
+    assert write_checkpoint(plan.place(2), key=plan.key, write=lambda folder: None) == FULL.strerror
     assert not plan.folder.exists() or list(plan.folder.iterdir()) == []
 
 

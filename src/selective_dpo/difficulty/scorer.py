@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,8 +24,7 @@ from selective_dpo.curriculum.records import (
 from selective_dpo.data.store import load_tokens
 from selective_dpo.difficulty.held_out import HeldOutEvaluations, Measurement
 from selective_dpo.difficulty.protocols import ScorerRun, split_pairs
-from selective_dpo.distributed.processes import making, publish_from_main, this_process
-from selective_dpo.distributed.workers import run_in_workers
+from selective_dpo.distributed.processes import publish_from_main, this_process
 from selective_dpo.errors import name_some
 from selective_dpo.identity import positions_of
 from selective_dpo.logprobs.compute import PairLogps, pair_logps
@@ -34,7 +33,7 @@ from selective_dpo.logprobs.padded import part_lengths
 from selective_dpo.logprobs.reference import load_reference, with_reference, without_quarantined
 from selective_dpo.losses import pair_losses
 from selective_dpo.models import load_policy, load_tokenizer
-from selective_dpo.storage.artifacts import is_complete, write_json
+from selective_dpo.storage.artifacts import write_json
 from selective_dpo.training.arguments import (
     ORIGINAL_DEFAULTS,
     autocast_dtype,
@@ -52,6 +51,8 @@ from selective_dpo.training.checkpointing import (
 from selective_dpo.training.publish import save_policy, trainer_facts, training_log
 from selective_dpo.training.train import TrainingProgress, training_folder, without_printed_logs
 from selective_dpo.training.trainer import PairTrainer
+
+logger = logging.getLogger(__name__)
 
 RECORDS = "records.parquet"
 
@@ -212,30 +213,6 @@ def _to_records(
         margin=losses.margin_P,
         loss=losses.loss_P,
     )
-
-
-# ----------------------------------------------------------------------------------------------------
-# All scorers of a protocol: run those that are missing, collect what they measured.
-
-
-logger = logging.getLogger(__name__)
-
-
-def run_scorers(
-    jobs: Sequence[ScorerJob], *, workers: int, done: Callable[[ScorerJob], None] = lambda job: None
-) -> None:
-    """Run scorers one after the other, or in `workers` processes; `done` is told of each finished one.
-
-    A failing scorer does not undo the others: theirs is published, and the error names the one.
-    """
-    run_in_workers(_run_alone, jobs, workers=workers, name=lambda job: job.run.name, done=done)
-
-
-def _run_alone(job: ScorerJob) -> None:
-    # By the process that does the work: a worker may outlive the command that started it.
-    with making(job.folder):
-        if not is_complete(job.folder, key=job.key):
-            run_scorer(job)
 
 
 def collect_losses(folders: Sequence[Path], *, allow_partial: bool = False) -> LossTable:

@@ -24,7 +24,7 @@ _USE_CPU = "ACCELERATE_USE_CPU"
 
 _FSDP_LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
-_LONGEST_WAIT = timedelta(days=1)
+_MAX_WAIT = timedelta(days=1)
 """For the other processes, while the main one prepares a large data set."""
 
 
@@ -34,7 +34,7 @@ def this_process() -> PartialState:
         # Unless told of the CPU, accelerate (and transformers, which reads the same variable) takes each of
         # several CPU processes for the only one: all would train alone and publish over each other.
         os.environ.setdefault(_USE_CPU, "true")
-    return PartialState(cpu=parse_flag_from_env(_USE_CPU), timeout=_LONGEST_WAIT)
+    return PartialState(cpu=parse_flag_from_env(_USE_CPU), timeout=_MAX_WAIT)
 
 
 def wait_for_everyone() -> None:

@@ -70,10 +70,6 @@ class Progress:
         sys.stderr.flush()
 
 
-# ----------------------------------------------------------------------------------------------------
-# Other libraries' chatter, off: what this package has to say is one line per stage.
-
-
 _LIBRARIES = r"(accelerate|datasets|huggingface_hub|peft|torch|transformers|trl)(\..*)?$"
 
 

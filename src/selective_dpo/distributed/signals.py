@@ -1,9 +1,12 @@
-"""SIGTERM, a scheduler's warning that the time is up: work stops at once, or at its next good moment.
+"""When to stop: on SIGTERM, and when the command that this process works for has been killed.
 
-Ctrl-C is Python's own `KeyboardInterrupt`, which stops it at once.
+SIGTERM is a scheduler's warning that the time is up: work stops at once, or at its next good moment. Ctrl-C
+is Python's own `KeyboardInterrupt`. Nothing is changed on import; each function leaves the handler that it
+found when it is done. Signals reach a process's main thread only, so in other threads they have no effect.
 
-Nothing is changed on import; each function leaves the handler that it found when it is done. Signals reach
-a process's main thread only, so in other threads all this has no effect.
+SIGKILL gives a command no time to take its workers with it. Left alone they would go on, or wait for ever,
+with a GPU and the locks of what they make, so they watch whether it is there (`end_without_parent`). They
+leave what any kill leaves: a checkpoint, and files that were not published.
 """
 
 from __future__ import annotations
@@ -20,6 +23,12 @@ from types import FrameType
 from selective_dpo.errors import Interrupted
 
 REMEDY = "run the same command to go on"
+
+SUPERVISOR = "SELECTIVE_DPO_SUPERVISOR"
+"""Environment variable: the process that has started the launcher, and waits for it."""
+
+SECONDS_BETWEEN_LOOKS = 1.0
+"""How often a process looks whether the one that it works for is there."""
 
 
 class _Noted:
@@ -51,7 +60,7 @@ def stopping_at_once(*, forgetting: bool = False) -> Iterator[None]:
         _NOTED.received = False
     with _handled_by(_note_and_raise):
         if _NOTED.received:
-            raise _interrupted()
+            raise interrupted_error()
         yield
 
 
@@ -66,7 +75,7 @@ def stopping_when_asked() -> Iterator[Callable[[], bool]]:
     with _handled_by(noted):
         yield lambda: noted.received or _NOTED.received
     if noted.received or _NOTED.received:
-        raise _interrupted()
+        raise interrupted_error()
 
 
 @contextlib.contextmanager
@@ -121,25 +130,12 @@ def _terminate(processes: Iterable[int]) -> None:
 
 def _note_and_raise(number: int, frame: FrameType | None) -> None:
     _NOTED.received = True
-    raise _interrupted()
+    raise interrupted_error()
 
 
-def _interrupted() -> Interrupted:
+def interrupted_error() -> Interrupted:
+    """What to raise when SIGTERM has come."""
     return Interrupted(f"interrupted by SIGTERM: {REMEDY}")
-
-
-# ----------------------------------------------------------------------------------------------------
-# Processes that end when the command that they work for has been killed.
-#
-# SIGKILL gives a command no time to take its workers with it. Left alone they would go on, or wait for ever,
-# with a GPU and the locks of what they make. What they leave half done is what any kill leaves: a checkpoint,
-# and files that were not published.
-
-
-SECONDS_BETWEEN_LOOKS = 1.0
-
-SUPERVISOR = "SELECTIVE_DPO_SUPERVISOR"
-"""Environment variable: the process that has started the launcher, and waits for it."""
 
 
 def end_without_parent(parent: int) -> None:
@@ -154,29 +150,28 @@ def end_without_supervisor() -> None:
     """
     supervisor, launcher = os.environ.get(SUPERVISOR, ""), os.getppid()
     if supervisor.isdecimal():
-        _watch(lambda: os.getppid() == launcher and _is_there(int(supervisor)))
+        _watch(lambda: os.getppid() == launcher and _is_running(int(supervisor)))
 
 
-def _is_there(process: int) -> bool:
-    try:
-        # A killed process whose own parent has not asked for its exit code still has its number.
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
-    except (OSError, IndexError):  # gone; or another system
-        pass
+def _is_running(process: int) -> bool:
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except OSError:
-        pass
-    return True
+    except OSError:  # somebody else's
+        return True
+    try:
+        # A killed process whose own parent has not asked for its exit code still has its number.
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (OSError, IndexError):  # another system
+        return True
 
 
-def _watch(has_someone: Callable[[], bool]) -> None:
+def _watch(is_needed: Callable[[], bool]) -> None:
     def watch() -> None:
-        while has_someone():
+        while is_needed():
             time.sleep(SECONDS_BETWEEN_LOOKS)
         # No handler, no clean-up: nobody is there to take an answer, and some of it would wait for one.
         os._exit(1)
 
-    threading.Thread(target=watch, name="orphan watch", daemon=True).start()
+    threading.Thread(target=watch, name="parent watch", daemon=True).start()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
@@ -14,8 +14,8 @@ import torch
 from selective_dpo.distributed.launch import one_of_several
 from selective_dpo.distributed.progress import quieten_libraries, settle_streams
 from selective_dpo.distributed.signals import (
-    REMEDY,
     end_without_parent,
+    interrupted_error,
     note_between_jobs,
     passing_on,
     starting_out_of_reach,
@@ -100,7 +100,6 @@ def _in_processes(
     context = multiprocessing.get_context("spawn")
     turns = context.Value("i", 0)
     failures: list[tuple[Job, Exception]] = []
-    waiting, running = list(jobs), dict[Future[None], Job]()
     with (
         ProcessPoolExecutor(
             max_workers=min(workers, len(jobs)),
@@ -110,29 +109,21 @@ def _in_processes(
         ) as pool,
         passing_on(_own_children) as interrupted,
     ):
-        while True:
-            # No more than there are workers for: what is handed over cannot be taken back.
-            while waiting and len(running) < workers and not interrupted():
-                job = waiting.pop(0)
-                with starting_out_of_reach():  # this starts a worker where one is lacking
-                    future = pool.submit(_work_on, work, job)
-                running[future] = job
-            if not running:
-                break
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                job, error = running.pop(future), future.exception()
-                if interrupted() and isinstance(error, BrokenProcessPool):
-                    error = Interrupted(f"interrupted by SIGTERM: {REMEDY}")  # while a worker was starting
-                if isinstance(error, Interrupted):
-                    waiting.clear()
-                if error is None:
-                    done(job)
-                elif isinstance(error, Exception):
-                    failures.append((job, error))
-                else:
-                    raise error
-    if waiting:
-        failures.append((waiting[0], Interrupted(f"interrupted by SIGTERM: {REMEDY}")))
+        with starting_out_of_reach():
+            futures = {pool.submit(_work_on, work, job): job for job in jobs}
+        for future in as_completed(futures):
+            if interrupted():
+                for each in futures:
+                    each.cancel()
+            error = interrupted_error() if future.cancelled() else future.exception()
+            if interrupted() and isinstance(error, BrokenProcessPool):
+                error = interrupted_error()  # SIGTERM came while a worker was starting
+            if error is None:
+                done(futures[future])
+            elif isinstance(error, Exception):
+                failures.append((futures[future], error))
+            else:
+                raise error
     return failures
 
 

@@ -1,4 +1,4 @@
-"""`demo`: the whole method on the embedded world, and what it found, in words that the numbers bear out."""
+"""`demo`: the whole method on the embedded world, and what this one run shows of its claims."""
 
 from __future__ import annotations
 

@@ -57,7 +57,8 @@ from selective_dpo.run.costs import (
     this_device,
 )
 from selective_dpo.run.folder import RunDirectory
-from selective_dpo.run.stages import Run, prepare
+from selective_dpo.run.keys import Run
+from selective_dpo.run.stages import prepare
 from selective_dpo.training.arguments import PURE, dpo_arguments
 from selective_dpo.training.train import tracker_names
 

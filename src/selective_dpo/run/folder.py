@@ -116,7 +116,7 @@ class RunDirectory:
         """The run's own training with another seed: its `policy` folder."""
         return self.root / "training-seeds" / str(seed)
 
-    def require_unchanged(self, recipe: Recipe) -> None:
+    def require_same_recipe(self, recipe: Recipe) -> None:
         """Refuse a recipe that differs from the one this folder was claimed for; nothing is written.
 
         Raises:
@@ -160,15 +160,11 @@ def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
         return config
 
 
-# ----------------------------------------------------------------------------------------------------
-# Who may work on a run at the same time: one command alone, or several `score --only`.
-#
-# Each artifact has a lock of its own besides (`engine.processes.making`). `docs/cluster.md` says what that
-# means for users, `locks` how it is done.
-
-
 _LEFTOVERS = (".partial-*", "scores/.partial-*", "controls/*/.partial-*")
 """Where single files of a run are written, other than within published folders."""
+
+# --- who may work on a run at the same time: one command alone, or several `score --only` ---
+# Each artifact has a lock of its own besides (`distributed.processes.making`); see docs/cluster.md.
 
 
 @contextlib.contextmanager

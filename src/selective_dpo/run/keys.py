@@ -1,56 +1,152 @@
-"""What each stage's work is and which key its result gets. Asking changes nothing."""
+"""A run, and the key of each of its results: a digest of everything that decides it. Asking changes nothing.
+
+A key holds contents, never paths: weights, tokenizer, chat template, data, judge, settings. So a result is
+used again where its inputs are the same, wherever they lie, and made again where one of them differs.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 
-from selective_dpo.config import Recipe, ScoreConfig, SelectConfig, TrainConfig
+from selective_dpo.config import (
+    DEFAULT_TARGET,
+    DataConfig,
+    Recipe,
+    ScoreConfig,
+    SelectConfig,
+    SourceConfig,
+    TrainConfig,
+)
 from selective_dpo.config.load import dump_config
+from selective_dpo.curriculum.build import rule_of
+from selective_dpo.curriculum.import_ import Outside, read_outside
 from selective_dpo.curriculum.table import TABLE, Curriculum
-from selective_dpo.data.sources import source_digest, source_label
-from selective_dpo.data.store import TOKENS
+from selective_dpo.data.prepare import pairs_key
+from selective_dpo.data.sources import read_prompts, source_digest, source_label
+from selective_dpo.data.store import TOKENS, load_pairs, prompt_keys
 from selective_dpo.data.templates import template_digest
 from selective_dpo.data.tokenize import tokenizer_digest
-from selective_dpo.difficulty.protocols import ScorerRun
+from selective_dpo.difficulty.protocols import ScorerRun, planned_runs
 from selective_dpo.difficulty.scorer import RECORDS, ScorerJob
 from selective_dpo.distributed.processes import this_process
-from selective_dpo.errors import ArtifactError, ConfigError, RunChangedError, name_some
-from selective_dpo.evaluation.results import repeat_name
-from selective_dpo.identity import ids_digest
-from selective_dpo.models import remote_code
+from selective_dpo.errors import ArtifactError, RunChangedError, name_some
+from selective_dpo.evaluation.generate import Prompt
+from selective_dpo.evaluation.judges import judge_for
+from selective_dpo.evaluation.results import SELECTED, repeat_name
+from selective_dpo.identity import ids_digest, prompt_id
+from selective_dpo.models import load_tokenizer, model_digest, remote_code
 from selective_dpo.report.tables import label_for
+from selective_dpo.run.folder import RunDirectory
 from selective_dpo.storage.artifacts import content_key, file_digest, read_json, read_manifest, write_json
 from selective_dpo.storage.digests import digest
 from selective_dpo.training.arguments import autocast_dtype, weights_dtype
 from selective_dpo.training.checkpointing import CheckpointPlan
 from selective_dpo.training.train import TrainingJob
 
-if TYPE_CHECKING:
-    from selective_dpo.run.stages import Run
+MIN_SEEDS = 2
+"""Protocol `certified`: below this there is nothing to compare."""
 
 
-class Training(NamedTuple):
-    """What one policy is trained on, and where it goes."""
+@dataclass(frozen=True)
+class Run:
+    """A recipe in its folder. All processes of a distributed run build the same one."""
 
-    select: SelectConfig
-    curriculum: Path
-    """The folder that holds it."""
-    policy: Path
-    seed: int | None = None
-    """In place of the recipe's own."""
+    recipe: Recipe
+    folder: RunDirectory
+    say: Callable[[str], object] = print
+    """Told one line per stage."""
+    fresh: bool = False
+    """Whether changed inputs are accepted."""
+    check: Callable[[Run], object] = lambda run: None
+    """Called before the first result is made; it raises what has to be mended first."""
+
+    @cached_property
+    def model_digest(self) -> str:
+        """What identifies the starting policy's weights."""
+        return model_digest(self.recipe.model)
+
+    @cached_property
+    def judge_digest(self) -> str:
+        """What identifies the judge's content; empty where there is none."""
+        judge = judge_for(self.recipe.evaluate)
+        return judge.fingerprint() if judge else ""
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The starting policy's tokenizer."""
+        return load_tokenizer(self.recipe.model)
+
+    @cached_property
+    def outside(self) -> Outside | None:
+        """The difficulties that replace scoring; None: they are measured."""
+        return read_outside(self.recipe.curriculum) if self.recipe.curriculum else None
 
     @property
-    def label(self) -> str:
-        """In words."""
-        return label_for(self.select) + ("" if self.seed is None else f", seed {self.seed}")
+    def scorer_runs(self) -> tuple[ScorerRun, ...]:
+        """The protocol's scorers; of `certified`, those that are known to be needed."""
+        if self.recipe.curriculum:
+            return ()
+        planned = planned_runs(self.recipe.score)
+        return planned if self.recipe.score.protocol != "certified" else _certified_runs(self, planned)
+
+    @property
+    def arms(self) -> dict[str, tuple[SelectConfig, Path]]:
+        """Selection and folder of the run's own arm and of each control."""
+        own = self.recipe.select
+        # Controls come from the same records: incomplete ones are accepted for all arms or for none.
+        controls = {
+            name: select.model_copy(update={"allow_partial": own.allow_partial})
+            for name, select in self.recipe.evaluate.controls.items()
+        }
+        return {SELECTED: (own, self.folder.root)} | {
+            name: (select, self.folder.control(name)) for name, select in controls.items()
+        }
+
+    def claim(self) -> None:
+        """Write down once whose folder this is (see `RunDirectory.claim`)."""
+        if this_process().is_main_process:
+            self.folder.claim(self.recipe)
+
+    def tell(self, line: str) -> None:
+        """Say something once, whatever the number of processes."""
+        if this_process().is_main_process:
+            self.say(line)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Pairs and reference.
+
+
+def prepared_key(run: Run, sources: Sequence[SourceConfig], *, exclude: Path | None) -> str:
+    """Key of the pairs prepared from `sources`. It reads the sources' bytes.
+
+    `exclude` is the folder of the training pairs where `sources` are the held-out ones.
+    """
+    return pairs_key(
+        sources, limits_of(run, exclude), run.tokenizer, exclude_prompts=excluded_prompts(exclude)
+    )
+
+
+def limits_of(run: Run, exclude: Path | None) -> DataConfig:
+    """The recipe's limits on the pairs. `data.max_pairs` is one on the training pairs only."""
+    data = run.recipe.data
+    return data if exclude is None else data.model_copy(update={"max_pairs": 0})
+
+
+def excluded_prompts(exclude: Path | None) -> frozenset[str]:
+    """The prompts of the training pairs in the folder `exclude`: such a pair would not be held out."""
+    return frozenset() if exclude is None else prompt_keys(exclude)
 
 
 def reference_key(run: Run, pairs: Path) -> str:
@@ -84,6 +180,10 @@ def reference_block(run: Run) -> ScoreConfig | TrainConfig:
     return run.recipe.train if run.recipe.curriculum else run.recipe.score
 
 
+# ----------------------------------------------------------------------------------------------------
+# Scorers, and the certificate of their stability.
+
+
 def scorer_job(run: Run, scorer: ScorerRun) -> ScorerJob:
     """One scorer's work and key. `ArtifactError` while pairs or reference are not complete."""
     recipe = run.recipe
@@ -112,6 +212,39 @@ def record_digests(jobs: Sequence[ScorerJob]) -> dict[str, str]:
     return {job.run.name: read_manifest(job.folder).files[RECORDS] for job in jobs}
 
 
+def certificate_key(run: Run, scorers: Sequence[ScorerRun]) -> str:
+    """Key of what the records of these scorers predict of the selected set's stability."""
+    select = run.recipe.select
+    return content_key(
+        records=record_digests([scorer_job(run, scorer) for scorer in scorers]),
+        aggregate=select.aggregate,
+        rule=asdict(rule_of(select)),
+        target=target_overlap(run),
+        decides="lower end",
+    )
+
+
+def target_overlap(run: Run) -> float:
+    """The overlap with a fresh repetition that protocol `certified` asks for."""
+    return run.recipe.score.target_overlap or DEFAULT_TARGET
+
+
+def _certified_runs(run: Run, planned: tuple[ScorerRun, ...]) -> tuple[ScorerRun, ...]:
+    """The scorers that are needed as far as is known: those of the certificate, else of `MIN_SEEDS` seeds."""
+    try:
+        found = read_json(run.folder.certificate)
+        scorers = planned[: 2 * int(found["seeds"])]
+        if found["key"] == certificate_key(run, scorers):
+            return scorers
+    except ArtifactError:
+        pass
+    return planned[: 2 * MIN_SEEDS]
+
+
+# ----------------------------------------------------------------------------------------------------
+# Curricula and policies.
+
+
 def imported_inputs(run: Run, digest: str) -> dict[str, str]:
     """What a curriculum is made from, where its difficulty is imported with this digest of its content."""
     return {"curriculum": digest, "pairs": read_manifest(run.folder.pairs).files[TOKENS]}
@@ -128,6 +261,22 @@ def has_curriculum(folder: Path, key: str) -> bool:
         return bool(Curriculum.load(folder).facts["key"] == key)
     except ArtifactError:
         return False
+
+
+class Training(NamedTuple):
+    """What one policy is trained on, and where it goes."""
+
+    select: SelectConfig
+    curriculum: Path
+    """The folder that holds it."""
+    policy: Path
+    seed: int | None = None
+    """In place of the recipe's own."""
+
+    @property
+    def label(self) -> str:
+        """In words."""
+        return label_for(self.select) + ("" if self.seed is None else f", seed {self.seed}")
 
 
 def trainings(run: Run) -> dict[str, Training]:
@@ -193,10 +342,59 @@ def _model_key(run: Run, block: ScoreConfig | TrainConfig) -> dict[str, object]:
 
 
 # ----------------------------------------------------------------------------------------------------
-# What must be as it was when a run is gone on with: the content of its inputs, and how it is spread.
-#
-# The recipe itself is compared field by field (`RunDirectory.require_unchanged`); here is what a recipe only
-# names, or does not hold.
+# Evaluation.
+
+
+_NAMED_BY_CONTENT: Any = {
+    "controls": True,
+    "training_seeds": True,
+    "reward_model": True,
+    "generation": {"source"},
+}
+"""Keys of `evaluate` for which something else stands in the evaluation's key: policies, judge, prompts."""
+
+
+def evaluation_key(run: Run) -> str:
+    """Key of the evaluation of the arms that are trained. `ArtifactError` while one is not."""
+    policies = {name: read_manifest(training.policy).files for name, training in trainings(run).items()}
+    has_test = bool(run.recipe.data.test)
+    return content_key(
+        stage="evaluation",
+        weights=run.model_digest,
+        policies={name: weight_digests(files) for name, files in policies.items()},
+        judge=run.judge_digest,
+        evaluate=run.recipe.evaluate.model_dump(mode="json", exclude=_NAMED_BY_CONTENT),
+        held_out=read_manifest(run.folder.test_pairs).files[TOKENS] if has_test else "",
+        prompts=[prompt.prompt_id for prompt in prompts_to_answer(run)],
+    )
+
+
+def weight_digests(files: Mapping[str, str]) -> dict[str, str]:
+    """Of the files of a policy and their digests, those of its weights."""
+    return {name: found for name, found in files.items() if name.endswith(".safetensors")}
+
+
+def prompts_to_answer(run: Run) -> list[Prompt]:
+    """The prompts that answers are drawn for: a file's, or the held-out pairs'.
+
+    Raises:
+        DataError: the file cannot be read, or a row of it has no prompt.
+    """
+    generation = run.recipe.evaluate.generation
+    if generation.prompts == 0:
+        return []
+    if generation.source:
+        return [Prompt(prompt_id(text), text) for text in read_prompts(Path(generation.source))]
+    if not run.recipe.data.test:
+        return []
+    table = load_pairs(run.folder.test_pairs)
+    rows = zip(*(table[name].to_pylist() for name in ("status", "prompt_id", "prompt")), strict=True)
+    return [Prompt(identity, json.loads(text)) for status, identity, text in rows if status == "kept"]
+
+
+# ----------------------------------------------------------------------------------------------------
+# The content of what the recipe names, which must not change while a run goes on. The recipe itself is
+# compared field by field (`RunDirectory.require_same_recipe`).
 
 
 INPUTS = "inputs.json"
@@ -206,15 +404,6 @@ JUDGE = "judge"
 
 _SHOWN = 12
 """Digits of a digest in a message."""
-
-
-class Trained(Protocol):
-    """A training's job."""
-
-    @property
-    def folder(self) -> Path:
-        """Where its result is."""
-        ...
 
 
 def input_digests(run: Run) -> dict[str, str]:
@@ -268,25 +457,6 @@ def remember_inputs(run: Run, inputs: Mapping[str, str]) -> None:
     path = run.folder.root / INPUTS
     if this_process().is_main_process and (not path.is_file() or read_json(path) != inputs):
         write_json(path, inputs)
-
-
-def require_same_processes(complete: Iterable[Trained]) -> None:
-    """Refuse to train beside the results of these complete jobs by another number of processes.
-
-    The same settings on more processes are more pairs in an update: the results would not be of one kind.
-
-    Raises:
-        ConfigError: the numbers are named.
-    """
-    now = this_process().num_processes
-    for job in complete:
-        then = read_json(job.folder / "cost.json")["processes"]
-        if then != now:
-            raise ConfigError(
-                f"{job.folder} was trained by {then} process(es), and now there are {now}, which with the "
-                "same settings makes another number of pairs in an update: start as many as before, or set "
-                "per_device_train_batch_size or gradient_accumulation_steps to match and pass --fresh"
-            )
 
 
 # ----------------------------------------------------------------------------------------------------

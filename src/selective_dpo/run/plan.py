@@ -51,16 +51,20 @@ from selective_dpo.run.costs import (
 )
 from selective_dpo.run.folder import RunDirectory
 from selective_dpo.run.keys import (
+    MIN_SEEDS,
+    Run,
     curriculum_key,
+    evaluation_key,
     has_curriculum,
     imported_inputs,
+    prepared_key,
     record_digests,
     reference_key,
     scorer_job,
     training_job,
     trainings,
 )
-from selective_dpo.run.stages import FEWEST_SEEDS, Run, evaluation_key, prepare, prepared_key, scorer_steps
+from selective_dpo.run.stages import prepare, scorer_steps
 from selective_dpo.storage.artifacts import MANIFEST, is_complete
 
 Found = TypeVar("Found")
@@ -569,7 +573,7 @@ def _unknown_parts(
 
 def _notes(run: Run) -> Iterator[str]:
     try:
-        run.folder.require_unchanged(run.recipe)
+        run.folder.require_same_recipe(run.recipe)
     except RunChangedError as error:
         yield f"a run would refuse this: {error}"
 
@@ -717,7 +721,7 @@ def _compared(recipe: Recipe) -> Iterator[tuple[str, str, tuple[int, ...], int]]
         own = name == recipe.score.protocol
         seeds, evaluations = (recipe.score.seeds, recipe.score.evaluations) if own else published
         if name == "certified":
-            yield name, "least", seeds[:FEWEST_SEEDS], evaluations
+            yield name, "least", seeds[:MIN_SEEDS], evaluations
             yield name, "most", seeds, evaluations
         elif own or name != "custom":
             yield name, "", seeds, evaluations

@@ -1,6 +1,6 @@
-"""The verbs as plain functions: each brings a run up to its stage, and has the run to itself meanwhile.
+"""The commands of a run as plain functions: each brings the run up to its stage (see `run.stages`).
 
-All of them raise `BusyError` where another process is at work on the run (`pipeline.lock`).
+Each has the run to itself meanwhile, and raises `BusyError` where another process is at work on it.
 """
 
 from __future__ import annotations
@@ -16,22 +16,17 @@ from selective_dpo.config.load import make_recipe
 from selective_dpo.config.trainer_options import check_recipe_options
 from selective_dpo.curriculum.records import Records
 from selective_dpo.curriculum.table import Curriculum, require_dataset
+from selective_dpo.difficulty.protocols import planned_runs
 from selective_dpo.difficulty.scorer import collect_records
 from selective_dpo.distributed.launch import relaunch, under_a_launcher
 from selective_dpo.distributed.processes import leave_group, this_process, wait_for_everyone
+from selective_dpo.errors import ConfigError, name_some
 from selective_dpo.evaluation.evaluate import check_evaluation
 from selective_dpo.report.page import write_report
 from selective_dpo.run.doctor import require_sound
 from selective_dpo.run.folder import RunDirectory, alone, beside_others
-from selective_dpo.run.stages import (
-    Run,
-    build_curricula,
-    ensure_curriculum,
-    ensure_evaluation,
-    ensure_pairs,
-    ensure_policy,
-    ensure_scores,
-)
+from selective_dpo.run.keys import Run
+from selective_dpo.run.stages import bring_up, build_curricula, complete, scorer_results
 from selective_dpo.storage.artifacts import replacing
 from selective_dpo.training.arguments import PURE
 
@@ -60,7 +55,7 @@ def open_run(recipe: Recipe, *, fresh: bool = False, say: Callable[[str], object
         logger.warning("WARNING: %s (model.master_weights)", PURE.format(dtype=recipe.model.dtype))
     run = Run(recipe, RunDirectory.of(recipe), say, fresh, check=require_sound)
     if not fresh:
-        run.folder.require_unchanged(recipe)
+        run.folder.require_same_recipe(recipe)
     wait_for_everyone()
     return run
 
@@ -69,9 +64,28 @@ def score(run: Run, *, only: tuple[str, ...] = ()) -> None:
     """Measure the difficulty of every pair; what is already measured is kept.
 
     With `only`, the scorers of that name, beside other commands that measure others.
+
+    Raises:
+        ConfigError: `only` names a scorer that the protocol does not have, or there are none.
     """
     with _locked(run, only):
-        ensure_scores(run, only=only)
+        _score(run, only)
+
+
+def _score(run: Run, only: tuple[str, ...] = ()) -> None:
+    if run.recipe.curriculum:
+        raise ConfigError(
+            f"nothing to score: the difficulty comes from {run.recipe.curriculum}; use `run`, or leave the "
+            "recipe's curriculum out"
+        )
+    planned = {scorer.name: scorer for scorer in planned_runs(run.recipe.score)}
+    if unknown := sorted(set(only) - set(planned)):
+        raise ConfigError(f"no scorer named {name_some(unknown)}; this recipe has {', '.join(planned)}")
+    if only:
+        bring_up(run, "reference")
+        complete(run, scorer_results(run, [planned[name] for name in planned if name in only]))
+    else:
+        bring_up(run, "scores")
 
 
 def curriculum(run: Run) -> Curriculum:
@@ -80,13 +94,17 @@ def curriculum(run: Run) -> Curriculum:
     With `select.allow_partial` from the records that are there; else missing scorers are run first.
     """
     with alone(run.folder.root):
-        return build_curricula(run) if run.recipe.select.allow_partial else ensure_curriculum(run)
+        if run.recipe.select.allow_partial:
+            build_curricula(run)
+        else:
+            bring_up(run, "curriculum")
+        return Curriculum.load(run.folder.curriculum)
 
 
 def train(run: Run) -> Path:
     """The policy trained along the curriculum; returns its folder."""
     with alone(run.folder.root):
-        ensure_policy(run)
+        bring_up(run, "policy")
         push(run)
     return run.folder.policy
 
@@ -94,7 +112,7 @@ def train(run: Run) -> Path:
 def evaluate(run: Run) -> Path:
     """Held-out pairs and sampled answers of every arm; returns the evaluation's folder."""
     with alone(run.folder.root):
-        ensure_evaluation(run)
+        bring_up(run, "evaluation")
     return run.folder.evaluation
 
 
@@ -113,7 +131,7 @@ def report(run: Run) -> Path:
 def run_all(run: Run) -> Path:
     """All stages; returns the report's path."""
     with alone(run.folder.root):
-        ensure_evaluation(run)
+        bring_up(run, "evaluation")
         path = report(run)
         push(run)  # last: the hub may fail, and everything else is there then
     return path
@@ -143,7 +161,7 @@ def run_verb(
     run = open_run(recipe, fresh=fresh)
     if recipe.launch.processes > 1 and not under_a_launcher():
         with _locked(run, only):
-            ensure_pairs(run)
+            bring_up(run, "pairs")
         return relaunch(command_line, processes=recipe.launch.processes)
     actions: dict[str, Callable[[], object]] = {
         "score": lambda: score(run, only=only),
@@ -194,7 +212,7 @@ def score_difficulty(
             }
         )
         run = open_run(recipe, say=lambda line: None)
-        ensure_scores(run)
+        _score(run)
         return collect_records([run.folder.scores(scorer) for scorer in run.scorer_runs])
 
 

@@ -26,8 +26,15 @@ from selective_dpo.logprobs.compute import PairLogps
 from selective_dpo.logprobs.reference import load_reference
 from selective_dpo.report.tables import text_table
 from selective_dpo.run.folder import CONFIG, RECIPE, RunDirectory
-from selective_dpo.run.keys import INPUTS, JUDGE, scorer_job, training_job
-from selective_dpo.run.stages import Run, evaluation_key, prompts_to_answer
+from selective_dpo.run.keys import (
+    INPUTS,
+    JUDGE,
+    Run,
+    evaluation_key,
+    prompts_to_answer,
+    scorer_job,
+    training_job,
+)
 from selective_dpo.run.verification.check import DAMAGE, Check, Checks
 from selective_dpo.run.verification.curricula import MODEL, Arm, Written, check_curriculum
 from selective_dpo.run.verification.evaluation import check_evaluation

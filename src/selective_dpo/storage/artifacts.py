@@ -88,7 +88,8 @@ def publish_folder(folder: Path, *, kind: str, key: str) -> Iterator[Path]:
             for name in files:
                 _flush(partial / name)
             manifest = Manifest(SCHEMA_VERSION, kind, key, files)
-            _write_flushed(partial / MANIFEST, _to_json(manifest._asdict()))
+            (partial / MANIFEST).write_text(_to_json(manifest._asdict()), "utf-8")
+            _flush(partial / MANIFEST)
             _replace_folder(partial, folder)
         except BaseException as error:
             _name_place(error, folder, partial)
@@ -174,7 +175,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield partial
         _flush(partial)
         partial.replace(path)
-        _flush_folder(path.parent)
+        _flush(path.parent)
     except OSError as error:
         _name_place(error, path, partial)
         raise
@@ -205,13 +206,6 @@ def _to_json(value: Mapping[str, Any]) -> str:
     return json.dumps(value, indent=2, allow_nan=False) + "\n"
 
 
-def _write_flushed(path: Path, content: str | bytes) -> None:
-    with path.open("wb") as stream:
-        stream.write(content.encode("utf-8") if isinstance(content, str) else content)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
 def _name_place(error: BaseException, path: Path, partial: Path) -> None:
     # A write that the system refuses does not say where, and the name aside means nothing to the user.
     if not isinstance(error, OSError) or error.errno is None:
@@ -221,12 +215,8 @@ def _name_place(error: BaseException, path: Path, partial: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+    """Have the disk hold what was written: a file's content, or a folder's names."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -237,10 +227,10 @@ def _replace_folder(partial: Path, folder: Path) -> None:
     # A folder cannot be renamed over a filled one, so the old one steps aside first. Its manifest goes
     # with it: at no moment does `folder` hold a manifest that speaks of other files.
     for path in sorted({entry.parent for entry in partial.rglob("*")} | {partial}):
-        _flush_folder(path)
+        _flush(path)
     retired = folder.parent / f".partial-{folder.name}-{uuid.uuid4().hex[:8]}"
     if folder.exists():
         folder.rename(retired)
     partial.rename(folder)
-    _flush_folder(folder.parent)
+    _flush(folder.parent)
     shutil.rmtree(retired, ignore_errors=True)

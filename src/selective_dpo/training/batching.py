@@ -13,11 +13,9 @@ Shapes: B rows of a batch (pairs), R processes, A batches accumulated in an upda
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,7 +34,6 @@ from selective_dpo.logprobs.packed import (
     width_multiple,
 )
 from selective_dpo.logprobs.packing_support import Path, PathName, choose_way, say_once
-from selective_dpo.training.checkpointing import SmallerPasses
 
 WEIGHT = "update_weight"
 
@@ -170,9 +167,8 @@ class LoggedMeans:
 # the training again with 0.9 times the batch size and the same number of accumulated batches.
 #
 # A failed backward pass may have left part of its gradient. So the whole update is repeated from gradients of
-# zero: no pair is lost, none counts twice. That needs the passes of this process to be nobody else's concern.
-# With several processes the training has to start again from its newest checkpoint (see `smaller_passes`),
-# and from there on each batch is run in parts of so many pairs, in as many on every process.
+# zero: no pair is lost, none counts twice. Several processes exchange gradients in each pass; there, running
+# out of memory ends the training, with the remedy, and its checkpoints are kept.
 #
 # Dimension suffixes: B pairs of a batch, T tokens of TRL's padded rows (chosen rows before rejected, [2B,
 # T]).
@@ -239,19 +235,6 @@ def cut(batch: Batch, most_tokens: int | None) -> list[Batch]:
     return parts
 
 
-def cut_in_pairs(batch: Batch, most_pairs: int | None) -> list[Batch]:
-    """The batch in parts of `most_pairs` pairs, the last one of those that are left; the longest first.
-
-    Batches of as many pairs give as many parts, of the same sizes. None, or a batch that is no larger: the
-    batch itself.
-    """
-    if most_pairs is None or pairs_in(batch) <= most_pairs or not can_part(batch):
-        return [batch]
-    order = _longest_first(_lengths(batch))
-    starts = range(0, len(order), most_pairs)
-    return [take_pairs(batch, order[start : start + most_pairs]) for start in starts]
-
-
 def _lengths(batch: Batch) -> Tensor:
     """Tokens of each pair's longer row, [B]."""
     lengths_B: Tensor = batch["attention_mask"].sum(dim=1).view(2, -1).amax(dim=0)
@@ -270,7 +253,6 @@ class WithinMemory:
         obstacle: why batches cannot be run in parts, in a few words; empty: they can.
         logged: what passes log.
         zero_gradients: sets them to what they are when an update begins.
-        keep_to_itself: inside of what it returns, the gradient of a pass is not sent to other processes.
     """
 
     def __init__(
@@ -279,12 +261,8 @@ class WithinMemory:
         obstacle: Callable[[], str],
         logged: LoggedMeans,
         zero_gradients: Callable[[], object],
-        keep_to_itself: Callable[[], AbstractContextManager[object]],
     ) -> None:
         self._obstacle, self._logged, self._zero_gradients = obstacle, logged, zero_gradients
-        self._keep_to_itself = keep_to_itself
-        self.restarts: SmallerPasses | None = None
-        """How several processes go on where memory runs out."""
         self._most_tokens: int | None = None
         self._done: list[Batch] = []
 
@@ -303,7 +281,6 @@ class WithinMemory:
 
         Raises:
             ModelError: a single pair does not fit, or the passes cannot be made smaller.
-            StartAgainError: several processes have to start again to make them smaller.
         """
         batches, losses = [batch], list[Tensor]()
         while len(losses) < len(batches):
@@ -322,15 +299,12 @@ class WithinMemory:
     def _run(self, batch: Batch, run: Callable[[Batch], Tensor]) -> Tensor | None:
         """The loss; None where memory ran out, and will be used more sparingly from now on."""
         self._logged.start_batch()
-        parts = self._parts(batch)
+        parts = cut(batch, self._most_tokens)
         losses = []
-        for number, part in enumerate(parts, start=1):
+        for part in parts:
             problem = ""
-            # One exchange of gradients for the batch, if any.
-            waits = self._keep_to_itself() if number < len(parts) else contextlib.nullcontext()
             try:
-                with waits:
-                    losses.append(run(dict(part)))
+                losses.append(run(dict(part)))
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -345,11 +319,6 @@ class WithinMemory:
         if len(parts) > 1:
             self._logged.join([pairs_in(part) for part in parts])
         return torch.stack(losses).sum()
-
-    def _parts(self, batch: Batch) -> list[Batch]:
-        if self.restarts is None:
-            return cut(batch, self._most_tokens)
-        return [batch] if self._obstacle() else cut_in_pairs(batch, self.restarts.most_pairs)
 
     def _lower(self, part: Batch, problem: str) -> None:
         tokens, pairs = part["input_ids"].numel(), pairs_in(part)
@@ -366,8 +335,6 @@ class WithinMemory:
                 f"{what}, which cannot be parted ({obstacle}): lower per_device_train_batch_size and raise "
                 "gradient_accumulation_steps by the same factor, which leaves each update its pairs"
             )
-        if self.restarts is not None:
-            self.restarts.start_again(what, pairs=pairs)
         self._most_tokens = tokens // 2
 
     def _say(self, before: int | None) -> None:

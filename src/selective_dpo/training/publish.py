@@ -16,7 +16,7 @@ from torch import Tensor
 from selective_dpo.errors import ConfigError, ModelError, name_some
 from selective_dpo.models import shown_path
 from selective_dpo.storage.artifacts import read_json, write_json
-from selective_dpo.training.checkpointing import from_main, in_short, is_of_the_disk
+from selective_dpo.training.checkpointing import disk_reason, from_main, is_disk_error
 
 _PEFT_SETS = ("target_modules", "exclude_modules")
 
@@ -44,8 +44,8 @@ def save_policy(trainer: Any, folder: Path, *, dtype: str) -> None:
         try:
             trainer._save(str(folder), state if adapter_only else _cast(state, getattr(torch, dtype)))
         except Exception as error:
-            if is_of_the_disk(error) and not isinstance(error, OSError):
-                raise OSError(errno.ENOSPC, in_short(error), str(folder)) from error
+            if is_disk_error(error) and not isinstance(error, OSError):
+                raise OSError(errno.ENOSPC, disk_reason(error), str(folder)) from error
             raise
         for name in ("training_args.bin", "README.md"):
             (folder / name).unlink(missing_ok=True)

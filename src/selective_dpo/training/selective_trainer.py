@@ -23,7 +23,6 @@ from selective_dpo.logprobs.padded import pair_lengths
 from selective_dpo.models import require_full_model
 from selective_dpo.storage.artifacts import read_json, write_atomic
 from selective_dpo.training.batching import ROW, is_tokenized
-from selective_dpo.training.checkpointing import is_count
 from selective_dpo.training.trainer import PairTrainer, has_reference
 
 logger = logging.getLogger(__name__)
@@ -339,8 +338,10 @@ class OrderLog:
         """
         path = folder / STATE
         state = read_json(path)
-        positions, numbers = state.get("positions"), [state.get("unrecorded"), state.get("repeated_to_fill")]
-        if not isinstance(positions, list) or not all(map(is_count, [*numbers, *positions])):
+        positions, unrecorded, repeated = (
+            state.get(name) for name in ("positions", "unrecorded", "repeated_to_fill")
+        )
+        if positions is None or unrecorded is None or repeated is None:
             raise ArtifactError(f"{path} does not hold what a training writes; go on from another checkpoint")
         own, other = ids_digest(self._order), state.get("curriculum")
         if other != own or max(positions, default=0) >= len(self._order):
@@ -348,8 +349,8 @@ class OrderLog:
                 f"{path} is of a training on another curriculum (the digest of its order is "
                 f"{str(other)[:12]}, here {own[:12]}): go on with that one, or begin anew"
             )
-        self._consumed, self._repeated = positions, state["repeated_to_fill"]
-        self._go_on_after(state["unrecorded"])
+        self._consumed, self._repeated = positions, repeated
+        self._go_on_after(unrecorded)
 
     def go_on_after(self, updates: int, *, rows_in_batch: int, batches: int) -> None:
         """Go on after so many updates of which nobody knows what they consumed.

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +13,6 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import hash_module
@@ -45,7 +43,6 @@ from selective_dpo.training.batching import (
     take_pairs,
     weigh_equally,
 )
-from selective_dpo.training.checkpointing import SmallerPasses
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -285,7 +282,6 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
             obstacle=self._obstacle_to_parts,
             logged=self._logged,
             zero_gradients=lambda: self.model.zero_grad(),
-            keep_to_itself=self._without_exchange,
         )
         self._rows_of_update: list[torch.Tensor] = []
         self.add_callback(FiniteGradients(self, self._ids_of_update))
@@ -388,28 +384,15 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
     def _can_deal_by_length(self) -> bool:
         return self._path != "padded" and self._means_over_pairs()
 
-    def restart_in(self, passes: SmallerPasses) -> None:
-        """For one of several processes: run out of memory as `passes` says."""
-        self._memory.restarts = passes
-
     def _obstacle_to_parts(self) -> str:
-        several = self.accelerator.num_processes > 1
+        processes = self.accelerator.num_processes
         obstacles = [
             (not self._means_over_pairs(), "its loss is more than the mean over its pairs"),
             (self.is_deepspeed_enabled, "DeepSpeed decides by itself where an update ends"),
             (self.args.n_gpu > 1, "DataParallel copies the model"),
-            (several and not self._deals_evenly(), "the processes' batches may differ in size"),
-            (several and self._memory.restarts is None, "several processes would need checkpoints"),
+            (processes > 1, f"{processes} processes exchange gradients in it"),
         ]
         return next((reason for applies, reason in obstacles if applies), "")
-
-    def _without_exchange(self) -> AbstractContextManager[object]:
-        model = self.model_wrapped
-        if isinstance(model, DistributedDataParallel):
-            without: AbstractContextManager[object] = model.no_sync()
-            return without
-        # Sharded gradients add up over exchanges; without them, each process would hold all of them whole.
-        return contextlib.nullcontext()
 
     def _means_over_pairs(self) -> bool:
         return (

@@ -16,7 +16,13 @@ from tests.fixtures.process_tree import is_there, wait_until_gone
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 SOON = 10 * SECONDS_BETWEEN_LOOKS
-CHILD = "import os, time; from selective_dpo.distributed.signals import {0}; {0}({1}); time.sleep(60)"
+CHILD = """
+import os, time
+from selective_dpo.distributed.signals import {0}
+{0}({1})
+print("watching", flush=True)
+time.sleep(60)
+"""
 PARENT = """
 import subprocess, sys
 child = subprocess.Popen([sys.executable, "-c", {0!r}])
@@ -46,8 +52,8 @@ def parent_of(child: str, started: list[int], **environment: str) -> tuple[subpr
     )
     assert parent.stdout is not None
     started += [parent.pid, pid := int(parent.stdout.readline())]
+    parent.stdout.readline()  # the child has begun to look, or has ended
     parent.stdout.close()
-    time.sleep(1.0)  # it has begun to look
     return parent, pid
 
 
