@@ -6,7 +6,7 @@ READY  := $(VENV)/.installed
 AUDIT  := $(VENV)-audit
 PIP_AUDIT_VERSION := 2.10.1
 
-.PHONY: demo test lint bench audit setup clean
+.PHONY: demo test test-fast lint bench audit setup clean
 
 setup: $(READY)
 
@@ -21,6 +21,10 @@ $(READY): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/selective-dpo demo
 
+# The loop to develop in: pure and unit tests.
+test-fast: setup
+	$(BIN)/python -m pytest --quiet --numprocesses 2 -m "not slow" tests/unit
+
 test: setup
 	$(BIN)/python -m pytest --quiet --numprocesses 2
 
@@ -28,7 +32,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports --no-timing
+	$(BIN)/lint-imports --no-logo
 
 # All of the README's measurements, with their results as JSON: hours, most of them of `findings`.
 BENCHMARKS := scoring training protocol tables findings

@@ -23,9 +23,8 @@ from selective_dpo.run.run import open_run
 from selective_dpo.run.stages import bring_up, load_arm
 from selective_dpo.storage.artifacts import content_key, read_json, write_json
 from selective_dpo.training.train import train_policy
-from selective_dpo.worlds.build import World, build_world
-from selective_dpo.worlds.config import PairsConfig, WorldConfig
 from selective_dpo.worlds.recipe import world_recipe
+from selective_dpo.worlds.world import PairsConfig, World, WorldConfig, build_world
 
 BETA = 2.0
 FRACTIONS = (0.3, 0.4, 0.6, 0.7, 0.85)

@@ -21,7 +21,7 @@ from typing import NamedTuple
 from fuzz.corpus import PIECES, seeds_of
 from fuzz.targets import TARGETS, Target
 
-_MOST_BYTES = 1 << 16
+MAX_BYTES = 1 << 16
 
 
 class Outcome(NamedTuple):
@@ -53,7 +53,7 @@ def mutated(seed: bytes, generator: random.Random) -> bytes:
                 del data[place:]
             case 6 if data:
                 data[place % len(data)] = generator.choice(b"\0\n\r\t ,:;\"'[]{}&*!<>-0129.eE\\\xff")
-    return bytes(data[:_MOST_BYTES])
+    return bytes(data[:MAX_BYTES])
 
 
 def fuzz(

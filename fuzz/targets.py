@@ -202,7 +202,7 @@ def pairs(name: str, data: bytes, **options: Any) -> dict[str, int] | None:
         config = DataConfig.model_validate({"train": [source], **LIMITS, **options})
         folder = path.parent / "made"
         with refusals():
-            summary = prepare_pairs([source], config, _tokenizer(), folder, key="k", workers=1)
+            summary = prepare_pairs([source], config, _tokenizer(), folder, key="k", workers=0)
             table = load_pairs(folder)
             statuses = table["status"].to_pylist()
             assert summary.rows == len(table) == sum(summary.counts.values())

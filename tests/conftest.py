@@ -55,6 +55,23 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def finished_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of every stage (see `tests/fixtures/finished.py`); to be read only."""
+    from tests.fixtures.finished import make_finished_demo
+
+    base = tmp_path_factory.getbasetemp()
+    # The processes of pytest-xdist have a folder each, in one that they share.
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    return make_finished_demo(shared / "finished-demo") / "demo"
+
+
+@pytest.fixture(scope="session")
+def demo_output(finished_demo: Path) -> str:
+    """What the demo printed."""
+    return (finished_demo.parent / "output.txt").read_text("utf-8")
+
+
+@pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
     """A real browser, as playwright drives it."""
     playwright_api = pytest.importorskip("playwright.sync_api")

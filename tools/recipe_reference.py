@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from selective_dpo import config
 from selective_dpo.config.load import recipe_schema
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,11 +65,7 @@ def _section(title: str, block: dict[str, Any], schema: dict[str, Any]) -> str:
     rows = ["| key | values | default | meaning |", "| --- | --- | --- | --- |"]
     required = block.get("required", [])
     for key, field in block["properties"].items():
-        default = (
-            "required"
-            if key in required
-            else _default(field, "Recipe" if block is schema else block["title"], key)
-        )
+        default = "required" if key in required else _default(field)
         meaning = _prose(field.get("description", "")).replace("|", "\\|")
         rows.append(f"| `{key}` | {_values(field)} | {default} | {meaning} |")
     return "\n".join([f"## {title}", "", *lead, *rows, ""])
@@ -79,17 +74,19 @@ def _section(title: str, block: dict[str, Any], schema: dict[str, Any]) -> str:
 def _values(field: dict[str, Any]) -> str:
     if "anyOf" in field:
         return " or ".join(_values(option) for option in field["anyOf"])
-    if "$ref" in field or field.get("type") == "object":
+    if "$ref" in field:
         return "block"
     if "enum" in field or "const" in field:
         return ", ".join(f"`{value}`" for value in field.get("enum", [field.get("const")]))
+    if "examples" in field:
+        return " or ".join(f"`{example}`" for example in field["examples"])
     if field["type"] == "array":
         entries = field.get("prefixItems", [field.get("items", {})])
         number = f"{field['maxItems']} " if "maxItems" in field else ""
         word, sign, limits = _values(entries[0]).partition(" ≥")
         return f"list of {number}{word}s{sign}{limits}"
     words = {"integer": "whole number", "number": "number", "boolean": "true, false", "string": "text"}
-    words |= {"null": "null"}
+    words |= {"null": "null", "object": "mapping"}
     return words[field["type"]] + _limits(field)
 
 
@@ -99,13 +96,10 @@ def _limits(field: dict[str, Any]) -> str:
     return " " + ", ".join(limits) if limits else ""
 
 
-def _default(field: dict[str, Any], block: str, key: str) -> str:
+def _default(field: dict[str, Any]) -> str:
     if "$ref" in field:
         return "its defaults"
-    # The schema leaves out defaults that are made anew each time; the types know them.
-    made = getattr(config, block).model_fields[key].get_default if "default" not in field else None
-    default = made(call_default_factory=True, validated_data={}) if made else field["default"]
-    return "empty" if default == "" else f"`{json.dumps(default)}`"
+    return "empty" if field["default"] == "" else f"`{json.dumps(field['default'])}`"
 
 
 def _prose(text: str) -> str:

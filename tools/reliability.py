@@ -1,11 +1,11 @@
-"""Run the tests of the fault matrix and write docs/reliability.md from their outcome.
+"""Run the tests of the fault matrix, print them row by row, and write the table of docs/reliability.md.
 
-python tools/reliability.py            run them, two at a time, and write the page; exit code 1 if one failed
-python tools/reliability.py --check    run nothing; exit code 1 if the page names other tests than there are,
-                                       or an outcome other than "passed"
+python tools/reliability.py            run them, two at a time; exit code 1 if one failed
+python tools/reliability.py --list     run nothing; print the tests of each row
+python tools/reliability.py --check    run nothing; exit code 1 if a row has no test or did not pass
 
 A test says with `@pytest.mark.fault(row=1)` which row it belongs to. Each of its parameters is a trial; with
-`trials=30`, each is 30 of them.
+`trials=10`, each is 10 of them.
 """
 
 from __future__ import annotations
@@ -44,123 +44,113 @@ FAULTS = {
 HEAD = """\
 # Reliability
 
-Written by `python tools/reliability.py`, which runs the tests that it lists; do not edit. A fault is survived
-if the repeated command finishes with the records, curriculum, order digest and policy of an undisturbed run
-(bit for bit on a CPU), or if a typed error came before anything was spent. Trials count how often the fault
-was really made: kills at seeded moments, damaged files, wrong inputs. "passed" means each of them.
+Written by `python tools/reliability.py`, which runs the tests of each row and prints their names; do not edit
+(`--list` prints them and runs nothing). A fault is survived if the repeated command finishes with the
+records, curriculum, order digest and policy of an undisturbed run (bit for bit on a CPU), or if a typed error
+came before anything was spent. Trials count how often the fault was really made: kills at seeded moments,
+damaged files, wrong inputs. "passed" means each of them.
 
 """
 
 
 class Trial(NamedTuple):
-    """One test of the matrix."""
+    """One case of a test of the matrix."""
 
     row: int
     trials: int
-    test: str
+    node: str
     says: str
-    """What the test's docstring says that it checks."""
-    file_says: str
-    """The first line of its file's."""
+    """The first sentence of the test's docstring."""
 
 
 class Matrix:
     """Collects the matrix's tests, and how they end."""
 
     def __init__(self) -> None:
-        self.trials: dict[str, list[Trial]] = defaultdict(list)
+        self.trials: list[Trial] = []
         self.outcomes: dict[str, str] = {}
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Note the tests; those that other processes run are not collected here again."""
         for item in session.items:
-            says = " ".join((item.function.__doc__ or "").split())
-            file_says = (item.module.__doc__ or "").split("\n")[0]
+            says = " ".join((item.function.__doc__ or "").split()).split(". ")
+            says = says[1] if says[0].startswith("Row ") and len(says) > 1 else says[0]
             for mark in item.iter_markers("fault"):
-                row, trials, test = (
-                    mark.kwargs["row"],
-                    mark.kwargs.get("trials", 1),
-                    item.nodeid.split("[")[0],
-                )
-                self.trials[item.nodeid].append(Trial(row, trials, test, says, file_says))
+                trials = mark.kwargs.get("trials", 1)
+                self.trials.append(Trial(mark.kwargs["row"], trials, item.nodeid, says))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """The worst of a test's phases counts."""
         if report.failed or report.nodeid not in self.outcomes or report.skipped:
             self.outcomes[report.nodeid] = report.outcome
 
-    def page(self) -> str:
-        """The page, a section a row."""
-        by_row: dict[int, dict[str, list[tuple[Trial, str]]]] = defaultdict(lambda: defaultdict(list))
-        for node, trials in self.trials.items():
-            for trial in trials:
-                by_row[trial.row][trial.test].append((trial, self.outcomes.get(node, "not run")))
+    def table(self) -> str:
+        """The page: one line a row."""
         lines = ["| # | fault | must | trials | outcome |", "| --- | --- | --- | --- | --- |"]
         for row, (fault, must) in FAULTS.items():
-            found = [each for test in by_row[row].values() for each in test]
-            trials = sum(trial.trials for trial, _ in found)
-            lines.append(f"| {row} | {fault} | {must} | {trials} | {_outcome(found)} |")
+            found = [trial for trial in self.trials if trial.row == row]
+            outcomes = {self.outcomes.get(trial.node, "not run") for trial in found} or {"no test"}
+            outcome = next(
+                worst for worst in ("failed", "not run", "skipped", "passed", "no test") if worst in outcomes
+            )
+            trials = sum(trial.trials for trial in found)
+            lines.append(f"| {row} | {fault} | {must} | {trials} | {outcome} |")
         system = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"
-        parts = [HEAD + f"Last written with {system}.\n", "\n".join(lines) + "\n"]
+        return f"{HEAD}Last written with {system}.\n\n" + "\n".join(lines) + "\n"
+
+    def listing(self) -> str:
+        """The tests of each row, each with its number of trials and what it checks."""
+        lines = []
         for row, (fault, _) in FAULTS.items():
-            parts.append(f"\n## {row}. {fault[0].upper()}{fault[1:]}")
-            file = ""
-            for test, found in sorted(by_row[row].items()):
-                if test.split("::")[0] != file:
-                    file = test.split("::")[0]
-                    parts.append(f"\n{file}: {found[0][0].file_says}\n")
-                trials = sum(trial.trials for trial, _ in found)
-                says = f": {found[0][0].says}" if found[0][0].says else ""
-                parts.append(f"- `{test}` ({trials}){says}")
-        return "\n".join(parts) + "\n"
+            lines.append(f"\n{row}. {fault}")
+            by_test: dict[str, list[Trial]] = defaultdict(list)
+            for trial in self.trials:
+                if trial.row == row:
+                    by_test[trial.node.split("[")[0]].append(trial)
+            for test, found in sorted(by_test.items()):
+                lines.append(
+                    f"  {test} ({sum(trial.trials for trial in found)}): {found[0].says}".rstrip(": ")
+                )
+        return "\n".join(lines) + "\n"
 
 
-def marked_tests() -> set[str]:
-    """Names of the tests that carry a row, as the source has them."""
+def marked_rows() -> set[int]:
+    """The rows that a test in the source is marked with."""
     found = set()
     for path in sorted(ROOT.glob("tests/**/test_*.py")):
-        for function in ast.walk(ast.parse(path.read_text("utf-8"))):
-            marks = [ast.unparse(mark) for mark in getattr(function, "decorator_list", ())]
-            if isinstance(function, ast.FunctionDef) and any(".mark.fault(" in mark for mark in marks):
-                found.add(f"{path.relative_to(ROOT).as_posix()}::{function.name}")
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.mark.fault":
+                found |= {each.value.value for each in node.keywords if each.arg == "row"}
     return found
 
 
-def faults_of(page: str) -> list[str]:
-    """What does not hold in the page's text."""
-    named = set(re.findall(r"`(tests/\S+::\w+)`", page))
-    found = [f"{test}: not as the page has it" for test in sorted(marked_tests() ^ named)]
+def wrong_rows(page: str) -> list[str]:
+    """What does not hold in the page's table."""
     rows = re.findall(r"(?m)^\| (\d+) \|.*\| (\d+) \| ([^|]+) \|$", page)
+    found = []
     if [int(row) for row, _, _ in rows] != list(FAULTS):
         found.append(f"rows {', '.join(row for row, _, _ in rows)}: not one for each fault")
+    found += [f"row {row}: no test is marked with it" for row in sorted(set(FAULTS) - marked_rows())]
     return found + [f"row {row}: {outcome}" for row, _, outcome in rows if outcome != "passed"]
 
 
 def main(arguments: list[str]) -> int:
-    """Write or check the page; the exit code."""
-    check = arguments == ["--check"]
-    if arguments and not check:
+    """Run, list or check; the exit code."""
+    if arguments not in ([], ["--list"], ["--check"]):
         sys.stderr.write(__doc__ or "")
         return 2
-    if check:
-        wrong = faults_of(PAGE.read_text("utf-8"))
+    if arguments == ["--check"]:
+        wrong = wrong_rows(PAGE.read_text("utf-8"))
         sys.stderr.write("".join(f"{PAGE.name}: {line}\n" for line in wrong))
         return int(bool(wrong))
     matrix = Matrix()
     options = ["-q", "-p", "no:cacheprovider", "-m", "fault", str(ROOT / "tests")]
-    code = int(pytest.main([*options, "--collect-only"], plugins=[matrix]))
-    code = code or int(pytest.main([*options, "--numprocesses", "2"], plugins=[matrix]))
-    if code:
-        return 1
-    PAGE.write_text(matrix.page(), "utf-8")
-    return 0
-
-
-def _outcome(found: list[tuple[Trial, str]]) -> str:
-    outcomes = {outcome for _, outcome in found}
-    if not outcomes:
-        return "no test"
-    return next(worst for worst in ("failed", "not run", "skipped", "passed") if worst in outcomes)
+    code = int(pytest.main([*options, "--collect-only", "-qq"], plugins=[matrix]))
+    if not code and not arguments:
+        code = int(pytest.main([*options, "--numprocesses", "2"], plugins=[matrix]))
+        PAGE.write_text(matrix.table(), "utf-8")
+    sys.stdout.write(matrix.listing())
+    return int(bool(code))
 
 
 if __name__ == "__main__":

@@ -33,9 +33,6 @@ class TemplateError(DataError):
 class RunawayTemplateError(TemplateError):
     """A chat template takes more time or memory, or writes more, than any template needs."""
 
-    pair: int | None = None
-    """Which of the pairs that were rendered together it was."""
-
 
 class ModelError(SelectiveDPOError):
     """The model or tokenizer cannot be loaded, or cannot do what the recipe asks of it."""

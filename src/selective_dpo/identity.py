@@ -14,7 +14,7 @@ from selective_dpo.storage.digests import digest
 
 ID_HEX_DIGITS = 32
 
-LONGEST_ID = 1024
+MAX_ID_BYTES = 1024
 """Bytes of an id that comes with the data. Tables of ids are as wide as their longest."""
 
 Text = str | list[dict[str, Any]]

@@ -33,8 +33,8 @@ _CACHED = re.compile(r"/models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/")
 
 logger = logging.getLogger(__name__)
 
-_TELL_ENOUGH = (OSError, ValueError, ImportError, SafetensorError)
-"""Errors whose words are meant for the user; of the others, the kind is told, too."""
+_CLEAR_ERRORS = (OSError, ValueError, ImportError, SafetensorError)
+"""Errors whose message is written for the user; for the others, their type is named, too."""
 
 
 @contextlib.contextmanager
@@ -272,10 +272,10 @@ def _reason(error: BaseException) -> str:
     if "ignore_mismatched_sizes" in str(error):  # transformers points to a report in its log
         return "its weights have other shapes than config.json says"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
-    words = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-    if not isinstance(error, _TELL_ENOUGH) or not words:
-        words = f"{type(error).__name__}: {words}"
-    return words[:300].rstrip(" .:")
+    message = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    if not isinstance(error, _CLEAR_ERRORS) or not message:
+        message = f"{type(error).__name__}: {message}"
+    return message[:300].rstrip(" .:")
 
 
 def language_model(model: Any) -> Any:

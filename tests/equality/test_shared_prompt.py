@@ -12,7 +12,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
 from selective_dpo.logprobs.compute import PairLogps, batch_logps, make_batch, pair_logps
-from selective_dpo.logprobs.packed import log_probs_only, make_shared_batch, shared_log_probs
+from selective_dpo.logprobs.packed import log_probs_only, pack_pairs, row_log_probs
 from selective_dpo.losses import pair_losses
 from tests.fixtures.families import FAMILIES, VOCABULARY, tiny_family
 
@@ -127,7 +127,7 @@ def test_gradients_equal_those_of_padded_rows(family: str, lora: bool) -> None:
         rows = PAIRS[:]
         with log_probs_only(model):
             if path == "shared":
-                logps_2B = shared_log_probs(model, make_shared_batch(rows, 0)).sum(dim=1)
+                logps_2B = row_log_probs(model, pack_pairs(rows, 0)).sum(dim=1)
             else:
                 logps_2B = batch_logps(model, make_batch(rows, 0))
             chosen_B, rejected_B = logps_2B.chunk(2)

@@ -20,11 +20,11 @@ from trl import DPOTrainer
 
 from selective_dpo.distributed.launch import launch_command
 from selective_dpo.errors import ConfigError
-from selective_dpo.logprobs.packed import shared_outputs
+from selective_dpo.logprobs.packed import row_outputs
 from selective_dpo.losses import LOSSES
 from selective_dpo.storage.artifacts import read_json
-from selective_dpo.training import batching as shared_step
-from selective_dpo.training.batching import weigh_equally
+from selective_dpo.training import batching
+from selective_dpo.training.batching import PAIRS, PairCollator, weigh_equally
 from selective_dpo.training.trainer import PairTrainer, has_reference
 from tests.fixtures.families import FAMILIES, tiny_family
 from tests.fixtures.models import tiny_model_folder
@@ -147,10 +147,11 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counted: list[int] = []
 
     def counting(model: Any, batch: Any) -> Any:
-        counted.append(len(batch.input_ids))
-        return shared_outputs(model, batch)
+        if batch.parts is not None:
+            counted.append(len(batch.input_ids))
+        return row_outputs(model, batch)
 
-    monkeypatch.setattr(shared_step, "shared_outputs", counting)
+    monkeypatch.setattr(batching, "row_outputs", counting)
     return counted
 
 
@@ -194,7 +195,7 @@ def test_a_batch_in_several_passes_equals_one(
     tmp_path: Path, forwards: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As a CPU takes batches of very different lengths; here another pass is worth one token of padding.
-    monkeypatch.setattr(shared_step, "WORTH_A_PASS", 0)
+    monkeypatch.setattr(batching, "WORTH_A_PASS", 0)
     plain = trainer_of(PlainTrainer, tmp_path / "plain", pairs(8), per_device_train_batch_size=8)
     ours = trainer_of(PairTrainer, tmp_path / "ours", pairs(8), per_device_train_batch_size=8)
     assert_same_update(update_of(ours), update_of(plain))
@@ -384,12 +385,12 @@ def test_the_loss_of_a_batch_with_blank_pairs_is_that_of_its_own(loss: str, tmp_
     # As on the second of two processes: its batch of 3 has the update's last pair and 2 repeated ones.
     settings: dict[str, Any] = {"loss_type": loss, "label_smoothing": 0.1}
     trainer = trainer_of(PairTrainer, tmp_path, pairs(4), **settings)
-    batch = trainer.data_collator([pairs(8)[row] for row in (7, 0, 1)])
-    alone = trainer.data_collator([pairs(8)[7]])
+    collator = PairCollator(128, "keep_start", has_tokens=True)
+    batch, alone = (collator([pairs(8)[row] for row in rows])[PAIRS] for rows in ((7, 0, 1), (7,)))
     trainer.model.train()
-    weigh_equally([batch], first=0, pairs=4, batch_size=3, processes=2, process=1)
+    (batch,) = weigh_equally([batch], first=0, pairs=4, batch_size=3, processes=2, process=1)
     with torch.no_grad():
-        own, weighed = (float(trainer.compute_loss(trainer.model, each)) for each in (alone, batch))
+        own, weighed = (float(trainer.compute_loss(trainer.model, {PAIRS: each})) for each in (alone, batch))
     # The step divides by two processes, and in the update's mean each of its 4 pairs counts a quarter.
     assert weighed / 2 == pytest.approx(own / 4, rel=1e-4, abs=1e-5)
 

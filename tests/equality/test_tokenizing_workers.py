@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
 from selective_dpo.config import DataConfig, SourceConfig
 from selective_dpo.data import prepare as prepare_module
-from selective_dpo.data import prepare as workers_module
-from selective_dpo.data import worker_main
-from selective_dpo.data.prepare import prepare_pairs
+from selective_dpo.data import processes
+from selective_dpo.data.prepare import ChunkTokenizer, prepare_pairs
+from selective_dpo.data.processes import map_in_processes
 from selective_dpo.data.store import PairsSummary
-from selective_dpo.errors import TemplateError
+from selective_dpo.errors import DataError, TemplateError
 from selective_dpo.storage.artifacts import read_manifest
 from tests.fixtures.tokenizers import CHATML, byte_tokenizer
 
 ROWS = 400
+needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux")
 
 
 @pytest.fixture(autouse=True)
@@ -72,9 +77,9 @@ def prepare(folder: Path, workers: int | None, *, template: str = CHATML, **opti
     return summary
 
 
-@pytest.mark.parametrize("workers", [2, 3])
+@pytest.mark.parametrize("workers", [1, 3])
 def test_the_files_are_the_same_to_the_byte(tmp_path: Path, workers: int) -> None:
-    alone, shared = prepare(tmp_path / "alone", 1), prepare(tmp_path / "shared", workers)
+    alone, shared = prepare(tmp_path / "alone", 0), prepare(tmp_path / "shared", workers)
     assert shared == alone
     assert set(alone.counts) == {
         "kept",
@@ -93,7 +98,7 @@ def test_the_files_are_the_same_to_the_byte(tmp_path: Path, workers: int) -> Non
 def test_boundary_mismatches_are_counted_alike(tmp_path: Path) -> None:
     thinking = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}")
     messages = []
-    for workers in (1, 2):
+    for workers in (0, 2):
         with pytest.raises(TemplateError, match="first") as caught:
             prepare(tmp_path / "pairs", workers, template=thinking, max_boundary_mismatch=0.1)
         messages.append(str(caught.value))
@@ -116,7 +121,7 @@ def test_an_error_in_a_worker_is_raised_as_it_is(tmp_path: Path, monkeypatch) ->
     path.write_text("\n".join(map(json.dumps, rows)))
     source = SourceConfig(path=str(path))
     config = DataConfig(train=(source,))
-    for workers in (1, 2):
+    for workers in (0, 2):
         with pytest.raises(TemplateError, match="no chat template"):
             prepare_pairs(
                 [source], config, byte_tokenizer(template=None), tmp_path / "p", key="k", workers=workers
@@ -124,57 +129,63 @@ def test_an_error_in_a_worker_is_raised_as_it_is(tmp_path: Path, monkeypatch) ->
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_worker_that_dies_is_an_error_and_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
-    started = []
+@needs_linux
+def test_a_process_that_the_system_ends_is_an_error_and_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
+    def ended(chunk_tokenizer: ChunkTokenizer, chunk: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGKILL)
 
-    class Dying(workers_module._Worker):
-        def __init__(self, finisher) -> None:
-            super().__init__(finisher)
-            started.append(self._process)
-            self._process.kill()
-
-    monkeypatch.setattr(workers_module, "_Worker", Dying)
-    with pytest.raises(RuntimeError, match="ended early: exit code -9"):
+    monkeypatch.setattr(ChunkTokenizer, "tokenize", ended)
+    with pytest.raises(
+        DataError,
+        match=r"tokenizing row 0 of .*first\.jsonl to row 15 of .* takes more than 300 s, or more memory",
+    ):
         prepare(tmp_path / "pairs", 2)
     assert not (tmp_path / "pairs").exists()
-    assert [process.poll() for process in started] == [-9, -9]
+    assert multiprocessing.active_children() == []
 
 
-class UnsendableError(ValueError):
-    def __init__(self, one, two) -> None:
-        super().__init__(one)
+@needs_linux
+def test_processes_end_with_the_error_or_where_nobody_wants_more() -> None:
+    items = map_in_processes(abs, [-1, -2, -3] * 9, workers=2, seconds=60.0, stopped=lambda items: OSError())
+    assert next(items) == 1
+    assert len(multiprocessing.active_children()) == 2
+    items.close()
+    assert multiprocessing.active_children() == []
+    with pytest.raises(TypeError, match="bad operand"):
+        list(map_in_processes(abs, [-1, "x"], workers=2, seconds=60.0, stopped=lambda items: OSError()))
+    assert multiprocessing.active_children() == []
 
 
-class Failing(NamedTuple):
-    def finish(self, chunk: Any) -> Any:
-        raise UnsendableError("what went wrong", lambda: None)
+@needs_linux
+def test_processes_end_with_their_parent() -> None:
+    script = (
+        "import os, time\n"
+        "from selective_dpo.data.processes import map_in_processes\n"
+        "def work(item):\n"
+        "    os.write(1, b'%d ' % os.getpid())\n"
+        "    time.sleep(600)\n"
+        "list(map_in_processes(work, [1, 2], workers=2, seconds=600, stopped=OSError))\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        try:
+            written = b""
+            while written.count(b" ") < 2:
+                written += os.read(parent.stdout.fileno(), 64)
+        finally:
+            parent.kill()
+        assert parent.stdout.read() == b""  # ends when both have ended, since they could write as well
 
 
-def test_any_other_error_comes_back_in_words(capsys) -> None:
-    answer = worker_main._answer(Failing(), [])
-    assert type(answer) is RuntimeError
-    assert str(answer) == "UnsendableError: what went wrong"
-    assert "Traceback" in capsys.readouterr().err
+def test_the_signals_and_the_tokenizers_of_this_process_are_left_alone(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    prepare(tmp_path / "pairs", None)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert os.environ["TOKENIZERS_PARALLELISM"] == "true"
 
 
-@pytest.mark.parametrize("rows", [16 * workers_module.CHUNKS_ALONE, 10])
-def test_small_data_start_no_process(tmp_path: Path, monkeypatch, rows: int) -> None:
-    monkeypatch.setattr(workers_module, "_Worker", None)
-    lines = [{"prompt": f"q {n}", "chosen": " a", "rejected": " b"} for n in range(rows)]
-    path = tmp_path / "data.jsonl"
-    path.write_text("\n".join(map(json.dumps, lines)))
-    source = SourceConfig(path=str(path))
-    config = DataConfig(train=(source,))
-    assert prepare_pairs([source], config, byte_tokenizer(), tmp_path / "p", key="k").kept == rows
-
-
-def test_tokenizers_of_other_modules_stay_here(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(workers_module, "_Worker", None)
-    monkeypatch.setattr(workers_module, "_can_be_sent", lambda finisher: False)
-    assert prepare(tmp_path / "pairs", 2).rows == 2 * ROWS
-
-
-def test_workers_are_as_many_as_the_cores_but_bounded(monkeypatch) -> None:
+def test_there_are_as_many_processes_as_cores_but_bounded(monkeypatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(64)), raising=False)
-    assert workers_module._cores() == 64
-    assert workers_module.MOST_WORKERS < 64
+    assert processes._cores() == 64
+    assert processes.MAX_WORKERS < 64

@@ -31,13 +31,14 @@ from hypothesis import strategies as st
 
 from selective_dpo.config import DataConfig, SourceConfig
 from selective_dpo.data.adapters import DropReason, Pair, parse_row
-from selective_dpo.data.prepare import RowSorter, prepare_pairs
+from selective_dpo.data.prepare import RowChecker, RowCounts, prepare_pairs
 from selective_dpo.data.readers import Malformed, count_file, read_file, rows_of_batch
+from selective_dpo.data.sources import open_source
 from selective_dpo.data.store import load_pairs, load_summary
 from selective_dpo.data.templates import apply_template, mentions_system
 from selective_dpo.data.tokenize import tokenize_pairs
 from selective_dpo.errors import ConfigError, DataError, TemplateError
-from selective_dpo.identity import LONGEST_ID
+from selective_dpo.identity import MAX_ID_BYTES
 from tests.fixtures.bad_input import CASES, FUZZED, bounded, command, generated
 from tests.fixtures.models import recipe_file, tiny_recipe
 from tests.fixtures.tokenizers import byte_tokenizer
@@ -91,7 +92,7 @@ def test_any_row_is_a_pair_or_has_a_reason(raw: Any) -> None:
     assert isinstance(read, Pair | DropReason)
     if isinstance(read, Pair):
         assert len(read.pair_id) == 32
-        assert 0 < len(read.prompt_id.encode("utf-8")) <= LONGEST_ID and "\0" not in read.prompt_id
+        assert 0 < len(read.prompt_id.encode("utf-8")) <= MAX_ID_BYTES and "\0" not in read.prompt_id
         assert read.chosen != read.rejected
 
 
@@ -303,13 +304,13 @@ def test_one_bad_row_among_a_million_is_named(tmp_path: Path) -> None:
     begun = time.process_time()  # not the wall's: other tests may share the core
     with bounded(240.0):
         assert count_file(path) == MILLION
-        sorter = RowSorter(())
-        for number, raw in enumerate(read_file(path)):
-            sorter.tally.count(sorter.judge(number, path.name, raw))
-        summary = sorter.summary(byte_tokenizer())
+        source, checker, counts = open_source(SourceConfig(path=str(path))), RowChecker(()), RowCounts()
+        for number, raw in enumerate(source.rows()):
+            counts.count(checker.check(number, source, raw))
+        summary = counts.summary(byte_tokenizer(), joined_prompts=checker.joined_prompts)
     assert time.process_time() - begun < 40.0  # 14 s where nothing else runs
     assert summary.counts == {"kept": MILLION - 1, "malformed": 1}
-    assert summary.first_rows == {"malformed": "row 777,777 of million.jsonl"}
+    assert summary.first_rows == {"malformed": f"row 777,777 of {path}"}
 
 
 # --- bugs that were found this way ----------------------------------------------------------------------
@@ -319,8 +320,8 @@ def test_one_bad_row_among_a_million_is_named(tmp_path: Path) -> None:
     ("template", "words"),
     [
         (b"\xff", "is not UTF-8 text"),
-        (b"{% for x in y %}" * 30 + b"{% endfor %}" * 30, "is too deep for Jinja"),
-        (b"{{ " + b"(" * 5_000 + b"1" + b")" * 5_000 + b" }}", "is too deep for Jinja"),
+        (b"{% for x in y %}" * 30 + b"{% endfor %}" * 30, "cannot be compiled"),
+        (b"{{ " + b"(" * 5_000 + b"1" + b")" * 5_000 + b" }}", "cannot be compiled"),
     ],
 )
 def test_a_template_that_python_cannot_compile(tmp_path: Path, template: bytes, words: str) -> None:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from selective_dpo.curriculum.build import build_curriculum
 from selective_dpo.curriculum.import_ import import_records
-from selective_dpo.curriculum.records import LARGEST_LOSS, SCHEMA, LossTable, read_loss_table, read_records
+from selective_dpo.curriculum.records import MAX_LOSS, SCHEMA, LossTable, read_loss_table, read_records
 from selective_dpo.errors import ArtifactError, DataError, IdentityError, RecordsError, SelectiveDPOError
 from tests.fixtures.bad_input import CASES, bounded, command, generated
 from tests.fixtures.bad_rows import Damage, damages
@@ -254,7 +254,7 @@ def test_tables_that_are_no_records(tmp_path: Path) -> None:
 
 def test_losses_up_to_the_limit_give_finite_numbers() -> None:
     names = np.array(["a", "b", "c"])
-    losses_PSE = np.array([LARGEST_LOSS, -LARGEST_LOSS, 0.5]).reshape(3, 1, 1).repeat(2, axis=2)
+    losses_PSE = np.array([MAX_LOSS, -MAX_LOSS, 0.5]).reshape(3, 1, 1).repeat(2, axis=2)
     made = build_curriculum(LossTable(names, names, (1,), (1, 2), losses_PSE))
     assert np.isfinite(made.difficulty_P).all()
     assert np.isfinite(made.table["spread"].to_numpy()).all()

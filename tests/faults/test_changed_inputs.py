@@ -11,7 +11,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
-from selective_dpo.cli.main import main
+from selective_dpo.cli import main
 from selective_dpo.storage.artifacts import folder_digests
 from tests.fixtures.interrupted import Killed, killed, killed_runs  # noqa: F401  (fixtures)
 from tests.fixtures.results import differences

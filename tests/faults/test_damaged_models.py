@@ -16,7 +16,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2ForSequenceClassification
 
 from selective_dpo import models
-from selective_dpo.cli.main import main
+from selective_dpo.cli import main
 from selective_dpo.config import ModelConfig
 from selective_dpo.errors import ModelError
 from selective_dpo.evaluation.judges import RewardModelJudge

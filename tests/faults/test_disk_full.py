@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from selective_dpo.cli.main import main
+from selective_dpo.cli import main
 from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.errors import ArtifactError, ConfigError, disk_fault
 from selective_dpo.storage.artifacts import folder_digests, read_json, verify_folder

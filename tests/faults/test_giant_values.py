@@ -19,16 +19,14 @@ from fuzz.corpus import TEXT_ROWS, csv_bytes, json_lines, parquet_bytes
 from selective_dpo.config import DataConfig, SourceConfig
 from selective_dpo.curriculum import import_ as number_files
 from selective_dpo.curriculum.import_ import import_records
-from selective_dpo.data import adapters as pairs
-from selective_dpo.data import prepare, readers
-from selective_dpo.data.adapters import DropReason, parse_row
-from selective_dpo.data.prepare import Finisher
+from selective_dpo.data import adapters, prepare, readers
+from selective_dpo.data.adapters import KEPT, DropReason, Pair, parse_row
+from selective_dpo.data.prepare import ChunkTokenizer
 from selective_dpo.data.readers import read_file
 from selective_dpo.data.sources import read_prompts
-from selective_dpo.data.store import PAIRS, TOKENS, load_pairs
+from selective_dpo.data.store import PAIRS, TOKENS, RowOutcome, load_pairs
 from selective_dpo.errors import DataError
 from tests.fixtures.bad_input import bounded
-from tests.fixtures.hasty import outcomes
 from tests.fixtures.tokenizers import byte_tokenizer
 
 LONG = {"prompt": "q", "chosen": "x" * 2_000, "rejected": "no"}
@@ -61,7 +59,7 @@ def test_a_pair_of_megabytes_is_dropped_before_it_is_tokenized(tmp_path: Path) -
 
 
 def test_messages_count_as_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pairs, "MOST_CHARACTERS", 9)
+    monkeypatch.setattr(adapters, "MAX_CHARACTERS", 9)
     row = {
         "prompt": [{"role": "system", "content": "ab"}, {"role": "user", "content": "cd"}],
         "chosen": [{"role": "assistant", "content": "efg"}],
@@ -106,12 +104,12 @@ def file_of(folder: Path, suffix: str) -> Path:
 @pytest.mark.parametrize(
     ("suffix", "limit", "words"),
     [
-        (".jsonl", "LONGEST_LINE", "line 5 has more than 1,000 bytes"),
-        (".jsonl.gz", "LONGEST_LINE", "line 5 has more than 1,000 bytes"),
-        (".csv", "LONGEST_LINE", "line 6 has more than 1,000 characters"),  # the first is the header
-        (".csv.gz", "LONGEST_LINE", "line 6 has more than 1,000 characters"),
-        (".json", "MOST_WHOLE", "more than 1,000 bytes, which would have to be read at once"),
-        (".parquet.gz", "MOST_WHOLE", "more than 1,000 bytes, which would have to be read at once"),
+        (".jsonl", "MAX_LINE", "line 5 has more than 1,000 bytes"),
+        (".jsonl.gz", "MAX_LINE", "line 5 has more than 1,000 bytes"),
+        (".csv", "MAX_LINE", "line 6 has more than 1,000 characters"),  # the first is the header
+        (".csv.gz", "MAX_LINE", "line 6 has more than 1,000 characters"),
+        (".json", "MAX_WHOLE_FILE", "more than 1,000 bytes, which would have to be read at once"),
+        (".parquet.gz", "MAX_WHOLE_FILE", "more than 1,000 bytes, which would have to be read at once"),
     ],
 )
 def test_what_is_too_large_to_read_is_refused(
@@ -127,7 +125,7 @@ def test_what_is_too_large_to_read_is_refused(
 
 
 def test_a_cell_of_many_lines_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "LONGEST_LINE", 1_000)
+    monkeypatch.setattr(readers, "MAX_LINE", 1_000)
     path = tmp_path / "data.csv"
     path.write_bytes(csv_bytes([{"chosen": "x\n" * 1_000, "rejected": "no"}]))
     default = csv.field_size_limit()
@@ -178,7 +176,7 @@ def test_records_that_unpack_without_end(
     content = b"a,0.5\n" * 1_000
     path = tmp_path / f"seed41_step00.csv{suffix}"
     path.write_bytes(gzip.compress(content) if suffix else content)
-    monkeypatch.setattr(number_files, "MOST_BYTES", 5_999)
+    monkeypatch.setattr(number_files, "MAX_BYTES", 5_999)
     with pytest.raises(DataError, match=r"seed41_step00\.csv.* has more than 0 MiB; is it a file of records"):
         import_records(tmp_path)
 
@@ -238,8 +236,10 @@ def test_memory_that_runs_out_while_tokenizing_names_the_rows() -> None:
         def __call__(self, *args: object, **options: object) -> object:
             raise MemoryError
 
-    finisher = Finisher(Full(), DataConfig.model_construct())  # type: ignore[arg-type]
+    pairs = [pair for pair in map(parse_row, TEXT_ROWS) if isinstance(pair, Pair)]
+    rows = [RowOutcome(7 + number, "data", KEPT, pair) for number, pair in enumerate(pairs)]
+    tokenizer = ChunkTokenizer(Full(), DataConfig.model_construct())  # type: ignore[arg-type]
     with pytest.raises(
-        DataError, match="memory ran out on rows 7 to 10 of data; leave the longest texts out"
+        DataError, match="memory ran out on row 7 of data to row 10 of data; leave the longest texts out"
     ):
-        finisher.finish(outcomes(TEXT_ROWS, first=7))
+        tokenizer.tokenize(rows)

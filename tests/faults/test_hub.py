@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import pytest
 from huggingface_hub import close_session
 
-from selective_dpo.cli.main import main
+from selective_dpo.cli import main
 from selective_dpo.storage.artifacts import folder_digests, read_json, verify_folder
 from tests.fixtures.models import recipe_file, tiny_recipe
 

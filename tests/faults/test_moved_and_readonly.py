@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from selective_dpo.cli.main import main
+from selective_dpo.cli import main
 from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.run import stages
 from selective_dpo.storage.artifacts import folder_digests, verify_folder

@@ -23,7 +23,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from selective_dpo import Curriculum
-from selective_dpo.cli.main import main
+from selective_dpo.cli import main
 from selective_dpo.curriculum.build import build_curriculum
 from selective_dpo.curriculum.records import Records, read_records, sift
 from selective_dpo.curriculum.table import curriculum_losses

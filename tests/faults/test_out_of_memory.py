@@ -16,15 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from datasets import Dataset
 from peft import LoraConfig
 
 from selective_dpo import SelectiveDPOTrainer
-from selective_dpo.cli.main import main
+from selective_dpo.cli import main
 from selective_dpo.errors import ModelError
 from selective_dpo.training import train as train_module
-from selective_dpo.training.batching import ROW, cut, pairs_in, take_pairs
+from selective_dpo.training.batching import PairBatch, PairRow, split_batch
 from tests.fixtures.models import LORA, recipe_file, tiny_recipe
 from tests.fixtures.processes import trained_weights
 from tests.fixtures.scarce import Phase, Scarce
@@ -137,7 +136,7 @@ def test_running_out_in_the_middle_of_an_update_neither_loses_nor_doubles_a_grad
     trainer = trainer_for(load_model(model_folder), tmp_path, **settings)
     batches: list[int] = []
     step = trainer._memory.step
-    trainer._memory.step = lambda batch, run: (batches.append(pairs_in(batch)), step(batch, run))[1]  # type: ignore[method-assign]
+    trainer._memory.step = lambda batch, run: (batches.append(len(batch.pairs)), step(batch, run))[1]  # type: ignore[method-assign]
     lengths = sorted(len(row["prompt"]) + max(len(row["chosen"]), len(row["rejected"])) for row in rows)
     scarce = Scarce(trainer.model, 2 * BATCH * (lengths[-2] + 2), phase)
     trainer.train()
@@ -198,42 +197,30 @@ def test_other_errors_are_not_taken_for_it(model_folder: Path, tmp_path: Path) -
 # --- the parts of a batch --------------------------------------------------------------------------
 
 
-def batch_of(lengths: list[tuple[int, int]]) -> dict[str, Any]:
-    """A batch as TRL collates it: pair p has lengths[p] = (chosen, rejected) tokens, one of them prompt."""
-    pairs, width = len(lengths), max(max(each) for each in lengths)
-    rows = [each[side] for side in (0, 1) for each in lengths]
-    mask = torch.tensor([[int(place < length) for place in range(width)] for length in rows])
-    completion = mask.clone()
-    completion[:, 0] = 0
-    ids = torch.arange(2 * pairs * width).view(2 * pairs, width) * mask
-    return {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "completion_mask": completion,
-        "ref_chosen_logps": torch.arange(pairs) * 1.0,
-        "ref_rejected_logps": torch.arange(pairs) * 10.0,
-        ROW: torch.arange(pairs) + 100,
-    }
+def batch_of(lengths: list[tuple[int, int]]) -> PairBatch:
+    """Pair p has lengths[p] = (chosen, rejected) tokens, one of them prompt."""
+    return PairBatch(
+        [
+            PairRow({"pair_id": str(100 + place)}, ([1], (chosen - 1) * [2], (rejected - 1) * [3]))
+            for place, (chosen, rejected) in enumerate(lengths)
+        ]
+    )
 
 
 def test_parts_are_of_similar_length_within_the_limit_and_hold_each_pair_once() -> None:
     batch = batch_of([(3, 4), (9, 2), (3, 3), (4, 4)])
     # 18 tokens: the longest pair, of 2 x 9, is alone; then 18 // (2 * 4) = 2 pairs of 4, and one of 3.
-    parts = cut(batch, 18)
-    assert [part[ROW].tolist() for part in parts] == [[101], [100, 103], [102]]
-    assert [tuple(part["input_ids"].shape) for part in parts] == [(2, 9), (4, 4), (2, 3)]
-    assert [part["ref_rejected_logps"].tolist() for part in parts] == [[10.0], [0.0, 30.0], [20.0]]
-    assert [part["update_weight"] for part in parts] == [0.25, 0.5, 0.25]
-    assert torch.equal(parts[1]["input_ids"][2], batch["input_ids"][4, :4])  # the first pair's rejected row
-    assert cut(batch, None) == [batch] and cut(batch, 72)[0] is batch and len(cut(batch, 71)) > 1
+    parts = split_batch(batch, 18)
+    assert [part.ids for part in parts] == [["101"], ["100", "103"], ["102"]]
+    assert [part.padded_tokens for part in parts] == [2 * 9, 4 * 4, 2 * 3]
+    assert [part.weight for part in parts] == [0.25, 0.5, 0.25]
+    assert split_batch(batch, None) == [batch] and split_batch(batch, 72)[0] is batch
+    assert len(split_batch(batch, 71)) > 1
 
 
-def test_blank_pairs_stay_blank() -> None:
-    batch = {**batch_of([(3, 4), (9, 2), (3, 3), (4, 4)]), "update_weight": 4 / 3, "blank_pairs": 1}
-    batch["completion_mask"][[3, 7]] = 0
-    part = take_pairs(batch, [0, 3])
-    assert part["blank_pairs"] == 1 and part["update_weight"] == pytest.approx(2 / 3)
-    assert take_pairs(batch, [0, 1])["blank_pairs"] == 0
+def test_what_is_not_text_is_not_split() -> None:
+    batch = PairBatch([PairRow({"images": []}, None)] * 3)
+    assert split_batch(batch, 1) == [batch]
 
 
 # --- the command line, and for real ----------------------------------------------------------------
@@ -303,7 +290,7 @@ trainer.train()
 weight = model.get_output_embeddings().weight
 print(json.dumps({
     "used": held("VmPeak") - before, "loss": trainer.state.log_history[0]["loss"],
-    "most": trainer._memory.most_tokens, "weights": weight.detach().double().flatten()[:2000].tolist(),
+    "most": trainer._memory.max_tokens, "weights": weight.detach().double().flatten()[:2000].tolist(),
 }))
 """
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from selective_dpo.cli.main import main
+from selective_dpo.cli import main
 from selective_dpo.distributed.launch import launch_command
 from tests.fixtures import scarce
 from tests.fixtures.fork_server import REPOSITORY
@@ -37,8 +37,8 @@ def pairs_file(path: Path) -> None:
 @pytest.mark.fault(row=11)
 @pytest.mark.slow
 def test_one_of_two_processes_out_of_memory_is_one_line_and_the_checkpoint_is_kept(tmp_path: Path) -> None:
-    """The second process runs out of memory in the last update of the policy's first epoch: the line says what
-    to change, nothing is published, and the checkpoint of the update before stays."""
+    """The second process runs out of memory in the last update: the line says what to change, nothing
+    is published, and the checkpoint of the update before stays."""
     pairs_file(tmp_path / "pairs.jsonl")
     settings = {**TRAINER, "per_device_train_batch_size": 4, "num_train_epochs": 1}
     recipe = tiny_recipe(
@@ -62,7 +62,7 @@ def test_one_of_two_processes_out_of_memory_is_one_line_and_the_checkpoint_is_ke
     )
     assert done.returncode != 0
     (line,) = [line for line in done.stderr.splitlines() if "error: selected: out of memory" in line]
-    assert "which cannot be parted (2 processes exchange gradients in it)" in line
+    assert "which cannot be split (2 processes exchange gradients in it)" in line
     assert (
         "lower per_device_train_batch_size and raise gradient_accumulation_steps by the same factor" in line
     )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from selective_dpo.cli.main import main
+from selective_dpo.cli import main
 from selective_dpo.curriculum.table import Curriculum, curriculum_losses
 from selective_dpo.difficulty import scorer as scorer_module
 from selective_dpo.errors import ModelError, RecordsError

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from selective_dpo.cli.main import main
+from selective_dpo.cli import main
 from tests.fixtures.fork_server import Forked, ForkServer
 from tests.fixtures.resuming import SETTINGS, resuming_recipe
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from selective_dpo.cli.main import main
+from selective_dpo.cli import main
 from selective_dpo.logprobs import compute as logprobs
 from selective_dpo.training.trainer import PairTrainer
 from tests.fixtures.models import TRAINER, recipe_file, tiny_pairs_file, tiny_recipe

@@ -2,97 +2,74 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import NamedTuple
 
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.evaluation.results import ArmResult, EvaluationResults, from_json
-from selective_dpo.run.demo import comparisons, demo, hardest_half, truth_about_selection
-from selective_dpo.run.run import curriculum, open_run
+from selective_dpo.run.demo import comparisons, hardest_half, truth_about_selection
 from selective_dpo.stats.estimates import Estimate
 from selective_dpo.storage.artifacts import read_json, verify_folder
-from selective_dpo.worlds.build import build_world, load_world
-from selective_dpo.worlds.config import PairsConfig, SFTConfig, WorldConfig
-from selective_dpo.worlds.recipe import world_recipe
-
-# Enough prompts, less those with two equal answers, for halves of five batches of 32 (five evaluations).
-SMALL = WorldConfig(
-    sft=SFTConfig(hidden_size=16, layers=1, heads=2, feed_forward_size=32, steps=60, batch_size=32),
-    pairs=PairsConfig(prompts=400, test_pair_prompts=24, test_prompts=24),
-)
-
-
-class Demo(NamedTuple):
-    root: Path
-    report: Path
-    lines: list[str]
+from selective_dpo.worlds.world import load_world
 
 
 @pytest.fixture(scope="module")
-def shown(tmp_path_factory: pytest.TempPathFactory) -> Demo:
-    folder = tmp_path_factory.mktemp("demo")
-    lines: list[str] = []
-    threads = torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch:
-        # One core: no worker processes, whose start would take longer than what they do here.
-        patch.setattr(os, "cpu_count", lambda: 1)
-        report = demo(folder, seed=5, config=SMALL, say=lambda line: lines.extend(str(line).split("\n")))
-    torch.set_num_threads(threads)
-    return Demo(folder / "demo", report, lines)
+def printed(demo_output: str) -> list[str]:
+    return demo_output.splitlines()
 
 
-def test_every_stage_is_published_whole(shown: Demo) -> None:
+def test_every_stage_is_published_whole(finished_demo: Path) -> None:
     for name in ("world", "pairs", "test-pairs", "reference", "test-reference", "policy", "evaluation"):
-        verify_folder(shown.root / name)
-    scorers = sorted(path.name for path in (shown.root / "scores").iterdir())
+        verify_folder(finished_demo / name)
+    scorers = sorted(path.name for path in (finished_demo / "scores").iterdir())
     assert scorers == [f"seed{seed}-fold{fold}" for seed in (41, 42, 43) for fold in (0, 1)]
-    assert sorted(path.name for path in (shown.root / "controls").iterdir()) == ["all", "hardest", "random"]
-    assert [path.name for path in shown.root.rglob(".partial-*")] == []
+    assert sorted(path.name for path in (finished_demo / "controls").iterdir()) == [
+        "all",
+        "hardest",
+        "random",
+    ]
+    assert [path.name for path in finished_demo.rglob(".partial-*")] == []
 
 
-def test_the_table_shows_every_arm_with_its_interval(shown: Demo) -> None:
-    results = from_json(read_json(shown.root / "evaluation" / "results.json"))
+def test_the_table_shows_every_arm_with_its_interval(finished_demo: Path, printed: list[str]) -> None:
+    results = from_json(read_json(finished_demo / "evaluation" / "results.json"))
     assert [arm.name for arm in results.arms] == ["reference", "selected", "all", "random", "hardest"]
     for arm in results.arms:
-        (row,) = [line for line in shown.lines if line.startswith(f"{arm.name} ") and "%" in line]
+        (row,) = [line for line in printed if line.startswith(f"{arm.name} ") and "%" in line]
         assert arm.win_rate is not None
         assert f"{arm.win_rate.value:.1%} ± " in row
-    table = Curriculum.load(shown.root)
+    table = Curriculum.load(finished_demo)
     selected = results.arm("selected")
     assert selected is not None
     assert selected.pairs == len(table.order) == (len(table.pair_ids) + 1) // 2
 
 
-def test_what_is_printed_is_what_was_measured(shown: Demo) -> None:
-    results = from_json(read_json(shown.root / "evaluation" / "results.json"))
+def test_what_is_printed_is_what_was_measured(finished_demo: Path, printed: list[str]) -> None:
+    results = from_json(read_json(finished_demo / "evaluation" / "results.json"))
     sentences = [*comparisons(results), *hardest_half(results)]
     assert len(sentences) == 3
-    assert set(sentences) <= set(shown.lines)
-    facts = Curriculum.load(shown.root).facts["agreement"]
+    assert set(sentences) <= set(printed)
+    facts = Curriculum.load(finished_demo).facts["agreement"]
     first = facts["seeds"][0]
     assert f"{first['spearman']['value']:.2f} ± " in next(
-        line for line in shown.lines if line.startswith("seeds 41 and 42")
+        line for line in printed if line.startswith("seeds 41 and 42")
     )
-    assert any(line.strip().startswith("flipped label") and "dropped" in line for line in shown.lines)
+    assert any(line.strip().startswith("flipped label") and "dropped" in line for line in printed)
 
 
-def test_the_report_is_written_and_named(shown: Demo) -> None:
-    assert shown.report == shown.root / "report.html"
-    assert any(str(shown.report) in line for line in shown.lines)
-    page = shown.report.read_text("utf-8")
-    results = from_json(read_json(shown.root / "evaluation" / "results.json"))
+def test_the_report_is_written_and_named(finished_demo: Path, demo_output: str) -> None:
+    assert str(finished_demo / "report.html") in demo_output
+    page = (finished_demo / "report.html").read_text("utf-8")
+    results = from_json(read_json(finished_demo / "evaluation" / "results.json"))
     assert hardest_half(results)[0] in page
     assert "flipped label" in page
 
 
-def test_the_truth_adds_up_over_kept_and_dropped(shown: Demo) -> None:
-    world = load_world(shown.root / "world")
-    table = Curriculum.load(shown.root)
+def test_the_truth_adds_up_over_kept_and_dropped(finished_demo: Path) -> None:
+    world = load_world(finished_demo / "world")
+    table = Curriculum.load(finished_demo)
     kept = len(table.order)
     dropped = len(table.pair_ids) - kept
     rows = {row.group: row for row in truth_about_selection(table, world)}
@@ -103,19 +80,6 @@ def test_the_truth_adds_up_over_kept_and_dropped(shown: Demo) -> None:
     tasks = [row for group, row in rows.items() if group.startswith("task: ")]
     assert sum(row.selected.value for row in tasks) == pytest.approx(1.0)
     assert sum(row.deselected.value for row in tasks) == pytest.approx(1.0)
-
-
-def test_the_same_seed_gives_the_same_curriculum(shown: Demo, tmp_path: Path) -> None:
-    world = build_world(tmp_path / "world", seed=5, config=SMALL)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the demo does: sums depend on how they are split
-    again = curriculum(
-        open_run(world_recipe(world, name="again", output_dir=tmp_path), say=lambda line: None)
-    )
-    torch.set_num_threads(threads)
-    first = Curriculum.load(shown.root)
-    assert again.table.equals(first.table)
-    assert again.order_digest == first.order_digest
 
 
 def estimate(low: float, high: float) -> Estimate:

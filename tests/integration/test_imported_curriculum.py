@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from selective_dpo.cli.main import main
+from selective_dpo.cli import main
 from selective_dpo.config import Recipe
 from selective_dpo.config.load import dump_config, make_recipe
 from selective_dpo.curriculum.import_ import read_outside
@@ -224,7 +224,7 @@ def test_verify_finds_a_difficulty_that_is_not_the_files(tmp_path: Path) -> None
         root
     )
     (problem,) = verify_run(root).problems
-    assert "difficulty is not that of what was imported" in problem and curriculum.pair_ids[row] in problem
+    assert "difficulty is not what the stored inputs give" in problem and curriculum.pair_ids[row] in problem
     # Without the file nothing can be compared, and that is said.
     (tmp_path / "toy_learning_order.csv").unlink()
     verification = verify_run(root)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 
-from selective_dpo.cli.main import main
+from selective_dpo.cli import main
 from selective_dpo.config import Recipe
 from selective_dpo.config.load import load_recipe
 from selective_dpo.errors import ConfigError, DataError
@@ -71,7 +71,6 @@ def by_name(plan: Plan) -> dict[str, Job]:
 
 
 def test_a_plan_comes_true(tmp_path: Path, counted: Counted) -> None:
-    # So many that the few pairs which a run tries first, and no plan counts, matter little.
     tiny_pairs_file(tmp_path / "pairs.jsonl", pairs=60)
     recipe = recipe_with_all_stages(tmp_path)
     before = by_name(make_plan(recipe))
@@ -84,7 +83,8 @@ def test_a_plan_comes_true(tmp_path: Path, counted: Counted) -> None:
     verbs.score(run)
     # References of both folders, and every evaluation of both scorers, which are trained in random order.
     planned = sum(job.tokens or 0.0 for job in before.values() if job.kind in ("reference", "scorer"))
-    assert counted.trained + counted.forwarded == pytest.approx(planned, rel=0.25)
+    # Each pass over pairs first tries one of them in several layouts, which no plan counts.
+    assert planned * 0.9 < counted.trained + counted.forwarded < planned * 1.5
 
     jobs = by_name(make_plan(recipe))
     assert {name for name, job in jobs.items() if job.cached} == {

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from trl.trainer.utils import add_fused_lm_head
 
-from selective_dpo.cli.main import main
+from selective_dpo.cli import main
 from selective_dpo.config import Recipe
 from selective_dpo.data.store import load_tokens
 from selective_dpo.logprobs.compute import pair_logps

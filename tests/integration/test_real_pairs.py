@@ -24,7 +24,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from selective_dpo.cli.main import main
+from selective_dpo.cli import main
 from selective_dpo.curriculum.records import read_records
 from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.data.store import load_pairs, load_tokens

@@ -283,7 +283,7 @@ class TestTheNumbers:
         as_dpos = dataclasses.replace(read_records(path), loss=np.logaddexp(0, -read_records(path).margin))
         write_records(as_dpos, path)
         assert any(
-            "loss is not that of the log-probs (ipo+hinge, beta 0.1)" in problem
+            f"{RECORDS}: loss is not what the stored inputs give" in problem
             for problem in verify_run(run.folder.root).problems
         )
 

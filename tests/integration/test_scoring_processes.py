@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from selective_dpo.cli.main import main
+from selective_dpo.cli import main
 from selective_dpo.config import Recipe
 from selective_dpo.curriculum.records import Records
 from selective_dpo.difficulty.scorer import collect_records

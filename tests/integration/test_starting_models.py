@@ -17,7 +17,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from selective_dpo import Curriculum, SelectiveDPOTrainer, score_difficulty
-from selective_dpo.cli.main import main
+from selective_dpo.cli import main
 from selective_dpo.errors import ModelError
 from selective_dpo.storage.artifacts import read_json
 from tests.fixtures.models import LORA, TRAINER, recipe_file, tiny_model_folder, tiny_recipe

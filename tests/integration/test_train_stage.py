@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch.utils.data import RandomSampler
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from selective_dpo.cli.main import main
+from selective_dpo.cli import main
 from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.errors import IdentityError
 from selective_dpo.storage.artifacts import is_complete, read_json, read_manifest, verify_folder

@@ -1,4 +1,4 @@
-"""Checkpoints with replaced files and manifests rewritten to match: whatever is in them, no code of it runs."""
+"""Checkpoints with replaced files and manifests rewritten to match: no code that is in them runs."""
 
 from __future__ import annotations
 

@@ -9,13 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from selective_dpo.cli.main import main
+from selective_dpo.cli import main
 from selective_dpo.config import Recipe
 from selective_dpo.run.verify import verify_run
-from tests.fixtures.finished import finished_demo
 from tests.fixtures.models import recipe_file, tiny_recipe
-
-__all__ = ["finished_demo"]
 
 HOSTILE = [
     "../x",

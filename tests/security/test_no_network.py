@@ -6,60 +6,18 @@ import os
 import shutil
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 
 from selective_dpo.run.verify import verify_run
+from tests.fixtures.finished import QUIET, without_network
 from tests.fixtures.models import recipe_file, tiny_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
-# What keeps the hub's client from calling must be this package's doing and not this test session's.
-QUIET = (
-    "HF_HUB_OFFLINE",
-    "HF_HUB_DISABLE_TELEMETRY",
-    "TRANSFORMERS_OFFLINE",
-    "HF_DATASETS_OFFLINE",
-    "DO_NOT_TRACK",
-)
-
-GUARDED = """
-    import os, socket, sys
-    from pathlib import Path
-
-    attempts = Path(sys.argv[1])
-
-    def note(what):
-        def refuse(*arguments, **named):
-            with attempts.open("a") as stream:
-                stream.write(f"{what} {arguments[1:] if what.startswith('socket.') else arguments}\\n")
-            raise OSError("the network is cut off")
-        return refuse
-
-    class Guarded(socket.socket):
-        pass
-
-    def guard(name):
-        ask = getattr(socket.socket, name)
-        refuse = note(f"socket.{name}")
-        return lambda self, *given: (ask if self.family == socket.AF_UNIX else refuse)(self, *given)
-
-    for name in ("connect", "connect_ex", "sendto", "sendmsg"):
-        setattr(Guarded, name, guard(name))
-    socket.socket = Guarded
-    for name in ("getaddrinfo", "gethostbyname", "gethostbyname_ex", "create_connection"):
-        setattr(socket, name, note(name))
-"""
-DEMO = """
-    os.cpu_count = lambda: 1
-    from selective_dpo.run.demo import demo
-    from tests.fixtures.finished import SMALL
-    demo(Path(sys.argv[2]), seed=3, config=SMALL, say=lambda line: None)
-"""
 COMMANDS = """
-    from selective_dpo.cli.main import main
-    sys.exit(max(main([verb, sys.argv[2]]) for verb in ("doctor", "plan", "run", "run")))
+    from selective_dpo.cli import main
+    sys.exit(max(main([verb, sys.argv[2]]) for verb in ("doctor", "plan")))
 """
 ASKING = """
     import urllib.request
@@ -78,47 +36,29 @@ IMPORT = """
 """
 
 
-def without_quiet() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name not in QUIET}
-
-
-def guarded(code: str, attempts: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", textwrap.dedent(GUARDED) + textwrap.dedent(code), str(attempts)]
-    return subprocess.run(
-        [*command, *map(str, arguments)],
-        env=without_quiet(),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
+@pytest.mark.slow
 def test_importing_asks_nobody(tmp_path: Path) -> None:
-    done = guarded(IMPORT, tmp_path / "attempts")
+    done = without_network(IMPORT, tmp_path / "attempts")
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "attempts").exists()
 
 
 @pytest.mark.slow
-def test_the_whole_demo_asks_nobody(tmp_path: Path) -> None:
-    done = guarded(DEMO, tmp_path / "attempts", tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert not (tmp_path / "attempts").exists(), (tmp_path / "attempts").read_text()
-    assert verify_run(tmp_path / "demo").problems == []
+def test_the_whole_demo_asks_nobody(finished_demo: Path) -> None:
+    assert not (finished_demo.parent / "attempts").exists(), (finished_demo.parent / "attempts").read_text()
+    assert verify_run(finished_demo).problems == []
 
 
 @pytest.mark.slow
-def test_a_recipe_of_local_files_asks_nobody(tmp_path: Path) -> None:
-    score = {"evaluations": 1, "keep_scorers": True}
-    recipe = recipe_file(tiny_recipe(tmp_path, score=score), tmp_path / "recipe.yaml")
-    done = guarded(COMMANDS, tmp_path / "attempts", recipe)
+def test_checks_of_a_recipe_of_local_files_ask_nobody(tmp_path: Path) -> None:
+    recipe = recipe_file(tiny_recipe(tmp_path), tmp_path / "recipe.yaml")
+    done = without_network(COMMANDS, tmp_path / "attempts", recipe)
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "attempts").exists(), (tmp_path / "attempts").read_text()
 
 
 def test_the_guard_notes_what_is_tried(tmp_path: Path) -> None:
-    done = guarded(ASKING, tmp_path / "attempts")
+    done = without_network(ASKING, tmp_path / "attempts")
     assert done.returncode == 0, done.stderr
     first, second = (tmp_path / "attempts").read_text().splitlines()
     assert "huggingface.co" in first and "127.0.0.1" in second
@@ -132,7 +72,7 @@ def test_a_run_in_a_namespace_without_a_network(tmp_path: Path) -> None:
     recipe = recipe_file(tiny_recipe(tmp_path, launch={"workers": 2}), tmp_path / "recipe.yaml")
     done = subprocess.run(
         [*unshare, sys.executable, "-m", "selective_dpo", "run", str(recipe)],
-        env=without_quiet(),
+        env={name: value for name, value in os.environ.items() if name not in QUIET},
         cwd=ROOT,
         capture_output=True,
         text=True,

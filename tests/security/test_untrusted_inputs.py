@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import io
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from selective_dpo import models
-from selective_dpo.cli.main import main
+from selective_dpo.cli import main
 from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.storage.artifacts import read_json
 from tests.fixtures.models import recipe_file, tiny_model_folder, tiny_pairs_file, tiny_recipe
@@ -95,8 +96,10 @@ ESCAPES = [
 ]
 
 
-@pytest.mark.parametrize("template", ESCAPES)
-@pytest.mark.parametrize("where", ["recipe", "model"])
+@pytest.mark.parametrize(
+    ("where", "template"),
+    [*(("recipe", escape) for escape in ESCAPES), ("model", ESCAPES[0]), ("model", ESCAPES[2])],
+)
 def test_a_template_reaches_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], template: str, where: str
 ) -> None:
@@ -140,18 +143,13 @@ def with_code(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("verb", ["doctor", "plan", "score", "run"])
-def test_a_models_code_is_not_run_unasked(with_code: Path, verb: str) -> None:
-    # Answered from a closed stdin: transformers would otherwise ask, and take a y for a yes.
-    done = subprocess.run(
-        [sys.executable, "-m", "selective_dpo", verb, str(with_code)],
-        cwd=ROOT,
-        input="y\ny\ny\ny\n",
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
+def test_a_models_code_is_not_run_unasked(
+    with_code: Path, verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # transformers would otherwise ask, and take a y for a yes.
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 4))
+    assert main([verb, str(with_code)]) == 2
+    assert "Traceback" not in capsys.readouterr().err
     assert not (with_code.parent / "ran").exists()
 
 

@@ -130,6 +130,17 @@ def test_selections_that_make_sense_are_accepted(values: dict[str, Any]) -> None
     assert SelectConfig(**values).model_dump(include=set(values)) == values
 
 
+def test_a_criterion_is_a_registered_name_or_a_function_of_the_users_own() -> None:
+    own = SelectConfig.model_validate({"criterion": "my_package.criteria:largest_loss"})
+    # Both names of the key make the same selection, and the same curriculum key with it.
+    assert own == SelectConfig(aggregate="my_package.criteria:largest_loss")
+    assert own.model_dump()["aggregate"] == "my_package.criteria:largest_loss"
+    assert "criterion" not in own.model_dump()
+    for name in ("worst", ":f", "m:", "m:f:g", "my-module:f", "m.:f", "../m:f"):
+        with pytest.raises(ValidationError, match="no criterion is called"):
+            SelectConfig(aggregate=name)
+
+
 @pytest.mark.parametrize("name", ["", ".hidden", "a/b", "..", "a b", "-a", "a" * 101, "ü"])
 def test_a_name_is_one_folder_below_output_dir(name: str) -> None:
     with pytest.raises(ValidationError, match="name"):

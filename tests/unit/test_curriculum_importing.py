@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from selective_dpo.curriculum.import_ import import_records, read_records
+from selective_dpo.curriculum.import_ import import_records, read_numbers
 from selective_dpo.errors import DataError, RecordsError, SelectiveDPOError
 
 ROWS = {"b": 0.5, "a": 0.1, "c": 0.9, "d": 0.7}
@@ -181,6 +181,6 @@ def test_a_broken_gzip_is_named(tmp_path) -> None:
 def test_blank_lines_and_spaces_do_no_harm(tmp_path) -> None:
     path = tmp_path / "x.csv"
     path.write_bytes(b"a, 0.1\r\n\r\nb,2e-1 \r\n\r\n")
-    losses = read_records(path)
+    losses = read_numbers(path)
     assert losses.ids.to_pylist() == ["a", "b"]
     assert losses.values_N.tolist() == [0.1, 0.2]

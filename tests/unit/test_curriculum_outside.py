@@ -13,7 +13,7 @@ import pytest
 from datasets import Dataset
 
 from selective_dpo import import_curriculum
-from selective_dpo.cli.main import main
+from selective_dpo.cli import main
 from selective_dpo.curriculum.import_ import outside_curriculum, pairs_joined, read_outside
 from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.errors import ArtifactError, ConfigError, DataError, IdentityError, SelectiveDPOError

@@ -16,7 +16,10 @@ from tests.fixtures.tokenizers import byte_tokenizer
 
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 
-pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data at {DATA}")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data at {DATA}"),
+]
 
 
 def source_of(name: str) -> SourceConfig:

@@ -15,14 +15,12 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from selective_dpo import score_difficulty
-from selective_dpo.cli.main import main
+from selective_dpo.cli import main
 from selective_dpo.config import Recipe
 from selective_dpo.config.load import make_recipe
 from selective_dpo.data.adapters import Pair, parse_row
 from selective_dpo.errors import ConfigError
 from selective_dpo.run import doctor
-from selective_dpo.run import doctor as data
-from selective_dpo.run import doctor as environment
 from selective_dpo.run import run as verbs
 from selective_dpo.run import stages as pairs_stage
 from selective_dpo.run.costs import Device, Disk
@@ -153,7 +151,6 @@ def test_all_of_few_rows_are_prepared(things: Path, tmp_path: Path, monkeypatch:
         "no room for"
         in failures(tiny_recipe(things, data=pairs, score={"evaluations": 4, "min_fold_prompts": 1}))["pairs"]
     )
-    monkeypatch.setattr(data, "FEW_ROWS", 299)
     monkeypatch.setattr(doctor, "FEW_ROWS", 299)
     assert "pairs" not in found(tiny_recipe(things, data=pairs))
 
@@ -311,43 +308,43 @@ def test_the_first_rows_of_sources(things: Path, tmp_path: Path) -> None:
 
 def test_disk(things: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tiny_recipe(things)
-    assert environment.check_disk(recipe, None).status == "warn"
-    assert environment.check_disk(recipe, Disk(1.0, 0.0)).status == "ok"
-    lacking = environment.check_disk(recipe, Disk(1.0, 900.0 * (1 << 40)))
+    assert doctor.check_disk(recipe, None).status == "warn"
+    assert doctor.check_disk(recipe, Disk(1.0, 0.0)).status == "ok"
+    lacking = doctor.check_disk(recipe, Disk(1.0, 900.0 * (1 << 40)))
     assert "the run needs about 900 TiB (900 TiB of it for checkpoints, while it trains)" in lacking.found
     assert (lacking.status, lacking.remedy) == ("FAIL", "free some, or choose another output_dir")
     (tmp_path / "file").touch()
     blocked = recipe.model_copy(update={"output_dir": str(tmp_path / "file" / "runs")})
-    assert "cannot write below" in environment.check_disk(blocked, Disk(1.0, 0.0)).found
+    assert "cannot write below" in doctor.check_disk(blocked, Disk(1.0, 0.0)).found
 
 
 def test_launch_and_precision(things: Path) -> None:
     recipe = tiny_recipe(things)
     four = Device("cuda", "GPU", 4, 80 << 30)
-    assert environment.check_launch(recipe, CPU).status == "ok"
-    alone = environment.check_launch(recipe, four)
+    assert doctor.check_launch(recipe, CPU).status == "ok"
+    alone = doctor.check_launch(recipe, four)
     assert alone.status == "warn"
     assert "set launch.processes or launch.workers to 4" in alone.remedy
     eight = tiny_recipe(things, launch={"processes": 8})
-    assert environment.check_launch(eight, four).status == "FAIL"
-    assert environment.check_launch(tiny_recipe(things, launch={"processes": 4}), four).status == "ok"
-    assert environment.check_launch(tiny_recipe(things, launch={"workers": 5}), four).status == "warn"
-    assert environment.check_precision(recipe, CPU).status == "ok"
+    assert doctor.check_launch(eight, four).status == "FAIL"
+    assert doctor.check_launch(tiny_recipe(things, launch={"processes": 4}), four).status == "ok"
+    assert doctor.check_launch(tiny_recipe(things, launch={"workers": 5}), four).status == "warn"
+    assert doctor.check_precision(recipe, CPU).status == "ok"
     half = tiny_recipe(things, model={"dtype": "bfloat16"})
-    assert environment.check_precision(half, CPU).status == "warn"
+    assert doctor.check_precision(half, CPU).status == "warn"
     pure = tiny_recipe(things, model={"dtype": "bfloat16", "master_weights": False}, train={"lora": None})
-    check = environment.check_precision(pure, four)
+    check = doctor.check_precision(pure, four)
     assert check.status == "warn" and "pure bfloat16 loses the updates" in check.found
 
 
 def test_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert environment.check_python().status == "ok"
-    (all_well,) = environment.check_packages()
+    assert doctor.check_python().status == "ok"
+    (all_well,) = doctor.check_packages()
     assert f"torch {metadata.version('torch')}" in all_well.found
     monkeypatch.setattr(
         metadata, "requires", lambda name: ["torch>=99", "no-such-package>=1", "numpy", "x; extra == 'dev'"]
     )
-    old, absent, good = environment.check_packages()
+    old, absent, good = doctor.check_packages()
     assert old.line().endswith(f"{metadata.version('torch')}, needed is >=99; pip install 'torch>=99'")
     assert absent.line() == "FAIL  no-such-package: not installed; pip install 'no-such-package>=1'"
     assert good.found == f"numpy {metadata.version('numpy')}"

@@ -16,33 +16,34 @@ from transformers import (
     BloomForCausalLM,
     JambaConfig,
     JambaForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
 )
 from trl.trainer.utils import add_fused_lm_head
 
 from selective_dpo.errors import ModelError
-from selective_dpo.logprobs import packing_support as ways
+from selective_dpo.logprobs import packing_support as support
 from selective_dpo.logprobs.compute import pair_logps
 from selective_dpo.logprobs.packed import (
     CHOSEN,
-    IGNORED_LABEL,
     PADDING,
     PROMPT,
     REJECTED,
     additive_mask,
     block_mask,
-    completion_log_probs,
     log_probs_only,
-    make_shared_batch,
+    pack_pairs,
+    pad_pairs,
+    row_log_probs,
     shared_lengths,
-    shared_log_probs,
 )
 from selective_dpo.logprobs.packing_support import choose_path
+from selective_dpo.logprobs.padded import PartLengths
 from selective_dpo.models import is_sharded, language_model
 from tests.fixtures.families import tiny_family
 
-OFF = IGNORED_LABEL
 ROWS = {
     "prompt_ids": [[1, 2], [3]],
     "chosen_ids": [[10, 11, 12], [20]],
@@ -51,7 +52,7 @@ ROWS = {
 
 
 def test_a_row_holds_the_prompt_once_and_completions_without_their_last_token() -> None:
-    batch = make_shared_batch(ROWS, 0)
+    batch = pack_pairs(ROWS, 0)
     # 2 + (3 - 1) + (2 - 1) = 5 tokens, and 1 + 0 + 1 = 2.
     assert batch.input_ids.tolist() == [[1, 2, 10, 11, 13], [3, 21, 0, 0, 0]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 2], [0, 1, 0, 0, 0]]
@@ -63,30 +64,44 @@ def test_a_row_holds_the_prompt_once_and_completions_without_their_last_token() 
 
 
 def test_labels_are_predicted_by_the_token_before_them() -> None:
-    batch = make_shared_batch(ROWS, 0)
-    assert batch.labels.tolist() == [[10, 11, 12], [20, OFF, OFF], [13, 14, OFF], [21, 22, OFF]]
-    before = batch.input_ids.flatten()[batch.predicted_at]
+    batch = pack_pairs(ROWS, 0)
+    assert batch.labels_N.tolist() == [10, 11, 12, 20, 13, 14, 21, 22]
+    # Place 8 is that of no label: the end of a completion.
+    assert batch.places_2BL.tolist() == [[0, 1, 2], [3, 8, 8], [4, 5, 8], [6, 7, 8]]
     # 10 and 13 both follow the prompt's last token, 2; 20 and 21 follow 3.
-    assert before[batch.labels != OFF].tolist() == [2, 10, 11, 3, 2, 13, 3, 21]
+    assert batch.input_ids.flatten()[batch.predicted_at_N].tolist() == [2, 10, 11, 3, 2, 13, 3, 21]
+
+
+def test_a_padded_row_holds_the_prompt_and_one_completion() -> None:
+    batch, packed = pad_pairs(ROWS, 0, multiple_of=3), pack_pairs(ROWS, 0)
+    assert batch.input_ids.tolist() == [
+        [1, 2, 10, 11, 12, 0],
+        [3, 20, 0, 0, 0, 0],
+        [1, 2, 13, 14, 0, 0],
+        [3, 21, 22, 0, 0, 0],
+    ]
+    assert batch.position_ids is None and batch.parts is None  # causal attention hides padding by itself
+    assert torch.equal(batch.labels_N, packed.labels_N) and torch.equal(batch.places_2BL, packed.places_2BL)
+    assert batch.input_ids.flatten()[batch.predicted_at_N].tolist() == [2, 10, 11, 3, 2, 13, 3, 21]
 
 
 def test_width_is_rounded_up_with_padding() -> None:
-    batch = make_shared_batch(ROWS, 9, multiple_of=8)
+    batch = pack_pairs(ROWS, 9, multiple_of=8)
     assert batch.input_ids.shape == (2, 8)
     assert batch.input_ids[0].tolist() == [1, 2, 10, 11, 13, 9, 9, 9]
-    flat = batch.input_ids.flatten()[batch.predicted_at]
-    assert flat[batch.labels != OFF].tolist() == [2, 10, 11, 3, 2, 13, 3, 21]
+    assert batch.input_ids.flatten()[batch.predicted_at_N].tolist() == [2, 10, 11, 3, 2, 13, 3, 21]
 
 
 def test_an_empty_prompt_predicts_nothing() -> None:
     rows = {"prompt_ids": [[]], "chosen_ids": [[5, 6]], "rejected_ids": [[7]]}
-    batch = make_shared_batch(rows, 0)
+    batch = pack_pairs(rows, 0)
     assert batch.input_ids.tolist() == [[5]]
-    assert batch.labels.tolist() == [[OFF, 6], [OFF, OFF]]
+    assert batch.labels_N.tolist() == [6] and batch.places_2BL.tolist() == [[0], [1]]
+    assert pad_pairs(rows, 0).labels_N.tolist() == [6] and pad_pairs(rows, 0).predicted_at_N.tolist() == [0]
 
 
 def test_a_token_sees_the_prompt_and_its_own_part_up_to_itself() -> None:
-    parts = make_shared_batch(ROWS, 0).parts
+    parts = pack_pairs(ROWS, 0).parts
     lowest = torch.finfo(torch.float32).min
     visible = [
         [
@@ -110,7 +125,7 @@ def test_a_token_sees_the_prompt_and_its_own_part_up_to_itself() -> None:
 
 
 def test_the_block_mask_follows_the_same_rule() -> None:
-    parts = make_shared_batch(ROWS, 0, multiple_of=8).parts
+    parts = pack_pairs(ROWS, 0, multiple_of=8).parts
     mask, wanted = block_mask(parts), additive_mask(parts, torch.float32)[:, 0] == 0
     at = torch.arange(8)
     for row in range(2):
@@ -129,19 +144,19 @@ def test_the_head_is_shown_only_positions_that_predict_a_completion(monkeypatch:
             return kernel.apply(hidden, *others)
 
     monkeypatch.setattr(trl.trainer.utils, "_ChunkedLogProbFunction", Spy)
-    model, batch = tiny_family("llama"), make_shared_batch(ROWS, 0)
+    model, batch = tiny_family("llama"), pack_pairs(ROWS, 0)
     with log_probs_only(model):
-        log_probs = shared_log_probs(model, batch)
+        log_probs = row_log_probs(model, batch)
     assert shown == [(3 + 1 + 2 + 2, 32)]
     assert log_probs.shape == (4, 3)
-    assert torch.equal(log_probs != 0, batch.labels != OFF)
+    assert torch.equal(log_probs != 0, batch.places_2BL < 8)
 
 
 def test_the_hook_is_taken_away_after_an_error() -> None:
     model = tiny_family("llama")
     with log_probs_only(model), pytest.raises(IndexError):
-        completion_log_probs(
-            model, torch.tensor([[1]]), torch.tensor([[0]]), input_ids=torch.tensor([[10**6]])
+        row_log_probs(
+            model, pad_pairs({"prompt_ids": [[10**6]], "chosen_ids": [[1]], "rejected_ids": [[1]]}, 0)
         )
     assert not model.base_model._forward_hooks
 
@@ -250,7 +265,7 @@ def _measure(model: Any, path: Any, pairs: Dataset) -> Any:
 
 
 def test_the_choice_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
-    ways.say_once.cache_clear()
+    support.say_once.cache_clear()
     model = tiny_family("llama")
     for _ in range(2):
         _measure(model, "auto", _pairs())
@@ -258,7 +273,7 @@ def test_the_choice_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_windows_shorter_than_a_pair_lead_to_padded_rows(capsys: pytest.CaptureFixture[str]) -> None:
-    ways.say_once.cache_clear()
+    support.say_once.cache_clear()
     model = tiny_family("mistral", sliding_window=6)
     auto, padded = (_measure(model, path, _pairs(prompt=20)) for path in ("auto", "padded"))
     np.testing.assert_array_equal(auto.chosen_P, padded.chosen_P)
@@ -266,12 +281,12 @@ def test_windows_shorter_than_a_pair_lead_to_padded_rows(capsys: pytest.CaptureF
 
 
 def test_a_model_that_ignores_the_mask_is_found_out(capsys: pytest.CaptureFixture[str]) -> None:
-    ways.say_once.cache_clear()
+    support.say_once.cache_clear()
     model = tiny_family("llama")
     inner = model.base_model.forward
 
     def without_mask(*args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
-        ordinary = attention_mask if attention_mask.ndim == 2 else None
+        ordinary = None if attention_mask is None or attention_mask.ndim > 2 else attention_mask
         return inner(*args, attention_mask=ordinary, **kwargs)
 
     without_mask.__signature__ = inspect.signature(inner)  # type: ignore[attr-defined]
@@ -284,14 +299,63 @@ def test_a_model_that_ignores_the_mask_is_found_out(capsys: pytest.CaptureFixtur
 def test_shared_rows_without_a_number_are_not_taken() -> None:
     row = {name: [[1, 2]] for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
 
-    def way(*logps: float) -> ways.Way:
-        return ways.Way(np.array([4]), 1, lambda rows: torch.tensor(logps))
+    def plan(*logps: float) -> support.RowPlan:
+        return support.RowPlan(np.array([4]), 1, lambda rows: torch.tensor(logps), packable=True)
 
     nan = float("nan")
-    assert ways._difference_per_token(way(-3.0, -4.0), way(-3.0, -5.0), row) == 0.5  # 1 nat over 2 tokens
-    assert ways._difference_per_token(way(nan, -4.0), way(-3.0, -4.0), row) == float("inf")
-    assert ways._difference_per_token(way(nan, -4.0), way(nan, -4.0), row) == 0.0
+    assert support.difference_per_token(plan(-3.0, -4.0), plan(-3.0, -5.0), row) == 0.5  # 1 nat over 2 tokens
+    assert support.difference_per_token(plan(nan, -4.0), plan(-3.0, -4.0), row) == float("inf")
+    assert support.difference_per_token(plan(nan, -4.0), plan(nan, -4.0), row) == 0.0
 
 
 def test_no_pairs_give_no_log_probs() -> None:
     assert _measure(tiny_family("llama"), "auto", _pairs().select([])).pair_ids == []
+
+
+# A layer has 4 x 8 x 8 + 3 x 8 x 16 = 640 weights; a masked cell costs twice a causal one.
+COSTS = support.RowCosts(token=2.0 * 640, packed_cell=4.0 * 8 * 1.1, padded_cell=4.0 * 8 * 0.55)
+
+
+def lengths_of(*pairs: tuple[int, int, int]) -> PartLengths:
+    return PartLengths(*np.array(pairs).T)
+
+
+def test_costs_come_from_the_models_sizes() -> None:
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    costs = support.row_costs(LlamaForCausalLM(config))
+    assert costs == pytest.approx(COSTS)
+    config._attn_implementation = "eager"  # writes all scores, masked or not
+    assert support.row_costs(LlamaForCausalLM(config)).padded_cell == pytest.approx(COSTS.packed_cell)
+
+
+def test_a_long_prompt_is_worth_packing_and_long_completions_are_not() -> None:
+    # 698 tokens x 1280 + 698^2 x 35.2 = 18.0 million against 2 x (600 x 1280 + 600^2 x 17.6) = 14.2 million:
+    # for so narrow a model attention is all that counts.
+    assert not support.packed_is_cheaper(COSTS, lengths_of((500, 100, 100)))
+    # With 100 times the weights, 106 against 166 million; the last token is not read in either completion.
+    wide = COSTS._replace(token=100 * COSTS.token)
+    assert support.packed_is_cheaper(wide, lengths_of((500, 100, 100)))
+    # 1,014 tokens against 2 x 516: 129.8 + 36.2 million against 132.1 + 9.4 million.
+    assert not support.packed_is_cheaper(wide, lengths_of((16, 500, 500)))
+    # Rounded up to 128, 640 tokens against 2 x 640 are still less; in a batch the longest pair decides.
+    assert support.packed_is_cheaper(wide, lengths_of((1, 1, 1), (500, 70, 60)), multiple_of=128)
+
+
+def test_scoring_takes_padded_rows_without_a_mask_where_they_cost_less(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    support.say_once.cache_clear()
+    monkeypatch.setattr(support, "row_costs", lambda model: COSTS._replace(packed_cell=10.0**6))
+    model = tiny_family("llama")
+    masks: list[Any] = []
+    model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: masks.append(kwargs.get("attention_mask")), with_kwargs=True
+    )
+    auto = _measure(model, "auto", _pairs())
+    assert masks[-1] is None
+    assert "one row a completion (at these lengths" in capsys.readouterr().err
+    plain = _measure(model, "padded", _pairs())
+    np.testing.assert_allclose(auto.chosen_P, plain.chosen_P, atol=1e-5)
+    np.testing.assert_allclose(auto.rejected_P, plain.rejected_P, atol=1e-5)

@@ -17,7 +17,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from selective_dpo.config import EvaluateConfig, GenerationConfig
 from selective_dpo.errors import ConfigError
-from selective_dpo.evaluation.evaluate import Arm, evaluate_arms, judge_answers
+from selective_dpo.evaluation.evaluate import Arm, Evaluation, evaluate_arms, judge_answers
 from selective_dpo.evaluation.generate import Answer, Prompt
 from selective_dpo.evaluation.results import PreferenceMetrics, from_json, preference_metrics
 from selective_dpo.identity import Text
@@ -48,9 +48,9 @@ def tiny_model(seed: int) -> Any:
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=VOCABULARY_SIZE,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
         num_attention_heads=4,
         num_key_value_heads=2,
         initializer_range=0.3,
@@ -70,11 +70,11 @@ def arm(name: str, seed: int, **changes: Any) -> Arm:
 
 
 def config(**changes: Any) -> EvaluateConfig:
-    settings = {"prompts": 4, "samples": 3, "max_new_tokens": 5, "batch_size": 8, "seed": 1}
+    settings = {"prompts": 4, "samples": 3, "max_new_tokens": 4, "batch_size": 12, "seed": 1}
     return EvaluateConfig(generation=GenerationConfig(**(settings | changes)))
 
 
-def evaluate(arms: list[Arm], **changes: Any) -> Any:
+def evaluate(arms: list[Arm], **changes: Any) -> Evaluation:
     settings: dict[str, Any] = {
         "tokenizer": byte_tokenizer(),
         "prompts": PROMPTS,
@@ -96,8 +96,13 @@ def test_all_samples_of_a_prompt_meet_all_of_the_opponents() -> None:
     np.testing.assert_array_equal(verdicts.scores_N, [0, 0, 1, 0.5, 1, 1, 0, 0.5])
 
 
-def test_results_follow_from_the_verdicts_that_are_written(tmp_path: Path) -> None:
-    evaluation = evaluate([arm("selected", 1), arm("all", 2)])
+@pytest.fixture(scope="module")
+def evaluation() -> Evaluation:
+    """Two arms, to be read only."""
+    return evaluate([arm("selected", 1), arm("all", 2)])
+
+
+def test_results_follow_from_the_verdicts_that_are_written(evaluation: Evaluation, tmp_path: Path) -> None:
     evaluation.write(tmp_path)
     results = from_json(json.loads((tmp_path / "results.json").read_text("utf-8")))
     assert (results.judge, results.prompts, results.samples) == ("length", 4, 3)
@@ -121,13 +126,13 @@ def test_results_follow_from_the_verdicts_that_are_written(tmp_path: Path) -> No
     assert reference.difference is not None
 
 
-def test_verdicts_agree_with_the_generations_that_are_written(tmp_path: Path) -> None:
-    evaluate([arm("selected", 1)]).write(tmp_path)
+def test_verdicts_agree_with_the_generations_that_are_written(evaluation: Evaluation, tmp_path: Path) -> None:
+    evaluation.write(tmp_path)
     answers = {
         (row["arm"], row["prompt_id"], row["sample"]): row["answer"]
         for row in pq.read_table(tmp_path / "generations.parquet").to_pylist()
     }
-    assert len(answers) == 2 * 4 * 3
+    assert len(answers) == 3 * 4 * 3
     for row in pq.read_table(tmp_path / "verdicts.parquet").to_pylist():
         own = answers[row["arm"], row["prompt_id"], row["sample"]]
         opponent = answers["reference", row["prompt_id"], row["opponent_sample"]]
@@ -203,7 +208,7 @@ def test_without_generation_only_held_out_pairs_are_measured(tmp_path: Path) -> 
 def test_answers_without_a_judge_have_lengths_and_no_win_rate() -> None:
     evaluation = evaluate([arm("selected", 1)], judge=None)
     selected = evaluation.results.arms[1]
-    assert selected.answer_tokens.value <= 5
+    assert selected.answer_tokens.value <= 4
     assert selected.win_rate is selected.difference is None
     assert evaluation.verdicts.num_rows == 0
 

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from selective_dpo.cli.main import main
+from selective_dpo.cli import main
 from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.errors import ArtifactError, ConfigError, IdentityError
-from selective_dpo.report.content import ExampleGroup, ExamplePair
-from selective_dpo.report.inspect import Wanted, find_ids, group_text, look_at
+from selective_dpo.report.inspect import ExampleGroup, ExamplePair, Wanted, find_ids, group_text, look_at
 from selective_dpo.storage.artifacts import publish_folder
 from tests.fixtures.run_folder import HOSTILE, make_run_folder
 

@@ -72,7 +72,7 @@ def test_numbers_with_an_exponent_are_numbers(tmp_path: Path, text: str, value: 
         (b"name: a\n# caf\xe9\n", " is not UTF-8 text (line 2); save it as UTF-8"),
         ("- name: a\n", " holds a list, not a recipe's keys; see recipes/local-small.yaml"),
         ("", " holds nothing, not a recipe's keys; see recipes/local-small.yaml"),
-        ("a: &a [*a]\n", "the recipe holds itself through a YAML anchor"),
+        ("a: &a [*a]\n", ", line 1: the recipe holds itself through a YAML anchor"),
         ("yes: 1\n", "True: keys must be text; put it in quotes"),
         (MINIMAL + "train: {trainer: {learning_rate: .nan}}", "train.trainer.learning_rate is nan, but must"),
         (
@@ -110,7 +110,9 @@ def test_overrides_are_yaml_and_keep_text_where_text_is_wanted(tmp_path: Path) -
             ("model.tokenizer", ""),
             ("data.train.0.split", "test"),
             ("data.test", "[{path: held-out.jsonl}]"),
+            ("data.train.0.columns.prompt", "1"),  # a column's name
             ("evaluate.controls.other.rule", "random"),
+            ("evaluate.controls.other.criterion", "my_module:largest_loss"),
             ("select.fraction", "0.7"),  # the last one wins
         ],
     )
@@ -121,7 +123,9 @@ def test_overrides_are_yaml_and_keep_text_where_text_is_wanted(tmp_path: Path) -
     assert (recipe.model.revision, recipe.model.tokenizer) == ("1234567", "")
     assert recipe.data.train[0].split == "test"
     assert recipe.data.test[0].path == "held-out.jsonl"
+    assert recipe.data.train[0].columns == {"prompt": "1"}
     assert recipe.evaluate.controls["other"].rule == "random"
+    assert recipe.evaluate.controls["other"].aggregate == "my_module:largest_loss"
 
 
 def test_an_override_of_one_lora_setting_keeps_the_other_defaults(tmp_path: Path) -> None:
@@ -209,7 +213,7 @@ def test_make_recipe_leaves_what_it_is_given_alone() -> None:
     assert json.dumps(raw) == before
 
 
-def test_differences_are_told_field_by_field(tmp_path: Path) -> None:
+def test_recipes_differ_by_named_fields(tmp_path: Path) -> None:
     file = written(tmp_path, MINIMAL)
     old = dump_config(load_recipe(file, [("select.fraction", "0.5"), ("train.trainer.beta", "0.1")]))
     new = dump_config(
@@ -227,7 +231,7 @@ def test_differences_are_told_field_by_field(tmp_path: Path) -> None:
     assert diff_config(old, new) == [
         'data.train.0.split: "train" -> "test"',
         'data.train.1: (absent) -> {"path": "x.csv", "split": "", "subset": "", "revision": "", '
-        '"fraction": 1.0}',
+        '"fraction": 1.0, "columns": {}}',
         'score.protocol: "paper" -> "custom"',
         "score.seeds: [41, 42, 43] -> [41]",
         "select.fraction: 0.5 -> 0.6",

@@ -15,10 +15,10 @@ from selective_dpo.report.content import (
     Curve,
     DropCount,
     TruthRow,
-    borderline,
     load_report_content,
     save_findings,
 )
+from selective_dpo.report.inspect import borderline
 from selective_dpo.stats.estimates import Estimate
 from tests.fixtures.run_folder import DROPPED, HOSTILE, LONG_ANSWER, make_run_folder
 

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from selective_dpo.report import page as narrative
 from selective_dpo.report.content import DropCount, ReportContent, load_report_content
-from selective_dpo.report.page import render_report, write_report
+from selective_dpo.report.page import headline, render_report, tiles, write_report
 from selective_dpo.report.tables import LONGEST_SHOWN, preview, printable, turns
 from selective_dpo.stats.estimates import Estimate
 from tests.fixtures.run_folder import HOSTILE, make_run_folder
@@ -54,7 +53,6 @@ def test_it_is_written_whole_and_equals_itself(run_folder: Path, html: str) -> N
     path = write_report(run_folder)
     assert path == run_folder / "report.html"
     assert path.read_text("utf-8") == html
-    assert write_report(run_folder).read_text("utf-8") == html
     assert not list(run_folder.glob(".partial-*"))
 
 
@@ -144,7 +142,7 @@ def test_undefined_numbers_leave_no_trace(content: ReportContent) -> None:
     agreement = {"columns": [], "spearman": [], "seeds": seeds, "above_chance": undefined}
     text = Page(render_report(replace(content, agreement=agreement))).text
     assert not re.search(r"\bnan\b", text)
-    assert [tile.name for tile in narrative.tiles(replace(content, agreement=agreement))] == [
+    assert [tile.name for tile in tiles(replace(content, agreement=agreement))] == [
         "Pairs kept",
         "Win rate",
     ]
@@ -157,7 +155,7 @@ def sentences_with(content: ReportContent, difference: Estimate, win_rate: Estim
         for arm in content.results.arms
         if arm.name in ("selected", "all")
     )
-    return " ".join(narrative.headline(replace(content, results=content.results._replace(arms=arms))))
+    return " ".join(headline(replace(content, results=content.results._replace(arms=arms))))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from selective_dpo.evaluation.results import (
     preference_metrics,
     to_json,
 )
-from selective_dpo.report.tables import agreement_table, arms_table, label_for, share_with_reach
+from selective_dpo.report.tables import agreement_table, arms_table, label_for, share_with_interval
 from selective_dpo.stats.estimates import Estimate
 from selective_dpo.storage.artifacts import SCHEMA_VERSION
 
@@ -95,10 +95,10 @@ def test_without_win_rates_the_arms_table_shows_held_out_accuracy() -> None:
 
 
 def test_a_lopsided_interval_is_shown_by_its_ends() -> None:
-    assert share_with_reach(Estimate(0.98, 0.01, 0.931, 0.9942)) == "98.0% [93.1, 99.4]"
-    assert share_with_reach(Estimate(1.0, 0.0, 0.82, 1.0)) == "100.0% [82.0, 100.0]"
+    assert share_with_interval(Estimate(0.98, 0.01, 0.931, 0.9942)) == "98.0% [93.1, 99.4]"
+    assert share_with_interval(Estimate(1.0, 0.0, 0.82, 1.0)) == "100.0% [82.0, 100.0]"
     # Sides of 2.0 and 2.1 points: as good as symmetric.
-    assert share_with_reach(Estimate(0.55, 0.01, 0.53, 0.571)) == "55.0% ± 2.0"
+    assert share_with_interval(Estimate(0.55, 0.01, 0.53, 0.571)) == "55.0% ± 2.0"
 
 
 def test_one_cluster_has_no_interval() -> None:

@@ -2,16 +2,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from fractions import Fraction
-from typing import Any
 
 import pytest
-import torch
 from accelerate.data_loader import BatchSamplerShard
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler
 
-from selective_dpo.training.batching import BLANK, WEIGHT, Share, share_of, weigh_equally
+from selective_dpo.training.batching import PairBatch, PairRow, Share, share_of, weigh_equally
 
 
 def dealt(pairs: int, batch_size: int, processes: int) -> list[list[list[int]]]:
@@ -24,13 +22,8 @@ def dealt(pairs: int, batch_size: int, processes: int) -> list[list[list[int]]]:
     ]
 
 
-def collated(rows: list[int]) -> dict[str, Any]:
-    size = len(rows)
-    return {
-        "completion_mask": torch.ones(2 * size, 3, dtype=torch.long),
-        "ref_chosen_logps": torch.full((size,), -5.0),
-        "ref_rejected_logps": torch.full((size,), -6.0),
-    }
+def collated(rows: list[int]) -> PairBatch:
+    return PairBatch([PairRow({"pair_id": str(row)}, ([1], [2], [3])) for row in rows])
 
 
 def test_shares_by_hand() -> None:
@@ -43,32 +36,22 @@ def test_shares_by_hand() -> None:
 
 def test_a_last_update_by_hand() -> None:
     # 5 pairs, one process, batches of 2, two accumulated: the second update is the single pair 4.
-    batches = [collated([4])]
-    weigh_equally(batches, first=2, pairs=5, batch_size=2, processes=1, process=0)
-    assert batches[0][WEIGHT] == 1.0 and batches[0][BLANK] == 0
+    (batch,) = weigh_equally([collated([4])], first=2, pairs=5, batch_size=2, processes=1, process=0)
+    assert batch.weight == 1.0 and batch.blanks == 0
     # 6 pairs, two processes, batches of 2: the last update has pairs 4 and 5, both of process 0. Process 1
     # would repeat pairs 0 and 1; it gets nothing to train on, and process 0 twice its weight, since the step
     # divides by two processes.
-    for process, blank in ((0, 0), (1, 2)):
-        batch = collated([4, 5] if process == 0 else [0, 1])
-        weigh_equally([batch], first=1, pairs=6, batch_size=2, processes=2, process=process)
-        assert batch[WEIGHT] == 2.0 and batch[BLANK] == blank
-        assert batch["completion_mask"].sum() == 3 * 2 * (2 - blank)
+    for process, rows, blanks in ((0, [4, 5], 0), (1, [0, 1], 2)):
+        (batch,) = weigh_equally(
+            [collated(rows)], first=1, pairs=6, batch_size=2, processes=2, process=process
+        )
+        assert batch.weight == 2.0 and batch.blanks == blanks
+        assert [pair.lengths for pair in batch.pairs] == 2 * [(0, 0, 0) if blanks else (1, 1, 1)]
 
 
 def test_an_update_that_is_full_is_left_alone() -> None:
     batches = [collated([0, 1]), collated([4, 5])]
-    weigh_equally(batches, first=0, pairs=9, batch_size=2, processes=2, process=0)
-    for batch in batches:
-        assert batch[WEIGHT] == 1.0 and batch[BLANK] == 0
-        assert batch["completion_mask"].all() and (batch["ref_chosen_logps"] == -5.0).all()
-
-
-def test_rows_without_a_reference_are_blanked_all_the_same() -> None:
-    batch = {"completion_mask": torch.ones(4, 3)}
-    weigh_equally([batch], first=0, pairs=1, batch_size=2, processes=2, process=0)
-    # Of the rows chosen 0, chosen 1, rejected 0, rejected 1 the second pair is a repeated one.
-    assert batch["completion_mask"][:, 0].tolist() == [1, 0, 1, 0]
+    assert weigh_equally(batches, first=0, pairs=9, batch_size=2, processes=2, process=0) == batches
 
 
 @given(st.integers(1, 40), st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
@@ -83,7 +66,7 @@ def test_each_pair_of_an_update_weighs_the_same_and_once_an_epoch(
         for process in range(processes):
             rows_of = epochs[process][first : first + accumulated]
             batches = [collated(rows) for rows in rows_of]
-            weigh_equally(
+            weighed = weigh_equally(
                 batches,
                 first=first,
                 pairs=pairs,
@@ -91,18 +74,12 @@ def test_each_pair_of_an_update_weighs_the_same_and_once_an_epoch(
                 processes=processes,
                 process=process,
             )
-            for rows, batch in zip(rows_of, batches, strict=True):
-                in_step = Fraction(batch[WEIGHT]).limit_denominator(10_000) / (
+            for rows, batch in zip(rows_of, weighed, strict=True):
+                in_step = Fraction(batch.weight).limit_denominator(10_000) / (
                     len(rows) * processes * len(batches)
                 )
-                chosen, rejected = batch["completion_mask"].chunk(2)
-                assert torch.equal(chosen, rejected)
-                assert int((chosen.sum(1) == 0).sum()) == batch[BLANK]
-                for row, present, reference in zip(
-                    rows, chosen.any(1).tolist(), batch["ref_rejected_logps"].tolist(), strict=True
-                ):
-                    assert reference == (-6.0 if present else 0.0)
-                    if present:
+                for row, pair in zip(rows, batch.pairs, strict=True):
+                    if not pair.is_blank:
                         weights[row] += in_step
         assert set(weights.values()) == {Fraction(1, len(weights))}
         seen += sorted(weights)

@@ -2,96 +2,79 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from selective_dpo.training.batching import (
-    BLANK,
-    WEIGHT,
-    can_deal_by_length,
-    deal_by_length,
+    PAIRS,
+    PairBatch,
+    PairCollator,
+    PairRow,
+    RowCollator,
+    can_group,
+    group_batches,
     group_by_length,
-    pair_rows,
     weigh_equally,
 )
+from tests.fixtures.families import tiny_family
 
-PROMPT = 2
 
-
-def batch_of(*completions: tuple[int, int]) -> dict[str, Any]:
-    """As TRL collates pairs with a prompt of 2 tokens and so many of chosen and rejected; each token is the
-    number of chosen tokens, each reference the number of its side's."""
-    width = PROMPT + max(max(pair) for pair in completions)
-    rows = [
-        (chosen, side)
-        for place in (0, 1)
-        for chosen, side in ((pair[0], pair[place]) for pair in completions)
+def batch_of(*completions: tuple[int, int]) -> PairBatch:
+    """Pairs with a prompt of 2 tokens and so many of chosen and rejected."""
+    pairs = [
+        PairRow(
+            {"ref_chosen_logps": -float(chosen), "ref_rejected_logps": -float(rejected)},
+            ([1, 2], chosen * [3], rejected * [4]),
+        )
+        for chosen, rejected in completions
     ]
-    attended = torch.tensor([[int(at < PROMPT + side) for at in range(width)] for _, side in rows])
-    completed = attended.clone()
-    completed[:, :PROMPT] = 0
-    return {
-        "input_ids": torch.tensor([[chosen] for chosen, _ in rows]) * attended,
-        "attention_mask": attended,
-        "completion_mask": completed,
-        "ref_chosen_logps": torch.tensor([-float(chosen) for chosen, _ in completions]),
-        "ref_rejected_logps": torch.tensor([-float(rejected) for _, rejected in completions]),
-    }
+    return PairBatch(pairs)
 
 
-def contents(batch: dict[str, Any]) -> list[tuple[int, int]]:
-    """Chosen and rejected tokens of each pair, checked against everything else that the batch says of it."""
-    counts = batch["completion_mask"].sum(dim=1).tolist()
-    pairs = list(zip(counts[: len(counts) // 2], counts[len(counts) // 2 :], strict=True))
-    assert batch["attention_mask"].sum(dim=1).tolist() == [PROMPT + count for count in counts]
-    assert batch["input_ids"][:, 0].tolist() == 2 * [chosen for chosen, _ in pairs]
-    assert batch["ref_chosen_logps"].tolist() == [-chosen for chosen, _ in pairs]
-    assert batch["ref_rejected_logps"].tolist() == [-rejected for _, rejected in pairs]
-    return pairs
+def contents(batch: PairBatch) -> list[tuple[int, int]]:
+    """Chosen and rejected tokens of each pair."""
+    return [pair.lengths[1:] for pair in batch.pairs]
 
 
-def test_similar_lengths_come_together_and_padding_goes() -> None:
+def test_similar_lengths_come_together() -> None:
     batches = [batch_of((1, 2), (9, 8)), batch_of((2, 2), (7, 9))]
-    assert can_deal_by_length(batches)
-    long, short = deal_by_length(batches)
+    assert can_group(batches)
+    long, short = group_batches(batches)
     assert contents(long) == [(9, 8), (7, 9)] and contents(short) == [(2, 2), (1, 2)]
-    assert long["input_ids"].shape == (4, PROMPT + 9) and short["input_ids"].shape == (4, PROMPT + 2)
-
-
-def test_rows_keep_the_multiple_they_were_padded_to() -> None:
-    short = deal_by_length([batch_of((1, 2), (9, 8)), batch_of((2, 2), (7, 9))], multiple_of=8)[1]
-    assert contents(short) == [(2, 2), (1, 2)] and short["input_ids"].shape == (4, 8)
+    assert (long.padded_tokens, short.padded_tokens) == (4 * 11, 4 * 4)
 
 
 def test_weights_stay_with_the_pairs() -> None:
     # 5 pairs in batches of 3 and 2: each pair weighs 1 / 5, and the step divides by 2 batches.
     batches = [batch_of((1, 1), (2, 2), (9, 9)), batch_of((4, 4), (5, 5))]
-    weigh_equally(batches, first=0, pairs=5, batch_size=3, processes=1, process=0)
-    dealt = deal_by_length(batches)
-    assert [contents(batch) for batch in dealt] == [[(9, 9), (5, 5)], [(4, 4), (2, 2), (1, 1)]]
+    weighed = weigh_equally(batches, first=0, pairs=5, batch_size=3, processes=1, process=0)
+    grouped = group_batches(weighed)
+    assert [contents(batch) for batch in grouped] == [[(9, 9), (5, 5)], [(4, 4), (2, 2), (1, 1)]]
     # Mean over its pairs / 2 batches x weight = 1 / 5 for each.
-    np.testing.assert_allclose([batch[WEIGHT] / len(contents(batch)) / 2 for batch in dealt], 1 / 5)
+    np.testing.assert_allclose([batch.weight / len(batch.pairs) / 2 for batch in grouped], 1 / 5)
 
 
-def test_blank_pairs_move_to_the_end_and_are_counted_again() -> None:
+def test_blank_pairs_move_to_the_end() -> None:
     # 7 pairs on two processes, batches of 2: the second process has 2 + 1, and one repeated pair.
     batches = [batch_of((3, 3), (6, 6)), batch_of((8, 8), (5, 5))]
-    weigh_equally(batches, first=0, pairs=7, batch_size=2, processes=2, process=1)
-    assert [batch[BLANK] for batch in batches] == [0, 1]
-    first, last = deal_by_length(batches)
-    assert first[BLANK] == 0 and contents(first) == [(8, 8), (6, 6)]
-    assert last[BLANK] == 1 and last["completion_mask"].sum(dim=1).tolist() == [3, 0, 3, 0]
-    assert first[WEIGHT] == last[WEIGHT] == 2 * 2 * 2 / 7
+    weighed = weigh_equally(batches, first=0, pairs=7, batch_size=2, processes=2, process=1)
+    assert [batch.blanks for batch in weighed] == [0, 1]
+    first, last = group_batches(weighed)
+    assert first.blanks == 0 and contents(first) == [(8, 8), (6, 6)]
+    assert last.blanks == 1 and contents(last) == [(3, 3), (0, 0)]
+    assert first.weight == last.weight == 2 * 2 * 2 / 7
 
 
-def test_what_must_not_be_dealt() -> None:
+def test_what_must_not_change_places() -> None:
     pair = batch_of((1, 2), (9, 8))
-    assert not can_deal_by_length([pair])  # nowhere to go
-    assert not can_deal_by_length([pair, {**pair, "pixel_values": torch.zeros(2)}])
+    assert not can_group([pair])  # nowhere to go
+    assert not can_group([pair, PairBatch([PairRow({"images": []}, None)] * 2)])
     # Unweighted batches of different sizes: a pair would weigh more in the smaller one.
-    assert not can_deal_by_length([pair, batch_of((1, 1))])
+    assert not can_group([pair, batch_of((1, 1))])
 
 
 def test_groups_of_similar_length_by_hand() -> None:
@@ -102,12 +85,73 @@ def test_groups_of_similar_length_by_hand() -> None:
     assert group_by_length(lengths, 1_000) == [[0, 1, 2, 3]]
 
 
-def test_rows_of_pairs_and_of_blank_pairs() -> None:
-    batch = batch_of((1, 2), (3, 1))
-    batch["completion_mask"][[1, 3]] = 0
-    rows = pair_rows(batch["input_ids"], batch["attention_mask"], batch["completion_mask"].bool())
-    assert rows is not None
-    found = {name: [part.tolist() for part in parts] for name, parts in rows.items()}
-    assert found == {"prompt_ids": [[1, 1], []], "chosen_ids": [[1], []], "rejected_ids": [[1, 1], []]}
-    batch["input_ids"][0, 0] = 7  # another prompt than the rejected row has
-    assert pair_rows(batch["input_ids"], batch["attention_mask"], batch["completion_mask"].bool()) is None
+@pytest.mark.parametrize(
+    ("mode", "tokens"),
+    [
+        ("keep_start", [([1, 2], [3, 4], [5, 6]), ([1, 2, 3, 4], [], [])]),
+        ("keep_end", [None, None]),  # the two rows of a pair begin with different tokens
+    ],
+)
+def test_rows_are_cut_as_trl_cuts_them(mode: str, tokens: list[Any]) -> None:
+    examples = [
+        {"prompt_ids": [1, 2], "chosen_ids": [3, 4, 7], "rejected_ids": [5, 6]},
+        {"prompt_ids": [1, 2, 3, 4, 5], "chosen_ids": [6], "rejected_ids": [7]},
+        {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]},
+    ]
+    batch = PairCollator(4, mode, has_tokens=True)(examples)[PAIRS]
+    assert [pair.tokens for pair in batch.pairs] == [*tokens, ([1], [2], [3])]
+    assert batch.is_text == (mode == "keep_start")
+
+
+@pytest.mark.parametrize("path", ["auto", "shared"])
+@pytest.mark.parametrize("splits", [True, False])
+def test_what_trls_loss_reads_in_place_of_its_padded_batch(path: Any, splits: bool) -> None:
+    model = tiny_family("llama")
+    collator = RowCollator(model, pad_token_id=0, multiple_of=1, path=path, splits=splits)
+    batch = batch_of((1, 3), (2, 1), (300, 1))
+    blank = PairRow(batch.pairs[1].example, ([1], [2], [3]), is_blank=True)
+    batch = PairBatch([batch.pairs[0], blank, batch.pairs[2]])
+    rows = collator(batch)
+    assert len(rows.groups) == (2 if splits else 1)
+    mask = rows.inputs["completion_mask"]
+    assert mask.sum(dim=1).tolist() == [1, 0, 300, 3, 0, 1] and mask.shape == (6, 301)
+    # Its tokens count although they are not trained on, as TRL has it.
+    assert rows.inputs["attention_mask"].tolist() == [3, 2, 302, 5, 2, 3]
+    assert rows.inputs["ref_chosen_logps"].tolist() == [-1.0, 0.0, -300.0]
+    # The labels in the order of the groups: each completion is one run of places.
+    labels = torch.cat([group.labels_N for group in rows.groups])
+    for row, (token, count) in enumerate([(3, 1), (0, 0), (3, 300), (4, 3), (0, 0), (4, 1)]):
+        assert labels[rows.places_2BL[row][:count]].tolist() == count * [token]
+        assert (rows.places_2BL[row][count:] == len(labels)).all()
+
+
+def test_an_empty_prompt_leaves_the_first_token_without_a_label() -> None:
+    collator = RowCollator(tiny_family("llama"), pad_token_id=0, multiple_of=1, path="auto", splits=False)
+    rows = collator(PairBatch([PairRow({}, ([], [5, 6], [7]))]))
+    # TRL counts the first token as part of the completion, and shifts it away.
+    assert rows.inputs["completion_mask"].tolist() == [[1, 1], [1, 0]]
+
+
+class Copied:
+    """Stands for a tensor on the CPU, and notes how it goes to a GPU."""
+
+    device = SimpleNamespace(type="cpu")
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    def pin_memory(self) -> Copied:
+        self.calls.append(("pinned",))
+        return self
+
+    def to(self, device: Any, *, non_blocking: bool = False) -> Copied:
+        self.calls.append((device.type, non_blocking))
+        return self
+
+
+def test_rows_go_to_a_gpu_without_waiting() -> None:
+    from selective_dpo.logprobs.packed import to_device
+
+    tensor: Any = Copied()
+    to_device(tensor, torch.device("cuda"))
+    assert tensor.calls == [("pinned",), ("cuda", True)]

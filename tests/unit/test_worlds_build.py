@@ -14,9 +14,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from selective_dpo.errors import ArtifactError, DataError
 from selective_dpo.identity import pair_id
 from selective_dpo.storage.artifacts import verify_folder
-from selective_dpo.worlds.build import World, build_world, exact_shares, load_world, world_key
-from selective_dpo.worlds.config import PairsConfig, SFTConfig, TasksConfig, WorldConfig
 from selective_dpo.worlds.tasks import gold_reward
+from selective_dpo.worlds.world import (
+    PairsConfig,
+    SFTConfig,
+    TasksConfig,
+    World,
+    WorldConfig,
+    build_world,
+    exact_shares,
+    load_world,
+    world_key,
+)
 
 SMALL = WorldConfig(
     sft=SFTConfig(hidden_size=16, layers=1, heads=2, feed_forward_size=32, steps=30, batch_size=16),

@@ -10,12 +10,23 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 
-from selective_dpo.worlds.config import SFTConfig, TasksConfig
-from selective_dpo.worlds.demonstrations import IGNORED, draw_demonstrations, overwrite
-from selective_dpo.worlds.model import answer_loss, learning_rate_factor, model_config, save_model, train_sft
-from selective_dpo.worlds.sampling import sample_answers
+from selective_dpo.worlds.model import (
+    IGNORED,
+    SYMBOL_IDS,
+    VOCABULARY_SIZE,
+    SFTConfig,
+    TasksConfig,
+    answer_loss,
+    build_tokenizer,
+    draw_demonstrations,
+    learning_rate_factor,
+    model_config,
+    overwrite,
+    sample_answers,
+    save_model,
+    train_sft,
+)
 from selective_dpo.worlds.tasks import correct_answer, draw_tasks, gold_reward, parse_prompt, prompt_text
-from selective_dpo.worlds.tokenizer import SYMBOL_IDS, VOCABULARY_SIZE, build_tokenizer
 
 PROMPT, ANSWER = "reverse : a c f d =", " d f c a"
 TINY = SFTConfig(hidden_size=16, layers=1, heads=2, feed_forward_size=32, steps=20, batch_size=16)
@@ -131,6 +142,7 @@ def test_training_repeats_exactly_and_leaves_the_global_random_state() -> None:
     assert other.loss != first.loss
 
 
+@pytest.mark.slow
 def test_a_little_model_learns_to_copy(tmp_path: Path) -> None:
     tasks = TasksConfig(operations=("copy",), lengths=(2,))
     config = SFTConfig(

@@ -1,4 +1,4 @@
-"""Pairs of the embedded world, the annotator's noise, and the judge."""
+"""Pairs of the embedded world, the annotator's noise."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 
 from selective_dpo.identity import pair_id
-from selective_dpo.stats.win_rates import scores_from_rewards
-from selective_dpo.worlds.judge import compare, gold_scores
-from selective_dpo.worlds.pairs import (
+from selective_dpo.worlds.world import (
     TRUTH_COLUMNS,
     LabelledPair,
     annotate,
@@ -86,17 +84,3 @@ def test_truth_is_keyed_by_the_ids_of_the_texts() -> None:
         "tie": False,
     }
     assert (tied["flipped"], tied["tie"]) == (False, True)
-
-
-def test_the_judge_knows_better_worse_and_equal() -> None:
-    assert compare(PROMPT, RIGHT, NEAR) == 1.0
-    assert compare(PROMPT, NEAR, RIGHT) == 0.0
-    assert compare(PROMPT, NEAR, OTHER_NEAR) == 0.5
-
-
-def test_gold_scores_and_comparisons_broadcast() -> None:
-    scores = gold_scores([PROMPT] * 3, [RIGHT, NEAR, OTHER_NEAR])
-    np.testing.assert_array_equal(scores, [2.0, 0.75, 0.75])
-    np.testing.assert_array_equal(
-        scores_from_rewards(scores[:, None], scores[None, :]), [[0.5, 1, 1], [0, 0.5, 0.5], [0, 0.5, 0.5]]
-    )

@@ -138,7 +138,7 @@ def test_more_tasks_than_half_of_all_are_refused() -> None:
 
 def test_judging_needs_no_model_library() -> None:
     code = (
-        "import sys, selective_dpo.worlds.judge; "
+        "import sys, selective_dpo.worlds.tasks; "
         "print([m for m in ('torch', 'transformers', 'trl', 'datasets') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

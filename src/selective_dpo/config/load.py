@@ -1,8 +1,8 @@
 """Recipes in and out: YAML to the typed recipe, overrides from the command line, the resolved config.
 
-Paths: a relative `path`, `tokenizer`, `chat_template`, `reward_model`, `source` or `curriculum` in a recipe
-means the one beside the recipe if there is one, whatever folder the command is started in; else it is left as
-it is, a hub name or a path from the current folder. What comes from the command line is always left as typed.
+Paths: a relative path in a recipe (the keys of `_PATHS`) means the file beside the recipe if there is one,
+whatever the current folder is. Otherwise it stays as it is: a hub name, or a path from the current folder.
+What comes from the command line always stays as it is.
 """
 
 from __future__ import annotations
@@ -15,14 +15,41 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Literal, get_origin
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from selective_dpo.config import NAMED_TEMPLATES, Recipe
-from selective_dpo.config.messages import explain, kind_at, show
+from selective_dpo.config.messages import explain, inlined, node_at, one_line, options_of, show
+from selective_dpo.config.schema import NAMED_TEMPLATES, Recipe
 from selective_dpo.errors import ConfigError
+
+MAX_BYTES = 256 * 1024
+"""Of a recipe's file. PyYAML reads about 100 KB/s."""
+
+MAX_VALUES = 10_000
+"""Values in a recipe, those that YAML's anchors repeat included."""
+
+MAX_DEPTH = 32
+"""Blocks and lists inside each other."""
+
+MAX_CHARACTERS = 4096
+"""Of one value: the longest path that there is."""
+
+_MAX_KEY_CHARACTERS = 100
+
+_MAX_INTEGER = 2**63 - 1
+
+_PATHS = {
+    "curriculum",
+    "model.path",
+    "model.tokenizer",
+    "model.chat_template",
+    "data.train.*.path",
+    "data.test.*.path",
+    "evaluate.reward_model",
+    "evaluate.generation.source",
+}
 
 _ABSENT = "(absent)"
 
@@ -38,9 +65,9 @@ def load_recipe(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> 
             twice; or a key or value is not one that a recipe can have. One line, with the remedy.
     """
     file = Path(path)
-    raw = parse_yaml(read_text(file), str(file))
+    raw = _parse_yaml(_read_text(file), str(file))
     if not isinstance(raw, dict):
-        raise ConfigError(f"{file} holds {word_for(raw)}, not a recipe's keys; see recipes/local-small.yaml")
+        raise ConfigError(f"{file} holds {_kind_of(raw)}, not a recipe's keys; see recipes/local-small.yaml")
     try:
         return make_recipe(raw, overrides, folder=file.resolve().parent)
     except ConfigError as error:
@@ -55,9 +82,9 @@ def make_recipe(
     Raises:
         ConfigError: as `load_recipe`.
     """
-    values = plain_copy(raw)
+    values = _checked_copy(raw)
     if folder is not None:
-        _resolve_paths(values, folder)
+        values = _with_paths(values, folder)
     for key, text in overrides:
         _override(values, key, text)
     try:
@@ -86,27 +113,149 @@ def recipe_schema() -> dict[str, Any]:
     }
 
 
-def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
-    evaluate = values.get("evaluate")
-    places: list[tuple[Any, str]] = [
-        (values, "curriculum"),
-        (values.get("model"), "path"),
-        (values.get("model"), "tokenizer"),
-        (values.get("model"), "chat_template"),
-        (evaluate, "reward_model"),
-        (evaluate.get("generation") if isinstance(evaluate, dict) else None, "source"),
-    ]
-    data = values.get("data")
-    for name in ("train", "test"):
-        sources = data.get(name) if isinstance(data, dict) else None
-        places += [(source, "path") for source in sources] if isinstance(sources, list) else []
-    # Nothing is validated yet: what is not a block of text values is left for the validation to name.
-    for block, name in places:
-        if isinstance(block, dict) and isinstance(block.get(name), str):
-            block[name] = _resolved(block[name], folder)
+def _read_text(file: Path) -> str:
+    try:
+        with file.open("rb") as stream:
+            content = stream.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise ConfigError(f"no recipe at {file}") from None
+    except OSError as error:
+        raise ConfigError(f"cannot read the recipe {file}: {error.strerror or error}") from error
+    except ValueError as error:  # a NUL byte, or half of a character, in the name
+        raise ConfigError(f"cannot read the recipe {str(file)!r}: {error}") from error
+    if len(content) > MAX_BYTES:
+        raise ConfigError(f"{file} has more than {MAX_BYTES // 1024} KB, which no recipe needs; is it one?")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{file} is not UTF-8 text (line {line}); save it as UTF-8") from error
 
 
-def _resolved(text: str, folder: Path) -> str:
+def _parse_yaml(text: str, where: str) -> Any:
+    """What YAML text holds; `where` is what a message calls the text."""
+    if len(text) > MAX_BYTES:
+        raise ConfigError(f"{where}: {len(text):,} characters are more than a recipe can hold")
+    try:
+        return yaml.load(text, _RecipeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f", line {mark.line + 1}" if mark else ""
+        raise ConfigError(
+            f"{where}{line}: {one_line(error.problem or error.context or 'not YAML')}"
+        ) from error
+    except yaml.reader.ReaderError as error:
+        number = text.count("\n", 0, error.position) + 1
+        raise ConfigError(f"{where}, line {number}: a character that YAML does not allow") from error
+    except RecursionError as error:
+        raise ConfigError(f"{where} is not YAML: blocks or lists stand too deep in each other") from error
+    except Exception as error:
+        # An explicit tag (`!!int x`) or a wild escape ends in whatever Python's own conversions raise.
+        raise ConfigError(f"{where} is not YAML: a value cannot be read ({one_line(error)})") from error
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """YAML 1.1 as PyYAML reads it, with three exceptions: `6e-6` is a number, a repeated key is an error, and
+    anchors or numbers that would take forever are refused before any value is made."""
+
+    def construct_document(self, node: yaml.Node) -> Any:
+        _count_values(node, {})
+        return super().construct_document(node)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                continue
+            if key_node.value in seen:
+                raise _fault(key_node, f"key {key_node.value[:_MAX_KEY_CHARACTERS]!r} stands twice")
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+# PyYAML wants a dot and a signed exponent in a float, so `6e-6` would be text, and a learning rate with it.
+# At each place only one branch can go on: no text makes the search try again and again.
+_RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
+
+
+def _count_values(node: yaml.Node, counts: dict[yaml.Node, int]) -> int:
+    """The number of values below a node; a node that several aliases name counts each time."""
+    if node in counts:
+        if not counts[node]:
+            raise _fault(node, "the recipe holds itself through a YAML anchor")
+        return counts[node]
+    if isinstance(node, yaml.ScalarNode):
+        if len(node.value) > MAX_CHARACTERS:
+            raise _fault(node, f"a value of {len(node.value):,} characters; {MAX_CHARACTERS:,} are the most")
+        return 1
+    counts[node] = 0
+    is_mapping = isinstance(node, yaml.MappingNode)
+    inside = [part for pair in node.value for part in pair] if is_mapping else node.value
+    counts[node] = 1 + sum(_count_values(part, counts) for part in inside)
+    if counts[node] > MAX_VALUES:
+        raise _fault(node, f"the recipe holds more than {MAX_VALUES:,} values; are its anchors meant?")
+    return counts[node]
+
+
+def _fault(node: yaml.Node, problem: str) -> yaml.constructor.ConstructorError:
+    return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+
+
+def _checked_copy(value: Any, key: str = "", depth: int = 0) -> Any:
+    """A copy without parts that YAML's anchors share; `ConfigError` if it holds what is no JSON value."""
+    if depth > MAX_DEPTH:
+        raise ConfigError(f"{key[:80]}: more than {MAX_DEPTH} blocks or lists stand in each other")
+    if isinstance(value, Mapping):
+        return {
+            _checked_key(name, key): _checked_copy(item, _join(key, name), depth + 1)
+            for name, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [_checked_copy(item, _join(key, index), depth + 1) for index, item in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{key} is {value}, but must be a finite number")
+    if isinstance(value, int) and abs(value) > _MAX_INTEGER:
+        raise ConfigError(f"{key} is a whole number of more than 64 bits, which nothing here can be")
+    if isinstance(value, str) and (fault := _fault_of_text(value)):
+        raise ConfigError(f"{key} {fault}")
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    raise ConfigError(
+        f"{key} is {_kind_of(value)} ({_unquoted(value)}), which a recipe has no use for; put it in quotes"
+    )
+
+
+def _checked_key(name: Any, block: str) -> str:
+    if not isinstance(name, str):
+        raise ConfigError(f"{_join(block, _unquoted(name))}: keys must be text; put it in quotes")
+    if len(name) > _MAX_KEY_CHARACTERS or _fault_of_text(name):
+        raise ConfigError(f"{_join(block, _unquoted(name))}: no key looks like this")
+    return name
+
+
+def _fault_of_text(text: str) -> str:
+    """Why a text can stand in no recipe; empty if it can."""
+    if len(text) > MAX_CHARACTERS:
+        return f"has {len(text):,} characters; {MAX_CHARACTERS:,} are the most"
+    # Control characters have no place in a path or an option; half of a character has no bytes at all.
+    bad = next((letter for letter in text if unicodedata.category(letter) in ("Cc", "Cs")), None)
+    return "" if bad is None else f"holds the character U+{ord(bad):04X}, which is not text; remove it"
+
+
+def _with_paths(value: Any, folder: Path, key: str = "") -> Any:
+    """A copy in which the relative paths of files in `folder` are absolute."""
+    if isinstance(value, dict):
+        return {name: _with_paths(item, folder, _join(key, name)) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_with_paths(item, folder, _join(key, "*")) for item in value]
+    return _absolute(value, folder) if key in _PATHS and isinstance(value, str) else value
+
+
+def _absolute(text: str, folder: Path) -> str:
     if not text or text in NAMED_TEMPLATES:
         return text
     try:
@@ -120,47 +269,34 @@ def _resolved(text: str, folder: Path) -> str:
 
 def _override(values: dict[str, Any], key: str, text: str) -> None:
     steps = key.split(".")
-    if not all(steps) or len(steps) > MOST_LEVELS or fault_of_text(key):
+    if not all(steps) or len(steps) > MAX_DEPTH or _fault_of_text(key):
         raise ConfigError(f"--{show(key)[1:-1]}: not a dotted key such as select.fraction")
-    node: Any = values
-    for depth, step in enumerate(steps[:-1]):
-        node = _step_into(node, step, steps[:depth], key)
-    kind = kind_at(Recipe, steps)
-    is_text = kind is str or get_origin(kind) is Literal
-    value = plain_copy(text if is_text else parse_yaml(text, f"--{key}"), key)
-    if isinstance(node, list):
-        node[_index(node, steps[-1], key)] = value
-    else:
-        node[steps[-1]] = value
+    schema = inlined(Recipe.model_json_schema())
+    block: Any = values
+    for depth, step in enumerate(steps[:-1], start=1):
+        if isinstance(block, dict) and block.get(step) is None:
+            # `--score.lora.r 8` changes one of the default LoRA settings; it does not throw away the others.
+            place = node_at(schema, steps[:depth])
+            is_default = step not in block and "properties" not in place
+            default = place.get("default") if is_default else None
+            block[step] = copy.deepcopy(default) if isinstance(default, dict) else {}
+        block = block[_index(block, step, key)]
+        if not isinstance(block, dict | list):
+            above = ".".join(steps[:depth])
+            raise ConfigError(f"--{key}: {above} is {show(block)}, which has no keys below it")
+    place = node_at(schema, steps)
+    is_text = all(option.get("type") == "string" for option in options_of(place))
+    block[_index(block, steps[-1], key)] = _checked_copy(
+        text if is_text else _parse_yaml(text, f"--{key}"), key
+    )
 
 
-def _step_into(node: Any, step: str, above: list[str], key: str) -> Any:
-    if isinstance(node, list):
-        child = node[_index(node, step, key)]
-    else:
-        if step not in node:
-            node[step] = _default_settings(above, step)
-        elif node[step] is None:
-            node[step] = {}
-        child = node[step]
-    if not isinstance(child, dict | list):
-        raise ConfigError(f"--{key}: {'.'.join([*above, step])} is {show(child)}, which has no keys below it")
-    return child
-
-
-def _default_settings(above: list[str], step: str) -> dict[str, Any]:
-    # `--score.lora.r 8` changes one of the default LoRA settings; it does not throw away the others.
-    block = kind_at(Recipe, above)
-    if isinstance(block, type) and issubclass(block, BaseModel) and step in block.model_fields:
-        default = block.model_fields[step].get_default(call_default_factory=True, validated_data={})
-        if isinstance(default, dict):
-            return copy.deepcopy(default)
-    return {}
-
-
-def _index(items: list[Any], step: str, key: str) -> int:
-    if not (step.isdecimal() and len(step) < 10 and int(step) < len(items)):
-        raise ConfigError(f"--{key}: {step!r} is not an index of a list of {len(items)} (they count from 0)")
+def _index(block: dict[str, Any] | list[Any], step: str, key: str) -> Any:
+    """The step itself in a block, the number of the entry in a list."""
+    if isinstance(block, dict):
+        return step
+    if not (step.isdecimal() and len(step) < 10 and int(step) < len(block)):
+        raise ConfigError(f"--{key}: {step!r} is not an index of a list of {len(block)} (they count from 0)")
     return int(step)
 
 
@@ -173,7 +309,7 @@ def _differences(old: Any, new: Any, key: str) -> list[str]:
         entries = enumerate(zip_longest(old, new, fillvalue=_ABSENT))
         fields = [(index, before, after) for index, (before, after) in entries]
     if fields is not None:
-        return [line for name, one, other in fields for line in _differences(one, other, join(key, name))]
+        return [line for name, one, other in fields for line in _differences(one, other, _join(key, name))]
     before, after = (value if value is _ABSENT else json.dumps(value) for value in (old, new))
     return [f"{key}: {before} -> {after}"] if before != after else []
 
@@ -182,208 +318,14 @@ def _holds_blocks(items: Sequence[Any]) -> bool:
     return any(isinstance(item, Mapping) for item in items)
 
 
-# ----------------------------------------------------------------------------------------------------
-# YAML text to plain JSON values, with limits: a recipe that would take forever is refused instead.
-
-
-MOST_BYTES = 256 * 1024
-"""Of a recipe's file. PyYAML reads some 100 KB/s."""
-
-MOST_VALUES = 10_000
-"""Values in a recipe. A few anchors that name each other would make billions of them."""
-
-MOST_LEVELS = 32
-"""Of blocks and lists in each other."""
-
-MOST_CHARACTERS = 4096
-"""Of one text: the longest path there is."""
-
-_MOST_KEY_CHARACTERS = 100
-
-_MOST_DIGITS = 40
-
-_MOST_MERGED = 100
-
-_LARGEST_WHOLE = 2**63 - 1
-
-
-def read_text(file: Path) -> str:
-    """The text of a recipe's file.
-
-    Raises:
-        ConfigError: it is absent, cannot be read, is too large, or is not UTF-8 (with the line).
-    """
-    try:
-        with file.open("rb") as stream:
-            content = stream.read(MOST_BYTES + 1)
-    except FileNotFoundError:
-        raise ConfigError(f"no recipe at {file}") from None
-    except OSError as error:
-        raise ConfigError(f"cannot read the recipe {file}: {error.strerror or error}") from error
-    except ValueError as error:  # a NUL byte, or half of a character, in the name
-        raise ConfigError(f"cannot read the recipe {str(file)!r}: {error}") from error
-    if len(content) > MOST_BYTES:
-        raise ConfigError(f"{file} has more than {MOST_BYTES // 1024} KB, which no recipe needs; is it one?")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise ConfigError(f"{file} is not UTF-8 text (line {line}); save it as UTF-8") from error
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """What YAML text holds, anchors and all; `where` is what a message calls the text.
-
-    Raises:
-        ConfigError: it is not YAML (with the line), or holds a key twice.
-    """
-    if len(text) > MOST_BYTES:
-        raise ConfigError(f"{where}: {len(text):,} characters are more than a recipe can hold")
-    try:
-        return yaml.load(text, _RecipeLoader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = f", line {mark.line + 1}" if mark else ""
-        problem = " ".join((error.problem or error.context or "not YAML").split())
-        raise ConfigError(f"{where}{line}: {problem}") from error
-    except yaml.reader.ReaderError as error:
-        number = text.count("\n", 0, error.position) + 1
-        raise ConfigError(f"{where}, line {number}: a character that YAML does not allow") from error
-    except RecursionError as error:
-        raise ConfigError(f"{where} is not YAML: blocks or lists stand too deep in each other") from error
-    except Exception as error:
-        # An explicit tag (`!!int x`) or a wild escape ends in whatever Python's own conversions raise.
-        problem = " ".join(str(error).split())
-        raise ConfigError(f"{where} is not YAML: a value cannot be read ({problem})") from error
-
-
-def plain_copy(value: Any, key: str = "") -> Any:
-    """A copy of a value without shared parts (YAML anchors make them), of JSON values only.
-
-    Raises:
-        ConfigError: it holds what a recipe cannot: another kind of value, a number that is not finite or does
-            not fit, a text with control characters; or more than a recipe can.
-    """
-    return _Copier().copied(value, key, ())
-
-
-def join(key: str, name: object) -> str:
-    """The dotted key of `name` in the block at `key`."""
+def _join(key: str, name: object) -> str:
     return f"{key}.{name}" if key else str(name)
 
 
-def word_for(value: object) -> str:
-    """What kind of value it is, in words."""
-    words = {"NoneType": "nothing", "str": "text", "list": "a list"}
-    return words.get(type(value).__name__, f"a {type(value).__name__}")
+def _kind_of(value: object) -> str:
+    names = {"NoneType": "nothing", "str": "text", "list": "a list"}
+    return names.get(type(value).__name__, f"a {type(value).__name__}")
 
 
-def fault_of_text(text: str) -> str:
-    """Why a text can stand in no recipe; empty if it can."""
-    if len(text) > MOST_CHARACTERS:
-        return f"has {len(text):,} characters; {MOST_CHARACTERS:,} are the most"
-    # Control characters have no place in a path or an option; half of a character has no bytes at all.
-    bad = next((letter for letter in text if unicodedata.category(letter) in ("Cc", "Cs")), None)
-    return "" if bad is None else f"holds the character U+{ord(bad):04X}, which is not text; remove it"
-
-
-class _Copier:
-    """Copies and counts."""
-
-    def __init__(self) -> None:
-        self._values = 0
-
-    def copied(self, value: Any, key: str, above: tuple[int, ...]) -> Any:
-        self._values += 1
-        if id(value) in above:
-            raise ConfigError("the recipe holds itself through a YAML anchor")
-        if len(above) > MOST_LEVELS:
-            raise ConfigError(f"{key[:80]}: more than {MOST_LEVELS} blocks or lists stand in each other")
-        if self._values > MOST_VALUES:
-            raise ConfigError(f"the recipe holds more than {MOST_VALUES:,} values; are its anchors meant?")
-        if isinstance(value, Mapping):
-            inside = (*above, id(value))
-            return {
-                _key(name, key): self.copied(item, join(key, name), inside) for name, item in value.items()
-            }
-        if isinstance(value, list | tuple):
-            inside = (*above, id(value))
-            return [self.copied(item, join(key, index), inside) for index, item in enumerate(value)]
-        return _scalar(value, key)
-
-
-def _scalar(value: Any, key: str) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{key} is {value}, but must be a finite number")
-    if isinstance(value, int) and abs(value) > _LARGEST_WHOLE:
-        raise ConfigError(f"{key} is a whole number of more than 64 bits, which nothing here can be")
-    if isinstance(value, str) and (fault := fault_of_text(value)):
-        raise ConfigError(f"{key} {fault}")
-    if value is None or isinstance(value, str | bool | int | float):
-        return value
-    raise ConfigError(
-        f"{key} is {word_for(value)} ({_as_text(value)}), which a recipe has no use for; put it in quotes"
-    )
-
-
-def _as_text(value: object) -> str:
+def _unquoted(value: object) -> str:
     return str(value) if isinstance(value, bool) else show(value).strip('"')
-
-
-def _key(name: Any, block: str) -> str:
-    if not isinstance(name, str):
-        raise ConfigError(f"{join(block, _as_text(name))}: keys must be text; put it in quotes")
-    if len(name) > _MOST_KEY_CHARACTERS or fault_of_text(name):
-        raise ConfigError(f"{join(block, _as_text(name))}: no key looks like this")
-    return name
-
-
-class _RecipeLoader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, except that `6e-6` is a number and a repeated key is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key_node, _ in node.value:
-            if not isinstance(key_node, yaml.ScalarNode):
-                continue
-            if key_node.value in seen:
-                problem = f"key {key_node.value[:_MOST_KEY_CHARACTERS]!r} stands twice"
-                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
-            seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
-
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        # Merges (`<<: [*a, *a]`) of merges double with every level, before anything is there to count.
-        for key_node, value_node in node.value:
-            is_merge = key_node.tag == "tag:yaml.org,2002:merge"
-            if (
-                is_merge
-                and isinstance(value_node, yaml.SequenceNode)
-                and len(value_node.value) > _MOST_MERGED
-            ):
-                raise _too_much_merged(node)
-        super().flatten_mapping(node)
-        if len(node.value) > MOST_VALUES:
-            raise _too_much_merged(node)
-
-    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        # Python reads hexadecimal and base-60 numbers of any length, the latter in quadratic time.
-        if len(node.value) > _MOST_DIGITS:
-            problem = f"a whole number of {len(node.value):,} digits"
-            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
-        return int(super().construct_yaml_int(node))
-
-
-_RecipeLoader.add_constructor("tag:yaml.org,2002:int", _RecipeLoader.construct_yaml_int)
-
-# PyYAML wants a dot and a signed exponent in a float, so `6e-6` would be text, and a learning rate with it.
-# At each place only one branch can go on: no text makes the search try again and again.
-_RecipeLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
-    list("-+.0123456789"),
-)
-
-
-def _too_much_merged(node: yaml.MappingNode) -> yaml.constructor.ConstructorError:
-    return yaml.constructor.ConstructorError(None, None, "too many blocks are merged", node.start_mark)

@@ -1,19 +1,24 @@
-"""What all recipe blocks are made of."""
+"""A recipe's blocks as frozen types, from the field types at the top to `Recipe` at the end.
+
+Unknown keys are errors, and so is a key that would have no effect. The docstring under a field is its text in
+docs/recipe.md and in recipe.schema.json, which `tools/recipe_reference.py` writes.
+"""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
 from selective_dpo.criteria import CRITERIA
 
-_LONGEST_NAME, _LONGEST_PATH = 255, 4096
+_MAX_NAME_BYTES, _MAX_PATH_CHARACTERS = 255, 4096
 
 
 def _path_or_name(text: str) -> str:
-    # Found here, with the key's name, and not by whichever function first asks the disk for it.
+    # Refused here, where the key's name is known, before a function asks the disk for it.
     try:
         names = text.encode("utf-8").split(b"/")
         Path(text).expanduser()
@@ -23,18 +28,19 @@ def _path_or_name(text: str) -> str:
         raise ValueError("begins with ~ and the name of a user who has no home folder here") from None
     if "\0" in text:
         raise ValueError("is no path or name: it holds a NUL character")
-    if len(text) > _LONGEST_PATH or max(map(len, names)) > _LONGEST_NAME:
-        raise ValueError(f"is no path or name: it is longer than {_LONGEST_NAME} bytes between two slashes")
+    if len(text) > _MAX_PATH_CHARACTERS or max(map(len, names)) > _MAX_NAME_BYTES:
+        raise ValueError(f"is no path or name: it is longer than {_MAX_NAME_BYTES} bytes between two slashes")
     return text
 
 
-_RESERVED = frozenset(
-    ["con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(1, 10))]
-)
+_RESERVED = {"con", "prn", "aux", "nul"} | {
+    f"{port}{number}" for port in ("com", "lpt") for number in range(1, 10)
+}
+"""Names that Windows keeps for devices."""
 
 
 def file_name(text: str) -> str:
-    """`text`, which is to name a folder; `ValueError` if some system has another use for it."""
+    """Return `text`; raise `ValueError` if some operating system cannot use it as a folder's name."""
     if text.split(".")[0].lower() in _RESERVED or text.endswith("."):
         raise ValueError(f"{text!r} cannot name a folder on every system; choose another")
     return text
@@ -44,17 +50,24 @@ Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
 
 Count = Annotated[int, Field(ge=1)]
 
+Text = Annotated[str, Field(min_length=1)]
+
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
-"""What NumPy's, torch's and Python's generators all take."""
+"""A seed that NumPy, torch and Python all take."""
 
 PathText = Annotated[str, AfterValidator(_path_or_name)]
 """A path or a hub name."""
+
+_DOTTED = r"^[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*$"
+
+DottedName = Annotated[str, Field(pattern=_DOTTED, examples=["my_module:my_function"])]
+"""A function or class of the user's own: the module that holds it, and its name there."""
 
 TokenBudget = Count | Literal["auto"]
 """Tokens that a forward pass computes at a time; `auto`: as free memory allows."""
 
 Settings = dict[str, Any]
-"""Keyword arguments of another library's configuration, checked against that library when used."""
+"""Settings of another library's configuration class; `trainer_options` checks them."""
 
 
 class Block(BaseModel):
@@ -67,10 +80,6 @@ class Block(BaseModel):
         allow_inf_nan=False,
         protected_namespaces=(),
     )
-
-
-# ----------------------------------------------------------------------------------------------------
-# The recipe's `model` and `data` blocks.
 
 
 NAMED_TEMPLATES = ("chatml", "gemma-system", "zephyr")
@@ -122,6 +131,13 @@ class SourceConfig(Block):
     """Branch, tag or commit of a hub data set."""
     fraction: Fraction = 1.0
     """Share of its rows that is used: a random one, drawn with `data.seed`."""
+    columns: dict[Text, Text] = {}
+    """Renames columns before a row is read: our name of a column -> its name in this source, such as
+    `{prompt: instruction, chosen: answer_a, rejected: answer_b}`. Columns that are not named keep their
+    names."""
+    adapter: str = ""
+    """What makes a pair of a row: `my_module:my_function`, or a name given with `@adapter`. Empty: the known
+    shapes are read."""
 
 
 class DataConfig(Block):
@@ -157,12 +173,10 @@ class DataConfig(Block):
     @model_validator(mode="after")
     def _lengths_fit(self) -> Self:
         if self.max_prompt_length >= self.max_length:
-            raise ValueError("max_prompt_length must be below max_length: the completion needs room")
+            raise ValueError(
+                "max_prompt_length must be below max_length: or nothing is left for the completion"
+            )
         return self
-
-
-# ----------------------------------------------------------------------------------------------------
-# The recipe's `score` and `select` blocks.
 
 
 class Protocol(NamedTuple):
@@ -202,16 +216,9 @@ class ScoreConfig(Block):
     min_fold_prompts: Count = 5
     """Fewest prompts in a fold, so that a scorer has something to learn from and something to measure. Data
     whose folds have fewer are refused, as are those where one prompt has most of the pairs."""
-    lora: Settings | None = Field(
-        default_factory=lambda: {
-            "r": 16,
-            "lora_alpha": 16,
-            "lora_dropout": 0.05,
-            "target_modules": "all-linear",
-        }
-    )
+    lora: Settings | None = {"r": 16, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": "all-linear"}
     """PEFT `LoraConfig` keys; null: full fine-tuning."""
-    trainer: Settings = Field(default_factory=dict)
+    trainer: Settings = {}
     """TRL `DPOConfig` keys for the scorers' training. Their loss is the difficulty, so `loss_type` must be
     one that each pair has for itself: not `aot`, `aot_unpaired` or `sft`."""
     tokens_per_batch: TokenBudget = "auto"
@@ -245,25 +252,38 @@ class ScoreConfig(Block):
         return self
 
 
-def _known_criterion(name: str) -> str:
-    if name not in CRITERIA:
-        raise ValueError(f"no criterion is called {name!r}; use {', '.join(CRITERIA)}")
+def _criterion_name(name: str) -> str:
+    if name not in CRITERIA and not re.fullmatch(_DOTTED, name):
+        raise ValueError(
+            f"no criterion is called {name!r}; use {', '.join(CRITERIA)}, or my_module:my_function"
+        )
     return name
 
 
-CriterionName = Annotated[
-    str,
-    AfterValidator(_known_criterion),
-    Field(json_schema_extra=lambda schema: schema.update(enum=list(CRITERIA))),
-]
+def _describe_criteria(schema: dict[str, Any]) -> None:
+    # The registered names are looked up when the schema is made, so that a user's own are among them.
+    del schema["type"]
+    schema["anyOf"] = [{"enum": list(CRITERIA), "type": "string"}, TypeAdapter(DottedName).json_schema()]
+
+
+CriterionName = Annotated[str, AfterValidator(_criterion_name), Field(json_schema_extra=_describe_criteria)]
+"""A name in `CRITERIA`, or a `DottedName`."""
+
+
+def _add_criterion(schema: dict[str, Any]) -> None:
+    described = {"description": "Another name of `aggregate`; give one of them."}
+    schema["properties"]["criterion"] = {**schema["properties"]["aggregate"], **described}
 
 
 class SelectConfig(Block):
     """Which pairs are kept, and in which order they are trained on."""
 
+    model_config = ConfigDict(json_schema_extra=_add_criterion)
+
     aggregate: CriterionName = "mean"
     """How a pair's records become its difficulty: mean or median of all losses, mean over seeds of
-    the last evaluation's, or mean over all evaluations of the pair's rank, scaled to (0, 1]."""
+    the last evaluation's, or mean over all evaluations of the pair's rank, scaled to (0, 1]. Or a function of
+    your own as `my_module:my_function`."""
     rule: Literal["easiest", "hardest", "random", "below", "band", "all"] = "easiest"
     """`easiest`, `hardest`, `random`: by `fraction` or `count`; `below`: difficulty at or below
     `threshold`; `band`: quantiles `band[0]` to `band[1]`; `all`: every scored pair."""
@@ -287,6 +307,16 @@ class SelectConfig(Block):
         """The keys given that say how records are read: they have no effect on an imported difficulty."""
         default = {"aggregate": "mean", "allow_partial": False}
         return [name for name, value in default.items() if getattr(self, name) != value]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _criterion_is_aggregate(cls, given: Any) -> Any:
+        # `config.json`, the facts of a curriculum and its key say `aggregate`, and stay as they are.
+        if not isinstance(given, dict) or "criterion" not in given:
+            return given
+        if "aggregate" in given:
+            raise ValueError("criterion and aggregate are two names of one key: leave one out")
+        return {"aggregate" if name == "criterion" else name: value for name, value in given.items()}
 
     @model_validator(mode="after")
     def _nothing_is_ignored(self) -> Self:
@@ -314,10 +344,6 @@ class SelectConfig(Block):
         return self
 
 
-# ----------------------------------------------------------------------------------------------------
-# The other blocks, and the recipe that holds them all.
-
-
 TRAINING_SEED = 42
 """Of a policy's training, unless `train.trainer` has a `seed`."""
 
@@ -327,7 +353,7 @@ class TrainConfig(Block):
 
     lora: Settings | None = None
     """PEFT `LoraConfig` keys; null: full fine-tuning."""
-    trainer: Settings = Field(default_factory=dict)
+    trainer: Settings = {}
     """TRL `DPOConfig` keys."""
     hub_id: str = ""
     """Hub repository that the finished policy is pushed to; empty: none."""
@@ -361,11 +387,12 @@ class EvaluateConfig(Block):
 
     generation: GenerationConfig = GenerationConfig()
     """Sampling from the policy and the starting model."""
-    judge: Literal["none", "reward-model", "embedded-world"] = "none"
-    """Who compares the answers: nobody, a sequence classifier, or the embedded world's gold reward."""
+    judge: Literal["none", "reward-model", "embedded-world"] | DottedName = "none"
+    """Who compares the answers: `none`, `reward-model` (a sequence classifier), `embedded-world` (its gold
+    reward), or `my_module:MyJudge`, a class of your own (docs/extending.md)."""
     reward_model: PathText = ""
     """Hub name or folder of the sequence classifier for judge `reward-model`."""
-    controls: dict[str, SelectConfig] = Field(default_factory=dict)
+    controls: dict[str, SelectConfig] = {}
     """Other selections to train on the same way and evaluate beside the run's own, by name."""
     training_seeds: tuple[Seed, ...] = ()
     """Train on the run's own selection again with each of these seeds, and show how far the results lie

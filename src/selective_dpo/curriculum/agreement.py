@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,10 +26,10 @@ from selective_dpo.stats.bootstrap import (
     estimates,
     rows_for,
 )
-from selective_dpo.stats.estimates import Estimate, clustered_share
+from selective_dpo.stats.estimates import Estimate, clustered_share, null_if_undefined
 from selective_dpo.stats.rank_correlation import weighted_spearman
 
-_MOST_BINS = 1 << 12
+_MAX_BINS = 1 << 12
 
 _COMPARED = ("spearman", "overlap", "jaccard")
 
@@ -54,7 +53,7 @@ def agreement(
       |A and B| / |A|, `jaccard` |A and B| / |A or B|. For rules that do not go by difficulty
       (`random`, `all`) the easiest half stands in; `fraction` is the share compared, null for `below`;
     - `above_chance`: the share of pairs whose difficulty (or mean loss, where that is no loss) is above
-      `chance_loss`, that of a policy that has not moved (see `core.losses`), with the interval of
+      `chance_loss`, that of a policy that has not moved (see `losses`), with the interval of
       `clustered_share`; null where `chance_loss` is None.
 
     Other errors and intervals come from the cluster bootstrap over prompts (see `bootstrap`): ranks
@@ -74,11 +73,11 @@ def agreement(
         "spearman_low": _matrix(low_K, len(basis.columns)),
         "spearman_high": _matrix(high_K, len(basis.columns)),
         "seeds": [
-            {"a": a, "b": b, **{name: _as_json(next(numbers)) for name in _COMPARED}}
+            {"a": a, "b": b, **{name: next(numbers).as_json() for name in _COMPARED}}
             for a, b in itertools.combinations(basis.seeds, 2)
         ],
         "chance_loss": chance_loss,
-        "above_chance": None if chance_loss is None else _as_json(_above_chance(basis)),
+        "above_chance": None if chance_loss is None else _above_chance(basis).as_json(),
         "fraction": None if basis.window is None else round(basis.window[1] - basis.window[0], 12),
         "bootstrap": _how_resampled(replicates, draws),
     }
@@ -148,7 +147,7 @@ def _basis(table: LossTable, how: str, rule: Rule, chance_loss: float) -> _Basis
     held_PSE = np.isfinite(table.losses_PSE)
     present_SE = np.asarray(held_PSE.any(axis=0))
     whole_P = np.asarray(held_PSE[:, present_SE].all(axis=1))
-    whole = table if whole_P.all() else _rows(table, whole_P)
+    whole = table if whole_P.all() else table.of_pairs(whole_P)
     seeds, own_SP = _own_difficulties(whole, present_SE, how)
     losses_CP = whole.losses_PSE[:, present_SE].T
     # Partial, because whole columns may be missing; the pairs compared have all records of the others.
@@ -177,24 +176,14 @@ def _value_codes(values_P: NDArray[np.float64]) -> NDArray[np.intp]:
     return np.asarray(np.unique(values_P, return_inverse=True)[1], dtype=np.intp)
 
 
-def _rows(table: LossTable, kept_P: NDArray[np.bool_]) -> LossTable:
-    return replace(
-        table,
-        pair_ids_P=table.pair_ids_P[kept_P],
-        prompt_ids_P=table.prompt_ids_P[kept_P],
-        losses_PSE=table.losses_PSE[kept_P],
-    )
-
-
 def _own_difficulties(
     table: LossTable, present_SE: NDArray[np.bool_], how: str
 ) -> tuple[list[int], NDArray[np.float64]]:
     """The seeds that have what the criterion reads, and the difficulties by each of them alone [S, P]."""
     seeds, own = [], []
     for s in np.flatnonzero(present_SE.any(axis=1)).tolist():
-        alone = replace(table, seeds_S=table.seeds_S[s : s + 1], losses_PSE=table.losses_PSE[:, s : s + 1])
         with contextlib.suppress(RecordsError):  # such as the last evaluation, which this seed lacks
-            own.append(difficulty(alone, how, allow_partial=True).difficulty_P)
+            own.append(difficulty(table.of_seed(s), how, allow_partial=True).difficulty_P)
             seeds.append(s)
     # The shape is given, because there may be no seed to read it off.
     return seeds, np.array(own).reshape(len(seeds), len(table.pair_ids_P))
@@ -202,7 +191,7 @@ def _own_difficulties(
 
 def _binned(code_P: NDArray[np.intp]) -> NDArray[np.uint16]:
     distinct = int(code_P.max(initial=0)) + 1
-    bin_P = code_P if distinct <= _MOST_BINS else code_P * _MOST_BINS // distinct
+    bin_P = code_P if distinct <= _MAX_BINS else code_P * _MAX_BINS // distinct
     return bin_P.astype(np.uint16)
 
 
@@ -218,7 +207,7 @@ def _draws(basis: _Basis, replicates: int, seed: int) -> Draws:
         replicates=replicates,
         seed=seed,
         resampled=lambda rows_N, weights_N: _statistics(sampler.rows(rows_N), weights_N),
-        most_rows=rows_for(len(basis.codes_CP)),
+        max_rows=rows_for(len(basis.codes_CP)),
     )
 
 
@@ -266,13 +255,5 @@ def _matrix(values_K: NDArray[np.float64], columns: int) -> list[list[float | No
     """The symmetric matrix whose upper triangle stands first in `values_K`, with ones on the diagonal."""
     matrix: list[list[float | None]] = [[1.0] * columns for _ in range(columns)]
     for (a, b), value in zip(_between(columns), values_K.tolist(), strict=False):
-        matrix[a][b] = matrix[b][a] = _null_if_undefined(value)
+        matrix[a][b] = matrix[b][a] = null_if_undefined(value)
     return matrix
-
-
-def _as_json(estimate: Estimate) -> dict[str, float | None]:
-    return {name: _null_if_undefined(number) for name, number in estimate._asdict().items()}
-
-
-def _null_if_undefined(number: float) -> float | None:
-    return number if math.isfinite(number) else None

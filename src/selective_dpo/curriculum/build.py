@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from selective_dpo.config import SelectConfig
 from selective_dpo.config.messages import explain
+from selective_dpo.criteria import CRITERIA
 from selective_dpo.curriculum.agreement import agreement
 from selective_dpo.curriculum.records import Difficulty, LossTable, Records, difficulty, loss_table
 from selective_dpo.curriculum.select import DEFAULT_FRACTION, Rule, training_positions
@@ -43,7 +44,7 @@ def build_curriculum(
         key: content key of everything that the curriculum is made from.
         quarantined: pairs that were set aside as not finite (pair id -> prompt id); `records` hold none of
             them. They are listed, not selected, without a difficulty.
-        chance_loss: the loss of a policy that has not moved (`core.losses.chance_loss` of the scorers'
+        chance_loss: the loss of a policy that has not moved (`losses.chance_loss` of the scorers'
             settings), above which pairs are counted; default: ln 2, that of DPO's own loss. Of records with
             another loss nothing is counted then.
 
@@ -61,7 +62,8 @@ def build_curriculum(
     is_dpo = True
     if isinstance(losses, Records):
         is_dpo = is_dpos_own(PairLosses(losses.margin, losses.loss))
-        losses = loss_table(losses, allow_partial=config.allow_partial)
+        reads = CRITERIA[config.aggregate].reads
+        losses = loss_table(losses, allow_partial=config.allow_partial, columns=reads)
     if chance_loss is None and is_dpo:
         chance_loss = LN_2
     measured = difficulty(losses, config.aggregate, allow_partial=config.allow_partial)
@@ -107,7 +109,6 @@ def assemble(
     # What is not a number becomes null: the spread of a difficulty that was imported is not known.
     arrays = {name: pa.array(columns[name], type=kind, from_pandas=True) for name, kind in COLUMNS.items()}
     table = pa.table(arrays)
-    complete = len(losses.seeds_S) * len(losses.evaluations_E)
     own = {
         "pairs": len(losses.pair_ids_P),
         "selected": int(selected.selected_P.sum()),
@@ -115,7 +116,7 @@ def assemble(
         "seeds": list(losses.seeds_S),
         "evaluations": list(losses.evaluations_E),
         "quarantined": len(aside) if reason == REASON else 0,
-        "partial": int((measured.count_P < complete).sum()),
+        "partial": int((measured.count_P < losses.complete).sum()),
     }
     return Curriculum(_with_aside(_with_losses(table, losses), aside, reason), {**own, **facts})
 
@@ -140,7 +141,7 @@ def resolved_selection(select: SelectConfig | Mapping[str, Any] | None) -> Selec
 
 
 def rule_of(config: SelectConfig) -> Rule:
-    """The selection's rule, as `core.selection` takes it."""
+    """The selection's rule, as `select` takes it."""
     return Rule(
         name=config.rule,
         fraction=config.fraction,

@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from selective_dpo.errors import IdentityError, name_some
-from selective_dpo.identity import LONGEST_ID, positions_of
+from selective_dpo.identity import MAX_ID_BYTES, positions_of
 
 
 def text_array(column: pa.Array | pa.ChunkedArray) -> NDArray[np.str_]:
     """Strings without nulls as a NumPy array of the width of the longest.
 
-    Ids are hex digits of one length, whose bytes are taken as they lie in memory; others go the long way.
-
     Raises:
         IdentityError: as `require_plain`.
     """
     require_plain(column, what="ids")
-    text = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    if isinstance(text, pa.ChunkedArray):  # more than 2 GB of text, or none at all
-        parts = [text_array(chunk) for chunk in text.chunks]
-        return np.concatenate(parts) if parts else np.empty(0, dtype=np.str_)
-    width = _common_width(text)
-    if not width:
-        return np.asarray(text.to_pylist(), dtype=np.str_)
-    start = int(np.frombuffer(text.buffers()[1], dtype=np.int32)[text.offset])
-    letters = np.frombuffer(text.buffers()[2], dtype=f"S{width}", count=len(text), offset=start)
-    return letters.astype(f"U{width}")
+    width = pc.max(pc.binary_length(column)).as_py() or 1
+    if not pc.all(pc.string_is_ascii(column), min_count=0).as_py():
+        return np.asarray(column.to_pylist(), dtype=np.str_)
+    # Padded with NUL, which NumPy leaves out, all are of one width, and their bytes are NumPy's.
+    padded = pc.ascii_rpad(column, width, "\0").cast(pa.binary()).cast(pa.binary(width))
+    chunks = padded.chunks if isinstance(padded, pa.ChunkedArray) else [padded]
+    letters = [np.frombuffer(chunk.buffers()[1], f"S{width}", len(chunk)) for chunk in chunks if len(chunk)]
+    return np.concatenate([np.empty(0, f"S{width}"), *letters]).astype(np.str_)
 
 
 def require_plain(column: pa.Array | pa.ChunkedArray, *, what: str) -> None:
@@ -41,13 +35,13 @@ def require_plain(column: pa.Array | pa.ChunkedArray, *, what: str) -> None:
         IdentityError: one is null, holds a NUL character, is too long or is not UTF-8; `what` names them.
     """
     wrong = pc.fill_null(
-        pc.or_(pc.match_substring(column, "\0"), pc.greater(pc.binary_length(column), LONGEST_ID)), True
+        pc.or_(pc.match_substring(column, "\0"), pc.greater(pc.binary_length(column), MAX_ID_BYTES)), True
     )
     count = pc.sum(wrong).as_py() or 0
     if count:
         shown = [str(text)[:40] for text in column.filter(wrong).cast(pa.binary()).to_pylist()[:5]]
         raise IdentityError(
-            f"{what}: {count:,} are missing, hold a NUL character or have more than {LONGEST_ID} bytes: "
+            f"{what}: {count:,} are missing, hold a NUL character or have more than {MAX_ID_BYTES} bytes: "
             f"{name_some(shown)}"
         )
     try:
@@ -57,12 +51,12 @@ def require_plain(column: pa.Array | pa.ChunkedArray, *, what: str) -> None:
 
 
 def codes(column: pa.Array | pa.ChunkedArray) -> tuple[NDArray[np.int32], pa.Array]:
-    """For each row the place of its value among the distinct ones, which come in order of appearance."""
+    """For each row the index of its value among the distinct ones, which come in order of appearance."""
     coded = pc.dictionary_encode(column)
     if isinstance(coded, pa.ChunkedArray):
-        coded = coded.combine_chunks()
-    if isinstance(coded, pa.ChunkedArray):  # no chunks
-        return np.empty(0, dtype=np.int32), pa.array([], type=column.type)
+        if not coded.num_chunks:
+            return np.empty(0, dtype=np.int32), pa.array([], type=column.type)
+        coded = coded.unify_dictionaries().combine_chunks()
     return coded.indices.to_numpy(), coded.dictionary
 
 
@@ -75,7 +69,7 @@ def first_rows(code_N: NDArray[np.int32], distinct: int) -> NDArray[np.int64]:
 
 
 def id_positions(wanted: pa.ChunkedArray, available: pa.ChunkedArray, *, what: str) -> NDArray[np.int64]:
-    """Where each of `wanted` stands in `available`: `core.identity.positions_of` for columns of ids.
+    """Where each of `wanted` stands in `available`: `identity.positions_of` for columns of ids.
 
     Raises:
         IdentityError: an id is wanted but not available, or stands twice in either column.
@@ -87,13 +81,3 @@ def id_positions(wanted: pa.ChunkedArray, available: pa.ChunkedArray, *, what: s
     if not is_one_to_one:  # which names the ids that are wrong
         return positions_of(wanted.to_pylist(), available.to_pylist(), what=what)
     return np.asarray(where.to_numpy(), dtype=np.int64)
-
-
-def _common_width(text: Any) -> int:
-    """The length of every string, where all are ASCII and of one length; else 0."""
-    if not len(text) or text.type != pa.string() or text.null_count:
-        return 0
-    lengths = pc.min_max(pc.binary_length(text))
-    width: int = lengths["min"].as_py()
-    is_plain = width == lengths["max"].as_py() and pc.all(pc.string_is_ascii(text)).as_py()
-    return width if is_plain else 0

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from selective_dpo.curriculum.table import Curriculum, loss_column
 from selective_dpo.errors import ConfigError, DataError, IdentityError, name_some
 from selective_dpo.storage.artifacts import publish_folder, replacing
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 Format = Literal["csv", "parquet", "jsonl", "datasets"]
 
@@ -45,8 +45,8 @@ def export_curriculum(
     - `jsonl`: the selected pairs in training order: ids, difficulty, prompt, chosen, rejected;
     - `datasets`: the same as a folder for `datasets.load_from_disk`, in the columns TRL reads.
 
-    `pairs` is the run's `pairs.parquet` or its table (`data.store`), whose texts the last two need; they are
-    streamed, so that memory holds only some of them.
+    `pairs` is the run's `pairs.parquet` or its table (`data.store`), whose texts the last two need. The texts
+    are read in batches and looked up on disk: memory holds only some of them.
 
     Raises:
         ConfigError: `path` exists and `overwrite` is off, the format is unknown, or `pairs` is missing.
@@ -74,11 +74,12 @@ def _write_texts(curriculum: Curriculum, path: Path, format: str, pairs: Pairs |
             "or export csv or parquet"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    with selected_texts(curriculum, pairs, scratch=path.parent) as tables:
+    with tempfile.TemporaryDirectory(prefix=".partial-texts-", dir=path.parent) as scratch:
+        rows = selected_rows(curriculum, pairs, Path(scratch))
         if format == "jsonl":
-            _write_jsonl(tables, path)
+            _write_jsonl(rows, path)
         else:
-            _write_dataset(tables, path, key=curriculum.order_digest)
+            _write_dataset(rows, path, Path(scratch), key=curriculum.order_digest)
 
 
 def _require_free(path: Path, *, overwrite: bool, is_folder: bool) -> None:
@@ -137,11 +138,10 @@ def _write_csv(table: pa.Table, path: Path) -> None:
         pyarrow.csv.write_csv(table, stream, options)
 
 
-def _write_jsonl(tables: Iterator[pa.Table], path: Path) -> None:
+def _write_jsonl(rows: Dataset, path: Path) -> None:
     with replacing(path) as partial, partial.open("w", encoding="ascii", newline="\n") as stream:
-        for table in tables:
-            for batch in table.to_batches(max_chunksize=_ROWS_AT_ONCE):
-                stream.writelines(_json_line(row) for row in batch.to_pylist())
+        for table in rows.with_format("arrow").iter(batch_size=_ROWS_AT_ONCE):
+            stream.writelines(_json_line(row) for row in table.to_pylist())
 
 
 def _json_line(row: dict[str, Any]) -> str:
@@ -151,141 +151,88 @@ def _json_line(row: dict[str, Any]) -> str:
     return json.dumps(plain)[:-1] + spliced + "}\n"
 
 
-def _write_dataset(tables: Iterator[pa.Table], path: Path, *, key: str) -> None:
-    from datasets import Dataset, disable_progress_bars, enable_progress_bars, is_progress_bar_enabled
+def _write_dataset(rows: Dataset, path: Path, scratch: Path, *, key: str) -> None:
+    from datasets import Features, disable_progress_bars, enable_progress_bars, is_progress_bar_enabled
 
+    is_text = rows[0]["prompt"].startswith('"')
+    kind = pa.string() if is_text else _MESSAGES
+    schema = rows.features.arrow_schema
+    for name in TEXTS:
+        schema = schema.set(schema.get_field_index(name), pa.field(name, kind))
     had_bars = is_progress_bar_enabled()
     disable_progress_bars()
     try:
-        with tempfile.TemporaryDirectory(prefix=".partial-data-", dir=path.parent) as scratch:
-            file = Path(scratch) / "selected.arrow"
-            _write_stream(tables, file)
-            with publish_folder(path, kind="dataset", key=key) as partial:
-                Dataset.from_file(str(file)).save_to_disk(partial)
+        decoded = rows.map(
+            _decoded,
+            batched=True,
+            batch_size=_ROWS_AT_ONCE,
+            features=Features.from_arrow_schema(schema),
+            fn_kwargs={"sign": '"' if is_text else "["},
+            cache_file_name=str(scratch / "decoded.arrow"),
+            new_fingerprint=key[:32],
+        )
+        with publish_folder(path, kind="dataset", key=key) as partial:
+            decoded.save_to_disk(partial)
     finally:
         if had_bars:
             enable_progress_bars()
 
 
-def _write_stream(tables: Iterator[pa.Table], path: Path) -> None:
-    """The texts as the strings or messages that they are, in a file that `datasets` maps into memory."""
-    first = next(tables)
-    kind = pa.string() if _all_start_with(first["prompt"], '"') else _MESSAGES
-    schema = first.schema
-    for name in TEXTS:
-        schema = schema.set(schema.get_field_index(name), pa.field(name, kind))
-    with pa.ipc.new_stream(str(path), schema) as writer:
-        for table in itertools.chain([first], tables):
-            for batch in table.to_batches(max_chunksize=_ROWS_AT_ONCE):
-                writer.write_batch(_decoded(batch, schema))
-
-
-def _decoded(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
-    kind = schema.field("prompt").type
-    sign = '"' if kind == pa.string() else "["
-    if not all(_all_start_with(batch[name], sign) for name in TEXTS):
+def _decoded(batch: dict[str, list[Any]], sign: str) -> dict[str, list[Any]]:
+    """The texts as the strings or messages that they are."""
+    if not all(text.startswith(sign) for name in TEXTS for text in batch[name]):
         raise DataError("some pairs are text and some are messages, which no data set holds: export jsonl")
-    columns = [
-        pa.array([json.loads(text) for text in batch[name].to_pylist()], type=kind)
-        if name in TEXTS
-        else batch[name]
-        for name in schema.names
-    ]
-    return pa.record_batch(columns, schema=schema)
+    return {name: [json.loads(text) for text in batch[name]] for name in TEXTS}
 
 
-def _all_start_with(column: pa.Array | pa.ChunkedArray, sign: str) -> bool:
-    return bool(pc.all(pc.starts_with(column, sign), min_count=0).as_py())
-
-
-# ----------------------------------------------------------------------------------------------------
-# The texts of the selected pairs in training order, however many: put in order on disk, not in memory.
+# --- The texts of the selected pairs in training order, looked up on disk ---------------------------------
 
 
 TEXTS = ("prompt", "chosen", "rejected")
 
 KEPT = "kept"
 
-_FEWEST_IN_PART = 20_000
-
-_MOST_PARTS = 200
-
-_TEXTS_AT_ONCE = 10_000
-
 Pairs: TypeAlias = pa.Table | Path
 """Rows as in `pairs.parquet`: as a table, or the file."""
 
 
-@contextmanager
-def selected_texts(curriculum: Curriculum, pairs: Pairs, scratch: Path) -> Iterator[Iterator[pa.Table]]:
-    """Tables of `pair_id`, `prompt_id`, `difficulty` and the texts (as JSON), in training order.
+def selected_rows(curriculum: Curriculum, pairs: Pairs, scratch: Path) -> Dataset:
+    """Rows of `pair_id`, `prompt_id`, `difficulty` and the texts (as JSON), in training order.
 
-    One pass over `pairs` deals the texts out to files below `scratch`, one for each stretch of the order;
-    then stretch after stretch is read and sorted.
+    The texts are copied once to a file in the folder `scratch`, from which rows are read when needed.
 
     Raises:
         IdentityError: selected pairs are not in `pairs`.
     """
-    ordered = _in_training_order(curriculum)
-    place_R = _places(ordered["pair_id"], pairs)
-    size = max(_FEWEST_IN_PART, -(-len(ordered) // _MOST_PARTS))
-    with tempfile.TemporaryDirectory(prefix=".partial-texts-", dir=scratch) as name:
-        parts = [Path(name) / f"{start}.arrow" for start in range(0, len(ordered), size)]
-        _deal(pairs, place_R, parts, size)
-        yield (_with_texts(ordered.slice(number * size, size), part) for number, part in enumerate(parts))
+    from datasets import Dataset
 
-
-def _in_training_order(curriculum: Curriculum) -> pa.Table:
-    table = curriculum.table.select(["pair_id", "prompt_id", "difficulty", "position"])
-    chosen = table.filter(pc.greater_equal(table["position"], 0))
-    return chosen.sort_by("position").drop_columns(["position"])
-
-
-def _places(ordered_ids: pa.ChunkedArray, pairs: Pairs) -> NDArray[np.int64]:
-    """For each row of `pairs` its place in the training order, -1 for rows that are not used."""
-    rows = pa.concat_tables(pa.table(batch) for batch in _batches(pairs, ("pair_id", "status")))
-    kept_rows = np.flatnonzero(np.asarray(pc.equal(rows["status"], KEPT)))
-    where = pc.index_in(ordered_ids, value_set=rows["pair_id"].take(pa.array(kept_rows)))
-    if where.null_count:
-        absent = ordered_ids.filter(pc.is_null(where)).to_pylist()
+    columns = ["pair_id", "prompt_id", "difficulty"]
+    chosen = curriculum.table.filter(pc.greater_equal(curriculum.table["position"], 0)).sort_by("position")
+    ordered = pa.record_batch([chosen[name].combine_chunks() for name in columns], names=columns)
+    schema = pa.schema([*ordered.schema, *((name, pa.string()) for name in TEXTS)])
+    file, places = scratch / "texts.arrow", [np.empty(0, dtype=np.int64)]
+    with pa.ipc.new_stream(str(file), schema) as writer:
+        for batch in _batches(pairs, ("pair_id", "status", *TEXTS)):
+            place = pc.index_in(batch["pair_id"], value_set=ordered["pair_id"])
+            is_used = pc.and_(place.is_valid(), pc.equal(batch["status"], KEPT))
+            place, texts = place.filter(is_used), batch.filter(is_used)
+            values = [*ordered.take(place).columns, *(texts[name] for name in TEXTS)]
+            writer.write_batch(pa.record_batch(values, schema=schema))
+            places.append(place.to_numpy())
+    place_R = np.concatenate(places)
+    absent = np.setdiff1d(np.arange(len(ordered)), place_R)
+    if len(absent):
+        named = name_some(ordered["pair_id"].take(pa.array(absent)).to_pylist())
         raise IdentityError(
-            f"{len(absent):,} of {len(ordered_ids):,} selected pairs are not among these pairs: "
-            f"{name_some(absent)}; pass the pairs that the curriculum was made from"
+            f"{len(absent):,} of {len(ordered):,} selected pairs are not among these pairs: {named}; pass "
+            "the pairs that the curriculum was made from"
         )
-    place_R = np.full(len(rows), -1, dtype=np.int64)
-    place_R[kept_rows[where.to_numpy()]] = np.arange(len(ordered_ids))
-    return place_R
-
-
-def _deal(pairs: Pairs, place_R: NDArray[np.int64], parts: list[Path], size: int) -> None:
-    schema = pa.schema([("place", pa.int64()), *((name, pa.string()) for name in TEXTS)])
-    with ExitStack() as stack:
-        writers = [stack.enter_context(pa.ipc.new_file(str(part), schema)) for part in parts]
-        row = 0
-        for batch in _batches(pairs, TEXTS):
-            place_N = place_R[row : row + len(batch)]
-            row += len(batch)
-            used = np.flatnonzero(place_N >= 0)
-            # Sorted by part, the rows of each part stand together.
-            used = used[np.argsort(place_N[used] // size, kind="stable")]
-            numbers, starts = np.unique(place_N[used] // size, return_index=True)
-            for number, rows in zip(numbers, np.split(used, starts)[1:], strict=True):
-                texts = batch.take(pa.array(rows))
-                columns = [pa.array(place_N[rows]), *(texts[name] for name in TEXTS)]
-                writers[number].write_batch(pa.record_batch(columns, schema=schema))
-
-
-def _with_texts(ordered: pa.Table, part: Path) -> pa.Table:
-    with pa.memory_map(str(part)) as source:
-        texts = pa.ipc.open_file(source).read_all().sort_by("place")
-        for name in TEXTS:
-            ordered = ordered.append_column(name, texts[name])
-        return ordered
+    return Dataset.from_file(str(file)).select(np.argsort(place_R))
 
 
 def _batches(pairs: Pairs, columns: tuple[str, ...]) -> Iterator[pa.RecordBatch]:
     if isinstance(pairs, pa.Table):
-        yield from pairs.select(columns).to_batches(max_chunksize=_TEXTS_AT_ONCE)
+        yield from pairs.select(columns).to_batches(max_chunksize=_ROWS_AT_ONCE)
         return
     with pq.ParquetFile(pairs) as file:
-        yield from file.iter_batches(batch_size=_TEXTS_AT_ONCE, columns=list(columns))
+        yield from file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=list(columns))

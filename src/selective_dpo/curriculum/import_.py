@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -17,9 +17,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from selective_dpo.config import SelectConfig
+from selective_dpo.criteria import CRITERIA, criterion_source
 from selective_dpo.curriculum.build import assemble, build_curriculum, resolved_selection
-from selective_dpo.curriculum.columns import require_plain, text_array
-from selective_dpo.curriculum.records import LARGEST_LOSS, Difficulty, LossTable, difficulty
+from selective_dpo.curriculum.columns import codes, first_rows, require_plain, text_array
+from selective_dpo.curriculum.records import MAX_LOSS, Difficulty, LossTable, arrange, difficulty
 from selective_dpo.curriculum.table import Curriculum, dataset_ids, digest_of_table, facts_path
 from selective_dpo.data.store import load_ids
 from selective_dpo.errors import ArtifactError, ConfigError, DataError, IdentityError, RecordsError, name_some
@@ -79,7 +80,7 @@ def read_outside(
         raise DataError(f"{path} does not exist: give a CSV or Parquet file, or a curriculum's folder")
     is_file = not path.is_dir() and not facts_path(path).is_file()
     if is_file:
-        return _of_file(path, Columns(id_column, difficulty_column), names)
+        return _of_file(path, id_column, difficulty_column, names)
     if id_column or difficulty_column or names:
         raise ConfigError(f"{path} is no file with a choice of columns: leave out the options that name them")
     return _of_records(path) if is_records(path) else _of_curriculum(path)
@@ -90,27 +91,14 @@ def is_records(path: Path) -> bool:
     return path.is_dir() and not facts_path(path).is_file()
 
 
-def _of_file(path: Path, given: Columns, names: IdKind | None) -> Outside:
-    def choose(header: list[str]) -> Columns:
-        wanted = (given.id or ID_COLUMNS, given.number or DIFFICULTY_COLUMNS)
-        found = [
-            next((name for name in ([each] if isinstance(each, str) else each) if name in header), "")
-            for each in wanted
-        ]
-        if not all(found):
-            raise DataError(
-                f"{path} has columns {name_some(header, limit=12) or 'none'}, and needs one of ids "
-                f"({given.id or ' or '.join(ID_COLUMNS)}) and one of difficulties "
-                f"({given.number or ' or '.join(DIFFICULTY_COLUMNS)}): name others with "
-                "`selective-dpo import-curriculum --id-column NAME --difficulty-column NAME`"
-            )
-        return Columns(*found)
-
-    columns, numbers = read_columns(path, choose)
-    kind = names or next((kind for kind in ID_COLUMNS if kind == columns.id), None)
+def _of_file(path: Path, id_column: str, difficulty_column: str, names: IdKind | None) -> Outside:
+    wanted_ids = (id_column,) if id_column else ID_COLUMNS
+    wanted_numbers = (difficulty_column,) if difficulty_column else DIFFICULTY_COLUMNS
+    numbers = read_numbers(path, wanted_ids, wanted_numbers)
+    kind = names or next((kind for kind in ID_COLUMNS if kind == numbers.id_column), None)
     if kind is None:
         raise ConfigError(
-            f"say what the ids in column {columns.id!r} name: --names pair_id or --names prompt_id"
+            f"say what the ids in column {numbers.id_column!r} name: --names pair_id or --names prompt_id"
         )
     require_unique(numbers.ids.to_pylist(), what=str(path))
     digest = file_digest(path)
@@ -118,9 +106,9 @@ def _of_file(path: Path, given: Columns, names: IdKind | None) -> Outside:
         "kind": "file",
         "name": path.name,
         "sha256": digest,
-        "id_column": columns.id,
-        "difficulty_column": columns.number,
-        "nats": columns.number == DIFFICULTY_COLUMNS[0],
+        "id_column": numbers.id_column,
+        "difficulty_column": numbers.column,
+        "nats": numbers.column == DIFFICULTY_COLUMNS[0],
     }
     return Outside(kind, numbers.ids, numbers.values_N, digest, facts)
 
@@ -146,11 +134,16 @@ def _of_curriculum(path: Path) -> Outside:
         "name": folder.name,
         "sha256": digest,
         "made_by": {name: value for name, value in made_by.items() if value is not None},
-        "nats": facts["select"]["aggregate"] != "rank-mean" and (earlier is None or earlier["nats"]),
+        "nats": _is_loss(facts["select"]["aggregate"]) and (earlier is None or earlier["nats"]),
         **({"imported": dict(earlier)} if earlier else {}),
     }
     names: IdKind = "prompt_id" if table["pair_id"] == table["prompt_id"] else "pair_id"
     return Outside(names, table["pair_id"].combine_chunks(), curriculum.measured.difficulty_P, digest, own)
+
+
+def _is_loss(criterion: str) -> bool:
+    # A criterion of somebody else's file is not imported for this.
+    return criterion in CRITERIA and CRITERIA[criterion].is_loss
 
 
 def _model_name(config: Path) -> str | None:
@@ -293,86 +286,108 @@ def imported_in_words(imported: Mapping[str, Any]) -> str:
     )
 
 
-# ----------------------------------------------------------------------------------------------------
-# Files of ids and numbers: the original's records without a header, and any table with named columns.
+# --- Files of ids and numbers: records without a header, and tables with named columns --------------------
 
 
-MOST_BYTES = 1 << 30
+MAX_BYTES = 1 << 30
 """Of a file, unpacked: some 25 million rows."""
 
 _PIECE = 16 << 20
 
-
-class Columns(NamedTuple):
-    """Which two columns of a file are read."""
-
-    id: str
-    number: str
-
-
-_RECORDS = Columns("id", "loss")
-"""What the two columns of a file without a header are called here."""
+_NUMBER = r"^-?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
 
 
 class Numbers(NamedTuple):
-    """The rows of a file, in its order; blank lines are left out."""
+    """Two columns of a file, in its order; blank lines are left out."""
 
+    id_column: str
+    column: str
     ids: pa.Array
     values_N: NDArray[np.float64]
 
 
-def read_records(path: Path) -> Numbers:
-    """Read a CSV of prompt ids and losses without a header, plain or gzipped (`.gz`).
+def read_numbers(path: Path, id_columns: Sequence[str] = (), number_columns: Sequence[str] = ()) -> Numbers:
+    """Read ids and numbers from a Parquet file or from a CSV with a header, plain or gzipped (`.gz`).
+
+    Of the columns named, the first that the file has is read. Without any names the file is a CSV of two
+    columns, ids and losses, that has no header.
 
     Raises:
-        DataError: it cannot be read, is empty, or has a line that is not an id and a finite number;
-            the line is named.
+        DataError: it cannot be read, is empty, or lacks a column or has it twice; or a line is not an id and
+            a finite number, which is named.
     """
-    return _numbers(path, _csv_table(path, _text(path), _RECORDS, has_header=False), first_line=1)
-
-
-def read_columns(path: Path, choose: Callable[[list[str]], Columns]) -> tuple[Columns, Numbers]:
-    """Read two columns of a Parquet file, or of a CSV with a header, plain or gzipped.
-
-    `choose` is given the names of all columns, and says which two are read.
-
-    Raises:
-        DataError: as `read_records`; or a column is not there, or twice.
-    """
-    is_parquet = ".parquet" in path.suffixes[-2:]
-    if is_parquet:
-        columns, table = _parquet_table(path, choose)
-    else:
-        content = _text(path)
-        columns = _each_once(path, _header(path, content), choose)
-        table = _csv_table(path, content, columns, has_header=True)
-    return columns, _numbers(path, table, first_line=1 if is_parquet else 2)
-
-
-def _numbers(path: Path, table: pa.Table, *, first_line: int) -> Numbers:
-    """The rows of two columns of text, named id and loss (or number)."""
-    id_column, number_column = table.columns
-    texts = pc.utf8_trim_whitespace(number_column)
-    has_id = pc.not_equal(id_column, "")
-    is_row_N = np.asarray(pc.or_(has_id, pc.not_equal(texts, "")))
-    texts = pc.if_else(pa.array(is_row_N), texts, "0")
+    if ".parquet" in path.suffixes[-2:]:
+        source = pa.BufferReader(_unpacked(path)) if path.suffix == ".gz" else path
+        try:
+            with pq.ParquetFile(source) as file:
+                chosen = _choose(path, file.schema_arrow.names, id_columns, number_columns)
+                table = file.read(columns=list(chosen))
+            values = table[chosen[1]]
+            # A float32 as the float64 that it is, not as its own shortest text.
+            values = values.cast(pa.float64()) if pa.types.is_floating(values.type) else values
+            texts = [pc.fill_null(column.cast(pa.string()), "") for column in (table[chosen[0]], values)]
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise DataError(f"{path} cannot be read as Parquet: {error}") from error
+        return _parsed(path, chosen, *texts, first_line=1)
+    content = _text(path)
+    if not id_columns:
+        table = _csv_table(path, content, ("id", "loss"), has_header=False)
+        return _parsed(path, ("id", "loss"), *table.columns, first_line=1, hint=" (and no header)")
     try:
-        values_N = texts.cast(pa.float64()).to_numpy()
-    except pa.ArrowInvalid:
-        row = next((row for row, text in enumerate(texts) if not _is_number(text)), 0)
-        raise _bad_row(path, row + first_line, texts[row], table) from None
-    bad_N = is_row_N & ~(np.asarray(has_id) & (np.abs(values_N) <= LARGEST_LOSS))
-    if bad_N.any():
-        row = int(np.argmax(bad_N))
-        raise _bad_row(path, row + first_line, texts[row], table)
-    if not is_row_N.any():
+        header = next(csv.reader(io.StringIO(content.decode("utf-8-sig"))), [])
+    except csv.Error as error:
+        raise DataError(f"{path} cannot be read as CSV: {error}") from error
+    chosen = _choose(path, header, id_columns, number_columns)
+    table = _csv_table(path, content, chosen, has_header=True)
+    return _parsed(path, chosen, *table.columns, first_line=2)
+
+
+def _choose(
+    path: Path, header: list[str], id_columns: Sequence[str], number_columns: Sequence[str]
+) -> tuple[str, str]:
+    found = [next((name for name in names if name in header), "") for names in (id_columns, number_columns)]
+    if not all(found):
+        raise DataError(
+            f"{path} has columns {name_some(header, limit=12) or 'none'}, and needs one of ids "
+            f"({' or '.join(id_columns)}) and one of difficulties ({' or '.join(number_columns)}): name "
+            "others with `selective-dpo import-curriculum --id-column NAME --difficulty-column NAME`"
+        )
+    ids, numbers = found
+    if any(header.count(name) != 1 for name in found) or ids == numbers:
+        raise DataError(f"{path} does not hold columns {ids!r} and {numbers!r}, each once")
+    return ids, numbers
+
+
+def _parsed(
+    path: Path,
+    names: tuple[str, str],
+    ids: pa.ChunkedArray,
+    numbers: pa.ChunkedArray,
+    *,
+    first_line: int,
+    hint: str = "",
+) -> Numbers:
+    """The rows of two columns of text."""
+    texts = pc.utf8_trim_whitespace(numbers)
+    has_id_N = np.asarray(pc.not_equal(ids, ""))
+    is_blank_N = ~has_id_N & np.asarray(pc.equal(texts, ""))
+    is_number_N = np.asarray(pc.match_substring_regex(texts, _NUMBER))
+    values_N = pc.if_else(pa.array(is_number_N), texts, "0").cast(pa.float64()).to_numpy()
+    wrong_N = ~is_blank_N & ~(has_id_N & is_number_N & (np.abs(values_N) <= MAX_LOSS))
+    if wrong_N.any():
+        row = int(np.argmax(wrong_N))
+        raise DataError(
+            f"{path} line {row + first_line}: need an id and a finite {names[1]}{hint}; "
+            f"the {names[1]} is {texts[row].as_py()!r}"
+        )
+    if is_blank_N.all():
         raise DataError(f"{path} has no rows")
-    ids = id_column.combine_chunks().filter(pa.array(is_row_N))
+    kept = ids.combine_chunks().filter(pa.array(~is_blank_N))
     try:
-        require_plain(ids, what=f"{path}: ids")
+        require_plain(kept, what=f"{path}: ids")
     except IdentityError as error:
         raise DataError(str(error)) from error
-    return Numbers(ids, values_N[is_row_N])
+    return Numbers(*names, kept, values_N[~is_blank_N])
 
 
 def _text(path: Path) -> bytes:
@@ -387,21 +402,7 @@ def _text(path: Path) -> bytes:
     return content
 
 
-def _header(path: Path, content: bytes) -> list[str]:
-    try:
-        return next(csv.reader(io.StringIO(content.decode("utf-8-sig"))), [])
-    except csv.Error as error:
-        raise DataError(f"{path} cannot be read as CSV: {error}") from error
-
-
-def _each_once(path: Path, names: list[str], choose: Callable[[list[str]], Columns]) -> Columns:
-    columns = choose(names)
-    if any(names.count(name) != 1 for name in columns) or columns.id == columns.number:
-        raise DataError(f"{path} does not hold columns {columns.id!r} and {columns.number!r}, each once")
-    return columns
-
-
-def _csv_table(path: Path, content: bytes, columns: Columns, *, has_header: bool) -> pa.Table:
+def _csv_table(path: Path, content: bytes, columns: tuple[str, str], *, has_header: bool) -> pa.Table:
     """Both columns as text, so that whatever is wrong with them can be shown."""
     wrong: list[pyarrow.csv.InvalidRow] = []
 
@@ -409,21 +410,18 @@ def _csv_table(path: Path, content: bytes, columns: Columns, *, has_header: bool
         wrong.append(row)
         return "skip"
 
+    # One thread, because only then rows know their number.
+    names = None if has_header else list(columns)
+    reading = pyarrow.csv.ReadOptions(column_names=names, use_threads=False)
+    parsing = pyarrow.csv.ParseOptions(invalid_row_handler=note, ignore_empty_lines=False)
+    converting = pyarrow.csv.ConvertOptions(
+        include_columns=list(columns),
+        column_types=dict.fromkeys(columns, pa.string()),
+        strings_can_be_null=False,
+    )
     try:
         with pa.BufferReader(content) as stream:
-            table = pyarrow.csv.read_csv(
-                stream,
-                # One thread, because only then rows know their number.
-                pyarrow.csv.ReadOptions(
-                    column_names=None if has_header else list(columns), use_threads=False
-                ),
-                pyarrow.csv.ParseOptions(invalid_row_handler=note, ignore_empty_lines=False),
-                pyarrow.csv.ConvertOptions(
-                    include_columns=list(columns),
-                    column_types=dict.fromkeys(columns, pa.string()),
-                    strings_can_be_null=False,
-                ),
-            )
+            table = pyarrow.csv.read_csv(stream, reading, parsing, converting)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} cannot be read as CSV: {error}") from error
     if wrong:
@@ -435,22 +433,6 @@ def _csv_table(path: Path, content: bytes, columns: Columns, *, has_header: bool
     return table
 
 
-def _parquet_table(path: Path, choose: Callable[[list[str]], Columns]) -> tuple[Columns, pa.Table]:
-    """Both columns as text, like those of a CSV."""
-    source = pa.BufferReader(_unpacked(path)) if path.suffix == ".gz" else path
-    try:
-        with pq.ParquetFile(source) as file:
-            columns = _each_once(path, file.schema_arrow.names, choose)
-            table = file.read(columns=list(columns))
-        values = table[columns.number]
-        # A float32 as the float64 that it is, not as its own shortest text.
-        values = values.cast(pa.float64()) if pa.types.is_floating(values.type) else values
-        texts = [pc.fill_null(column.cast(pa.string()), "") for column in (table[columns.id], values)]
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as Parquet: {error}") from error
-    return columns, pa.table(dict(zip(columns, texts, strict=True)))
-
-
 def _unpacked(path: Path) -> bytes:
     # In pieces: a small .gz can unpack to more than any memory holds.
     pieces: list[bytes] = []
@@ -460,44 +442,24 @@ def _unpacked(path: Path) -> bytes:
             while piece := stream.read(_PIECE):
                 pieces.append(piece)
                 size += len(piece)
-                if size > MOST_BYTES:
-                    raise DataError(
-                        f"{path} has more than {MOST_BYTES >> 20:,} MiB; is it a file of records?"
-                    )
+                if size > MAX_BYTES:
+                    raise DataError(f"{path} has more than {MAX_BYTES >> 20:,} MiB; is it a file of records?")
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} cannot be read as CSV: {error}") from error
     return b"".join(pieces)
 
 
-def _bad_row(path: Path, line: int, number: pa.Scalar, table: pa.Table) -> DataError:
-    columns = Columns(*table.column_names)
-    header = " (and no header)" if columns == _RECORDS else ""
-    return DataError(
-        f"{path} line {line}: need an id and a finite {columns.number}{header}; "
-        f"the {columns.number} is {number.as_py()!r}"
-    )
-
-
-def _is_number(text: pa.Scalar) -> bool:
-    try:
-        text.cast(pa.float64())
-    except pa.ArrowInvalid:
-        return False
-    return True
-
-
-# ----------------------------------------------------------------------------------------------------
-# The original repository's learning records (CSV, no header: prompt id, loss) as a curriculum.
+# --- A folder of the original repository's learning records (CSV, no header: prompt id, loss) -------------
 
 
 # Two layouts: both halves in one file (seed41_step00.csv), or each in its own
 # (learning_record-seed41-step0-first.csv and -second.csv).
-_NUMBER = "[0-9]{1,9}"
+_DIGITS = "[0-9]{1,9}"
 
-_WHOLE = re.compile(rf"seed(?P<seed>{_NUMBER})_step(?P<step>{_NUMBER})\.csv(\.gz)?")
+_WHOLE = re.compile(rf"seed(?P<seed>{_DIGITS})_step(?P<step>{_DIGITS})\.csv(\.gz)?")
 
 _HALF = re.compile(
-    rf"learning_record-seed(?P<seed>{_NUMBER})-step(?P<step>{_NUMBER})-(?P<half>first|second)\.csv(\.gz)?"
+    rf"learning_record-seed(?P<seed>{_DIGITS})-step(?P<step>{_DIGITS})-(?P<half>first|second)\.csv(\.gz)?"
 )
 
 _HALVES = ("first", "second")
@@ -542,8 +504,7 @@ class Imported(NamedTuple):
 
     def describe(self) -> str:
         """What was found, in a few lines."""
-        facts = self.curriculum.facts
-        found = self.folder
+        facts, found = self.curriculum.facts, self.folder
         repeats = [count.rows - count.distinct_ids for count in found.counts]
         lines = [
             f"{len(found.counts)} evaluations (seeds {', '.join(map(str, facts['seeds']))}), "
@@ -565,16 +526,6 @@ def _span(numbers: Sequence[int]) -> str:
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
-class _Column(NamedTuple):
-    """The losses of one seed's evaluation, each id once."""
-
-    tally: EvaluationCount
-    ids: pa.Array
-    losses_N: NDArray[np.float64]
-    repeated: list[str]
-    conflicting: list[str]
-
-
 def import_records(folder: str | Path, select: SelectConfig | Mapping[str, Any] | None = None) -> Imported:
     """The curriculum of the learning records in `folder` (see `read_record_folder`).
 
@@ -587,7 +538,11 @@ def import_records(folder: str | Path, select: SelectConfig | Mapping[str, Any] 
     """
     config = resolved_selection(select)
     found = read_record_folder(Path(folder), allow_partial=config.allow_partial)
-    key = content_key(files=found.provenance["files"], select=config.model_dump(mode="json"))
+    key = content_key(
+        files=found.provenance["files"],
+        select=config.model_dump(mode="json"),
+        **criterion_source(config.aggregate),
+    )
     return Imported(build_curriculum(found.losses, config, provenance=found.provenance, key=key), found)
 
 
@@ -601,22 +556,29 @@ def read_record_folder(folder: Path, *, allow_partial: bool = False) -> RecordFo
         RecordsError: an id is missing in some file, unless `allow_partial`.
     """
     groups, ignored = _find_files(folder, allow_partial=allow_partial)
-    columns = [_read_column(key, paths) for key, paths in sorted(groups.items())]
-    table = _loss_table(columns, allow_partial=allow_partial)
-    digests = {path.name: file_digest(path) for paths in groups.values() for path in paths}
-    repeated = sorted({item for column in columns for item in column.repeated})
-    conflicting = sorted({item for column in columns for item in column.conflicting})
+    found = [_read_evaluation(*key, paths) for key, paths in sorted(groups.items())]
+    ids = pc.unique(pa.concat_tables([each.records for each in found])["pair_id"])
+    for each in [] if allow_partial else found:
+        absent = ids.filter(pc.invert(pc.is_in(ids, value_set=each.records["pair_id"])))
+        if len(absent):
+            raise RecordsError(
+                f"{len(absent):,} of {len(ids):,} ids are missing in {' and '.join(each.counts.files)}: "
+                f"{name_some(absent.to_pylist())}; add them, or accept this with --allow-partial"
+            )
+    losses = arrange(pa.concat_tables([each.records for each in found]), allow_partial=allow_partial)
+    repeated = tuple(sorted({name for each in found for name in each.repeated}))
+    conflicting = tuple(sorted({name for each in found for name in each.conflicting}))
     provenance = {
         "source": "learning records of the original repository",
         "ids": "the original's prompt ids, taken for both pair_id and prompt_id",
         "folder": folder.resolve().name,
-        "files": digests,
-        "rows": sum(column.tally.rows for column in columns),
+        "files": {path.name: file_digest(path) for paths in groups.values() for path in paths},
+        "rows": sum(each.counts.rows for each in found),
         "repeated_ids": len(repeated),
         "conflicting_ids": len(conflicting),
     }
-    counts = tuple(column.tally for column in columns)
-    return RecordFolder(table, counts, tuple(ignored), tuple(repeated), tuple(conflicting), provenance)
+    counts = tuple(each.counts for each in found)
+    return RecordFolder(losses, counts, tuple(ignored), repeated, conflicting, provenance)
 
 
 def _find_files(folder: Path, *, allow_partial: bool) -> tuple[dict[tuple[int, int], list[Path]], list[str]]:
@@ -640,73 +602,59 @@ def _find_files(folder: Path, *, allow_partial: bool) -> tuple[dict[tuple[int, i
         raise DataError(
             f"{folder} holds no seed41_step00.csv or learning_record-seed41-step0-first.csv files"
         )
-    if not allow_partial:
-        _require_grid(folder, found)
-    return {
-        key: [parts[half] for half in ("", *_HALVES) if half in parts] for key, parts in found.items()
-    }, ignored
+    missing = [] if allow_partial else _missing_files(found)
+    if missing:
+        raise DataError(f"{folder} lacks {name_some(missing)}; add it, or accept this with --allow-partial")
+    halves = ("", *_HALVES)
+    return {key: [parts[half] for half in halves if half in parts] for key, parts in found.items()}, ignored
 
 
-def _require_grid(folder: Path, found: Mapping[tuple[int, int], Mapping[str, Path]]) -> None:
-    seeds = {seed for seed, _ in found}
-    evaluations = {evaluation for _, evaluation in found}
-    missing = [
+def _missing_files(found: Mapping[tuple[int, int], Mapping[str, Path]]) -> list[str]:
+    """What a full grid of seeds and evaluations would have, and `found` has not."""
+    seeds, evaluations = (sorted(set(numbers)) for numbers in zip(*found, strict=True))
+    evaluations_missing = [
         f"seed {seed} step {evaluation - 1}"
-        for seed in sorted(seeds)
-        for evaluation in sorted(evaluations)
+        for seed in seeds
+        for evaluation in evaluations
         if (seed, evaluation) not in found
     ]
-    missing += [
+    return evaluations_missing + [
         f"the {half} half of seed {seed} step {evaluation - 1}"
         for (seed, evaluation), parts in sorted(found.items())
         for half in _HALVES
         if "" not in parts and half not in parts
     ]
-    if missing:
-        raise DataError(f"{folder} lacks {name_some(missing)}; add it, or accept this with --allow-partial")
 
 
-def _read_column(key: tuple[int, int], paths: list[Path]) -> _Column:
-    halves = [read_records(path) for path in paths]
-    ids = pa.concat_arrays([half.ids for half in halves])
+class _Evaluation(NamedTuple):
+    """What the files of one seed's evaluation hold."""
+
+    counts: EvaluationCount
+    records: pa.Table
+    """Each id once."""
+    repeated: list[str]
+    conflicting: list[str]
+
+
+def _read_evaluation(seed: int, evaluation: int, paths: list[Path]) -> _Evaluation:
+    halves = [read_numbers(path) for path in paths]
     losses_N = np.concatenate([half.values_N for half in halves])
-    coded = pc.dictionary_encode(ids)
-    code_N = coded.indices.to_numpy()
-    # The dictionary is in order of first appearance, and so are the first rows of its codes.
-    _, first_D = np.unique(code_N, return_index=True)
+    code_N, ids = codes(pa.chunked_array([half.ids for half in halves]))
+    first_D = first_rows(code_N, len(ids))
     repeated_D = np.bincount(code_N) > 1
-    differs_N = losses_N != losses_N[first_D][code_N]
-    conflicting_D = np.bincount(code_N, weights=differs_N) > 0
-    tally = EvaluationCount(
+    conflicting_D = np.bincount(code_N, weights=losses_N != losses_N[first_D][code_N]) > 0
+    count = EvaluationCount(
         files=tuple(path.name for path in paths),
-        seed=key[0],
-        evaluation=key[1],
+        seed=seed,
+        evaluation=evaluation,
         rows=len(losses_N),
-        distinct_ids=len(first_D),
+        distinct_ids=len(ids),
         repeated_ids=int(repeated_D.sum()),
         conflicting_ids=int(conflicting_D.sum()),
     )
-    named = [coded.dictionary.filter(pa.array(flag_D)).to_pylist() for flag_D in (repeated_D, conflicting_D)]
-    return _Column(tally, coded.dictionary, losses_N[first_D], *named)
-
-
-def _loss_table(columns: list[_Column], *, allow_partial: bool) -> LossTable:
-    ids = pc.unique(pa.chunked_array([column.ids for column in columns]))
-    for column in columns:
-        absent = ids.filter(pc.invert(pc.is_in(ids, value_set=column.ids)))
-        if len(absent) and not allow_partial:
-            raise RecordsError(
-                f"{len(absent):,} of {len(ids):,} ids are missing in {' and '.join(column.tally.files)}: "
-                f"{name_some(absent.to_pylist())}; add them, or accept this with --allow-partial"
-            )
-    names_P, order_P = np.unique(np.asarray(ids.to_pylist(), dtype=np.str_), return_index=True)
-    row_of_P = np.empty(len(order_P), dtype=np.intp)
-    row_of_P[order_P] = np.arange(len(order_P))
-    seeds = sorted({column.tally.seed for column in columns})
-    evaluations = sorted({column.tally.evaluation for column in columns})
-    losses_PSE = np.full((len(ids), len(seeds), len(evaluations)), np.nan)
-    for column in columns:
-        rows = row_of_P[pc.index_in(column.ids, value_set=ids).to_numpy()]
-        s, e = seeds.index(column.tally.seed), evaluations.index(column.tally.evaluation)
-        losses_PSE[rows, s, e] = column.losses_N
-    return LossTable(names_P, names_P, tuple(seeds), tuple(evaluations), losses_PSE)
+    # The halves are those of a seed's folds, which these files do not tell: 0 stands for both.
+    numbers = {"seed": seed, "fold": 0, "evaluation": evaluation}
+    columns = {name: np.full(len(ids), number) for name, number in numbers.items()}
+    records = pa.table({"pair_id": ids, "prompt_id": ids, **columns, "loss": losses_N[first_D]})
+    named = [ids.filter(pa.array(flags_D)).to_pylist() for flags_D in (repeated_D, conflicting_D)]
+    return _Evaluation(count, records, *named)

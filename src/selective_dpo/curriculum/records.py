@@ -1,11 +1,11 @@
-"""Held-out records as columns, and the one dense array that everything downstream computes on."""
+"""Held-out records as columns, and the dense arrays that everything downstream computes on."""
 
 from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,12 +15,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from selective_dpo.criteria import CRITERIA, by_record
+from selective_dpo.criteria import CRITERIA, RECORD_COLUMNS, by_record
 from selective_dpo.curriculum.columns import codes, first_rows, text_array
-from selective_dpo.errors import ArtifactError, RecordsError, name_some
+from selective_dpo.errors import ArtifactError, ConfigError, RecordsError, name_some
 from selective_dpo.logprobs.nonfinite import quarantined_pair
 
-LARGEST_LOSS = 1e30
+MAX_LOSS = 1e30
 """In nats. A loss beyond it is no measurement; the sums and squares of those below stay finite."""
 
 
@@ -31,7 +31,7 @@ class Records:
     `evaluation` counts from 1; `fold` is the half that the pair is in, so its scorer was trained on
     the other half. Log-probs are sums over the completion's tokens, in nats; `margin` is beta times
     the difference of the chosen and rejected log-ratios; `loss` is the scorer's own training loss, for
-    DPO's own -log sigmoid(margin), in nats (see `core.losses`).
+    DPO's own -log sigmoid(margin), in nats (see `losses`).
     """
 
     pair_id: NDArray[np.str_]
@@ -62,113 +62,148 @@ class LossTable:
     evaluations_E: tuple[int, ...]
     losses_PSE: NDArray[np.float64]
     """NaN where there is no record; complete tables have none."""
+    others: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+    """Further record columns [P, S, E] by name: those that a criterion reads."""
 
     @property
     def counts_P(self) -> NDArray[np.int64]:
         """Number of records of each pair."""
-        pairs, seeds, evaluations = self.losses_PSE.shape
-        held_PR = np.isfinite(self.losses_PSE).reshape(pairs, seeds * evaluations)
-        return np.asarray(np.count_nonzero(held_PR, axis=1), dtype=np.int64)
-
-
-class CodedRecords(NamedTuple):
-    """Some records, their keys given as places along the axes of a table of losses; columns of length R."""
-
-    pair_R: NDArray[np.integer[Any]]
-    seed_R: NDArray[np.integer[Any]]
-    evaluation_R: NDArray[np.integer[Any]]
-    fold_R: NDArray[np.integer[Any]]
-    """The folds themselves: they are no axis."""
-    loss_R: NDArray[np.float64]
-
-
-class Axes(NamedTuple):
-    """What the places along a table of losses stand for."""
-
-    pair_ids_P: NDArray[np.str_]
-    """Sorted, unique."""
-    prompt_ids_P: NDArray[np.str_]
-    seeds_S: tuple[int, ...]
-    evaluations_E: tuple[int, ...]
+        return np.asarray(np.count_nonzero(np.isfinite(by_record(self.losses_PSE)), axis=1), dtype=np.int64)
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """(P, S, E)."""
-        return len(self.pair_ids_P), len(self.seeds_S), len(self.evaluations_E)
+    def complete(self) -> int:
+        """Number of records of a pair that has all: one for each seed and evaluation."""
+        return len(self.seeds_S) * len(self.evaluations_E)
+
+    def of_pairs(self, kept_P: NDArray[np.bool_]) -> LossTable:
+        """The table of some pairs."""
+        return dataclasses.replace(
+            self,
+            pair_ids_P=self.pair_ids_P[kept_P],
+            prompt_ids_P=self.prompt_ids_P[kept_P],
+            losses_PSE=self.losses_PSE[kept_P],
+            others={name: values_PSE[kept_P] for name, values_PSE in self.others.items()},
+        )
+
+    def of_seed(self, s: int) -> LossTable:
+        """The table of one seed, given by its index."""
+        return dataclasses.replace(
+            self,
+            seeds_S=self.seeds_S[s : s + 1],
+            losses_PSE=self.losses_PSE[:, s : s + 1],
+            others={name: values_PSE[:, s : s + 1] for name, values_PSE in self.others.items()},
+        )
 
 
-def loss_table(records: Records, *, allow_partial: bool = False) -> LossTable:
-    """Arrange records by (pair, seed, evaluation), each exactly once.
+def loss_table(
+    records: Records, *, allow_partial: bool = False, columns: Collection[str] = ("loss",)
+) -> LossTable:
+    """Arrange records by (pair, seed, evaluation), each exactly once; `columns` as a criterion reads them.
 
     Raises:
         RecordsError: no records; a record stands twice; a loss is not finite; a pair was measured in both
             folds of a seed; or, unless `allow_partial`, a pair lacks a record. Some of the pairs are named.
     """
-    pair_ids, first, pair_R = np.unique(records.pair_id, return_index=True, return_inverse=True)
-    seeds, seed_R = np.unique(records.seed, return_inverse=True)
-    evaluations, evaluation_R = np.unique(records.evaluation, return_inverse=True)
-    axes = Axes(pair_ids, records.prompt_id[first], tuple(seeds.tolist()), tuple(evaluations.tolist()))
-    part = CodedRecords(pair_R, seed_R, evaluation_R, records.fold, records.loss)
-    return arrange(axes, [part], allow_partial=allow_partial)
+    return arrange(_to_arrow(records), columns, allow_partial=allow_partial)
 
 
-def arrange(axes: Axes, parts: Sequence[CodedRecords], *, allow_partial: bool = False) -> LossTable:
-    """The table of the records in `parts`; `loss_table` says what is refused."""
-    if not any(len(part.loss_R) for part in parts):
+def read_loss_table(
+    paths: Sequence[Path],
+    *,
+    allow_partial: bool = False,
+    without: Collection[str] = (),
+    columns: Collection[str] = ("loss",),
+) -> LossTable:
+    """What `loss_table` makes of the records in all these files, without the pairs of the ids `without`.
+
+    Thirty million records take about 3 GB: ids are read as codes, file by file.
+
+    Raises:
+        ArtifactError: a file is missing, or does not hold records (see `read_records`).
+        RecordsError: what `loss_table` refuses.
+    """
+    names = ["pair_id", "prompt_id", "seed", "fold", "evaluation", *{"loss": None} | dict.fromkeys(columns)]
+    left_out = pa.array(list(without), type=pa.string())
+    tables = []
+    for path in paths:
+        table = read_columns(path, names)
+        if without:
+            table = table.filter(pc.invert(pc.is_in(table["pair_id"], value_set=left_out)))
+        for place, name in enumerate(_TEXT):
+            table = table.set_column(place, name, pc.dictionary_encode(table[name]))
+        tables.append(table)
+    records = pa.concat_tables(tables or [SCHEMA.empty_table()])
+    return arrange(records, columns, allow_partial=allow_partial)
+
+
+def arrange(
+    table: pa.Table, columns: Collection[str] = ("loss",), *, allow_partial: bool = False
+) -> LossTable:
+    """What `loss_table` makes of an Arrow table of records, whose rows come in any order."""
+    if not len(table):
         raise RecordsError("there are no records: run the scoring first")
-    _require_finite(axes, parts)
-    losses_PSE = np.full(axes.shape, np.nan)
-    records_P = np.zeros(len(axes.pair_ids_P), dtype=np.int64)
-    for part in parts:
-        cell_R = np.ravel_multi_index((part.pair_R, part.seed_R, part.evaluation_R), axes.shape)
-        losses_PSE.reshape(-1)[cell_R] = part.loss_R
-        records_P += np.bincount(part.pair_R, minlength=len(records_P))
-    table = LossTable(*axes, losses_PSE)
-    # All losses are finite, so a pair with more records than filled cells has two in one of them.
-    counts_P = table.counts_P
-    if (records_P > counts_P).any():
-        repeated = axes.pair_ids_P[records_P > counts_P]
+    code_R, ids_D = codes(table["pair_id"])
+    first_D = first_rows(code_R, len(ids_D))
+    by_id_P = pc.sort_indices(ids_D).to_numpy()
+    place_D = np.empty(len(by_id_P), dtype=np.int32)
+    place_D[by_id_P] = np.arange(len(by_id_P))
+    pair_R = place_D[code_R]
+    ids_P = text_array(ids_D.take(pa.array(by_id_P)))
+    prompt_R, prompts_D = codes(table["prompt_id"])
+    prompts_P = text_array(prompts_D)[prompt_R[first_D[by_id_P]]]
+    (seeds_S, seed_R), (evaluations_E, evaluation_R) = (_axis(table[name]) for name in ("seed", "evaluation"))
+    shape = len(ids_P), len(seeds_S), len(evaluations_E)
+    cell_R = np.ravel_multi_index((pair_R, seed_R, evaluation_R), shape)
+
+    arranged: dict[str, NDArray[np.float64]] = {}
+    for name in {"loss": None} | dict.fromkeys(columns):
+        values_R = table[name].to_numpy()
+        # Written so that NaN, which compares with nothing, is refused as well.
+        _refuse(ids_P, pair_R[~(np.abs(values_R) <= MAX_LOSS)], f"have a {name} that is not finite")
+        arranged[name] = np.full(shape, np.nan)
+        arranged[name].reshape(-1)[cell_R] = values_R
+
+    times_PR = np.bincount(cell_R, minlength=int(np.prod(shape))).reshape(len(ids_P), -1)
+    repeated = np.flatnonzero((times_PR > 1).any(axis=1))
+    _refuse(ids_P, repeated, "have two records for one seed and evaluation")
+
+    # A seed's two scorers were trained on one fold each: the scorer of the other fold knows the pair.
+    fold_PS, fold_R = np.zeros(shape[:2], dtype=np.int64), table["fold"].to_numpy()
+    fold_PS[pair_R, seed_R] = fold_R
+    # The last record of a pair and seed stands there now: an earlier one of the other fold differs from it.
+    two_folds = pair_R[fold_PS[pair_R, seed_R] != fold_R]
+    remedy = "; one of its two scorers was trained on them, so score that seed again"
+    _refuse(ids_P, two_folds, "have records of both folds of one seed", remedy)
+
+    made = LossTable(ids_P, prompts_P, seeds_S, evaluations_E, arranged.pop("loss"), arranged)
+    if not allow_partial:
+        _require_complete(made)
+    return made
+
+
+def _axis(column: pa.ChunkedArray) -> tuple[tuple[int, ...], NDArray[np.intp]]:
+    """The distinct whole numbers of a column, rising, and the index of each row's among them."""
+    values_A = np.sort(pc.unique(column).to_numpy())
+    return tuple(values_A.tolist()), np.searchsorted(values_A, column.to_numpy())
+
+
+def _refuse(ids_P: NDArray[np.str_], rows: NDArray[np.integer[Any]], what: str, remedy: str = "") -> None:
+    if len(rows):
+        named = ids_P[np.unique(rows)]
+        raise RecordsError(f"{len(named):,} pairs {what}: {name_some(named)}{remedy}")
+
+
+def _require_complete(table: LossTable) -> None:
+    lacking = table.pair_ids_P[table.counts_P < table.complete]
+    if len(lacking):
+        pairs = len(table.pair_ids_P)
         raise RecordsError(
-            f"{len(repeated):,} pairs have two records for one seed and evaluation: {name_some(repeated)}"
-        )
-    _require_one_fold(axes, parts)
-    complete = len(axes.seeds_S) * len(axes.evaluations_E)
-    if (counts_P < complete).any() and not allow_partial:
-        lacking = axes.pair_ids_P[counts_P < complete]
-        raise RecordsError(
-            f"{len(lacking):,} of {len(counts_P):,} pairs lack some of their {complete} records: "
+            f"{len(lacking):,} of {pairs:,} pairs lack some of their {table.complete} records: "
             f"{name_some(lacking)}; score them, or accept them with --allow-partial"
         )
-    return table
 
 
-def _require_finite(axes: Axes, parts: Sequence[CodedRecords]) -> None:
-    # Written so that NaN, which compares with nothing, is refused as well.
-    bad = np.concatenate([part.pair_R[~(np.abs(part.loss_R) <= LARGEST_LOSS)] for part in parts])
-    if len(bad):
-        named = axes.pair_ids_P[np.unique(bad)]
-        raise RecordsError(f"{len(named):,} pairs have a loss that is not finite: {name_some(named)}")
-
-
-def _require_one_fold(axes: Axes, parts: Sequence[CodedRecords]) -> None:
-    """A seed's two scorers were trained on one fold each: the scorer of the other fold knows the pair."""
-    fold_PS = np.zeros(axes.shape[:2], dtype=np.int64)
-    for part in parts:
-        fold_PS[part.pair_R, part.seed_R] = part.fold_R
-    # The last record of a pair and seed stands there now: an earlier one of the other fold differs from it.
-    differs = [part.pair_R[fold_PS[part.pair_R, part.seed_R] != part.fold_R] for part in parts]
-    two_folds = np.concatenate(differs)
-    if len(two_folds):
-        named = axes.pair_ids_P[np.unique(two_folds)]
-        raise RecordsError(
-            f"{len(named):,} pairs have records of both folds of one seed: {name_some(named)}; "
-            "one of its two scorers was trained on them, so score that seed again"
-        )
-
-
-# ----------------------------------------------------------------------------------------------------
-# records.parquet: the columns of `Records`, by their names.
-
+# --- records.parquet: the columns of `Records`, by their names --------------------------------------------
 
 _TEXT = ("pair_id", "prompt_id")
 
@@ -182,7 +217,7 @@ def _kind(name: str) -> pa.DataType:
 
 
 SCHEMA = pa.schema(
-    [pa.field(field.name, _kind(field.name), nullable=False) for field in dataclasses.fields(Records)]
+    [pa.field(each.name, _kind(each.name), nullable=False) for each in dataclasses.fields(Records)]
 )
 
 
@@ -192,8 +227,12 @@ def write_records(records: Records, path: Path) -> None:
     Raises:
         ValueError: the columns differ in length.
     """
-    columns = [pa.array(getattr(records, field.name), type=field.type) for field in SCHEMA]
-    pq.write_table(pa.Table.from_arrays(columns, schema=SCHEMA), path)
+    pq.write_table(_to_arrow(records), path)
+
+
+def _to_arrow(records: Records) -> pa.Table:
+    columns = [pa.array(getattr(records, each.name), type=each.type) for each in SCHEMA]
+    return pa.Table.from_arrays(columns, schema=SCHEMA)
 
 
 def read_records(path: Path) -> Records:
@@ -259,118 +298,8 @@ def _to_numpy(column: pa.ChunkedArray) -> NDArray[Any]:
     return np.asarray(text_array(distinct)[code_N])
 
 
-# ----------------------------------------------------------------------------------------------------
-# From records files straight to the table of losses: 30 million records are no problem as columns.
-#
-# A file's ids stay in Arrow and are read as codes; the losses go from the file into their places. The
-# result equals `loss_table(concat_records([read_records(path) ...]))`, which needs ten times the memory.
-
-
-_COLUMNS = ("pair_id", "prompt_id", "seed", "fold", "evaluation", "loss")
-
-
-def read_loss_table(
-    paths: Sequence[Path], *, allow_partial: bool = False, without: Collection[str] = ()
-) -> LossTable:
-    """The losses in records files, by pair, seed and evaluation, each exactly once.
-
-    Pairs of the ids `without` are left out, whatever was measured of them.
-
-    Raises:
-        ArtifactError: a file is missing, or does not hold records (see `read_records`).
-        RecordsError: what `loss_table` refuses.
-    """
-    files = [_read(path, pa.array(list(without), type=pa.string())) for path in paths]
-    ids = pa.chunked_array([file.pairs.values for file in files], type=pa.string())
-    id_N, distinct = codes(ids)
-    by_id_P = pc.sort_indices(distinct).to_numpy()
-    prompts = pa.chunked_array([file.prompts for file in files], type=pa.string())
-    place_P = np.empty(len(by_id_P), dtype=np.int32)
-    place_P[by_id_P] = np.arange(len(by_id_P))
-    first_P = first_rows(id_N, len(distinct))
-    axes = Axes(
-        text_array(distinct.take(pa.array(by_id_P))),
-        text_array(prompts.take(pa.array(first_P[by_id_P]))),
-        _axis([file.seeds for file in files]),
-        _axis([file.evaluations for file in files]),
-    )
-    starts = np.cumsum([0, *(len(file.pairs.values) for file in files)])
-    parts = [
-        _placed(file, place_P[id_N[start:stop]], axes)
-        for file, start, stop in zip(files, starts[:-1], starts[1:], strict=True)
-    ]
-    return arrange(axes, parts, allow_partial=allow_partial)
-
-
-class _Coded(NamedTuple):
-    """A column as its distinct values and the place of each row's among them."""
-
-    code_R: NDArray[np.int32]
-    values: pa.Array
-
-
-class _File(NamedTuple):
-    pairs: _Coded
-    prompts: pa.Array
-    """Of each distinct pair."""
-    seeds: _Coded
-    evaluations: _Coded
-    fold_R: NDArray[np.int64]
-    loss_R: NDArray[np.float64]
-
-
-def _read(path: Path, without: pa.Array) -> _File:
-    table = read_columns(path, _COLUMNS)
-    if len(without):
-        table = table.filter(pc.invert(pc.is_in(table["pair_id"], value_set=without)))
-    pairs = _Coded(*codes(table["pair_id"]))
-    first = first_rows(pairs.code_R, len(pairs.values))
-    return _File(
-        pairs,
-        _one_chunk(table["prompt_id"].take(pa.array(first))),
-        _Coded(*codes(table["seed"])),
-        _Coded(*codes(table["evaluation"])),
-        table["fold"].to_numpy(),
-        table["loss"].to_numpy(),
-    )
-
-
-def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
-    combined = column.combine_chunks()
-    return combined if isinstance(combined, pa.Array) else pa.array([], type=column.type)
-
-
-def _axis(columns: Sequence[_Coded]) -> tuple[int, ...]:
-    return tuple(sorted({value for column in columns for value in column.values.to_pylist()}))
-
-
-def _placed(file: _File, place_D: NDArray[np.int32], axes: Axes) -> CodedRecords:
-    return CodedRecords(
-        place_D[file.pairs.code_R],
-        _along(file.seeds, axes.seeds_S),
-        _along(file.evaluations, axes.evaluations_E),
-        file.fold_R,
-        file.loss_R,
-    )
-
-
-def _along(column: _Coded, axis: tuple[int, ...]) -> NDArray[np.int32]:
-    places = [axis.index(value) for value in column.values.to_pylist()]
-    return np.array(places, dtype=np.int32)[column.code_R]
-
-
-_VALUES = (
-    "policy_chosen_logp",
-    "policy_rejected_logp",
-    "reference_chosen_logp",
-    "reference_rejected_logp",
-    "margin",
-    "loss",
-)
-
-
 class Sifted(NamedTuple):
-    """Records parted by pair."""
+    """What `sift` makes of records."""
 
     records: Records
     """All records of the pairs that have only finite ones."""
@@ -379,8 +308,8 @@ class Sifted(NamedTuple):
 
 
 def sift(records: Records) -> Sifted:
-    """Part the pairs with a value that is not finite in any record from the others."""
-    finite_VR = np.stack([np.isfinite(getattr(records, name)) for name in _VALUES])
+    """Take out the pairs that have a value that is not finite in any of their records."""
+    finite_VR = np.stack([np.isfinite(getattr(records, name)) for name in RECORD_COLUMNS])
     bad_rows = np.flatnonzero(~finite_VR.all(axis=0))
     if not len(bad_rows):
         return Sifted(records, [])
@@ -388,7 +317,9 @@ def sift(records: Records) -> Sifted:
     for row in bad_rows.tolist():
         pair = str(records.pair_id[row])
         entry = found.setdefault(pair, quarantined_pair(pair, str(records.prompt_id[row])))
-        values = [name for name, is_finite in zip(_VALUES, finite_VR[:, row], strict=True) if not is_finite]
+        values = [
+            name for name, is_finite in zip(RECORD_COLUMNS, finite_VR[:, row], strict=True) if not is_finite
+        ]
         place = {"evaluation": int(records.evaluation[row]), "step": int(records.step[row])}
         entry["not_finite"].append({**place, "values": values})
     kept_R = ~np.isin(records.pair_id, list(found))
@@ -415,28 +346,31 @@ def difficulty(table: LossTable, how: str = "mean", *, allow_partial: bool = Fal
     Raises:
         RecordsError: a loss is infinite; a pair lacks records and `allow_partial` is off; or a pair
             has none of the records that `how` reads. Some of the pairs are named.
-        ValueError: there is no such criterion.
+        ConfigError: there is no such criterion, the table lacks a column that it reads, or it does not
+            return a number for each pair.
     """
-    if how not in CRITERIA:
-        raise ValueError(f"unknown criterion {how!r}: use {', '.join(CRITERIA)}")
-    losses_PSE = table.losses_PSE
-    if np.isinf(losses_PSE).any():
-        bad = table.pair_ids_P[np.isinf(losses_PSE).any(axis=(1, 2))]
-        raise RecordsError(f"{len(bad):,} pairs have an infinite loss: {name_some(bad)}")
-    count_P = table.counts_P
-    complete = losses_PSE.shape[1] * losses_PSE.shape[2]
-    lacking = table.pair_ids_P[count_P < complete]
-    if len(lacking) and not allow_partial:
-        raise RecordsError(
-            f"{len(lacking):,} of {len(count_P):,} pairs lack some of their {complete} records: "
-            f"{name_some(lacking)}; score them, or accept them with --allow-partial"
+    criterion, losses_PR = CRITERIA[how], by_record(table.losses_PSE)
+    _refuse(table.pair_ids_P, np.flatnonzero(np.isinf(losses_PR).any(axis=1)), "have an infinite loss")
+    if not allow_partial:
+        _require_complete(table)
+    columns = {"loss": table.losses_PSE, **table.others}
+    if lacking := [name for name in criterion.reads if name not in columns]:
+        raise ConfigError(
+            f"criterion {how!r} reads {', '.join(lacking)}, which these losses come without: build the "
+            "curriculum from the records of a run"
         )
+    has_gaps = bool(np.isnan(losses_PR).any())
     with warnings.catch_warnings():
         # Of pairs without a record that is read, which are named below.
         warnings.simplefilter("ignore", RuntimeWarning)
-        difficulty_P = CRITERIA[how].score(losses_PSE)
-        spread_P = np.nanstd(by_record(losses_PSE), axis=1) if len(lacking) else by_record(losses_PSE).std(1)
-    empty = table.pair_ids_P[~np.isfinite(difficulty_P)]
-    if len(empty):
-        raise RecordsError(f"{len(empty):,} pairs have no record that '{how}' reads: {name_some(empty)}")
-    return Difficulty(difficulty_P, spread_P, count_P)
+        scores = criterion.score(**{name: columns[name] for name in criterion.reads})
+        spread_P = np.nanstd(losses_PR, axis=1) if has_gaps else losses_PR.std(axis=1)
+    difficulty_P = np.asarray(scores, dtype=np.float64)
+    if difficulty_P.shape != table.pair_ids_P.shape:
+        raise ConfigError(
+            f"criterion {how!r} returned shape {difficulty_P.shape} for {len(losses_PR):,} pairs: it must "
+            "return one number for each pair"
+        )
+    unread = np.flatnonzero(~np.isfinite(difficulty_P))
+    _refuse(table.pair_ids_P, unread, f"have no record that '{how}' reads")
+    return Difficulty(difficulty_P, spread_P, table.counts_P)

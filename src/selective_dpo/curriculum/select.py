@@ -1,4 +1,4 @@
-"""Which pairs are kept."""
+"""Which pairs are kept, and in which order they are trained on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ RuleName = Literal["easiest", "hardest", "random", "below", "band", "all"]
 
 DEFAULT_FRACTION = 0.5
 
-_STREAM = 1  # `random` and `shuffled` may share a seed and must still be independent draws.
+# `random` and `shuffled` may share a seed and must still be independent draws.
+_RULE_STREAM, _ORDER_STREAM = 1, 2
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Selection(NamedTuple):
     """0 is the easiest; ties are broken by pair id, so ranks do not depend on the order of the rows."""
     selected_P: NDArray[np.bool_]
     reason_P: NDArray[np.str_]
-    """Why the pair was selected or left out, in words."""
+    """Why the pair was selected or left out."""
 
 
 def select(difficulty_P: NDArray[np.float64], pair_ids_P: NDArray[np.str_], rule: Rule) -> Selection:
@@ -65,9 +66,9 @@ def select(difficulty_P: NDArray[np.float64], pair_ids_P: NDArray[np.str_], rule
     if rule.name == "below":
         return _below(difficulty_P, rank_P, rule)
     low, high = rank_window(pairs, rule)
-    words = _window_words(rule)
+    reasons = _window_reasons(rule)
     place_P = np.where(rank_P < low, 0, np.where(rank_P < high, 1, 2))
-    return Selection(rank_P, place_P == 1, np.array(words)[place_P])
+    return Selection(rank_P, place_P == 1, np.array(reasons)[place_P])
 
 
 def ranks(difficulty_P: NDArray[np.float64], pair_ids_P: NDArray[np.str_]) -> NDArray[np.int64]:
@@ -133,7 +134,7 @@ def _share_of(fraction: float, pairs: int) -> int:
 
 
 def _draw(pair_ids_P: NDArray[np.str_], size: int, seed: int) -> NDArray[np.bool_]:
-    generator = np.random.default_rng([_STREAM, require_seed(seed)])
+    generator = np.random.default_rng([_RULE_STREAM, require_seed(seed)])
     drawn = ascending(pair_ids_P)[generator.permutation(len(pair_ids_P))[:size]]
     selected_P = np.zeros(len(pair_ids_P), dtype=np.bool_)
     selected_P[drawn] = True
@@ -160,8 +161,8 @@ def _below(difficulty_P: NDArray[np.float64], rank_P: NDArray[np.int64], rule: R
     return Selection(rank_P, selected_P, np.where(selected_P, f"at or below {named}", f"above {named}"))
 
 
-def _window_words(rule: Rule) -> tuple[str, str, str]:
-    """Words for pairs easier than the window, in it, and harder than it."""
+def _window_reasons(rule: Rule) -> tuple[str, str, str]:
+    """The reason of pairs easier than the window, in it, and harder than it."""
     if rule.name == "all":
         return "", "all scored pairs", ""
     if rule.name == "band" and rule.band is not None:
@@ -176,15 +177,12 @@ def _percent(fraction: float) -> str:
     return f"{100 * fraction:g}%"
 
 
-# ----------------------------------------------------------------------------------------------------
-# In which order the selected pairs are trained on.
+# --- In which order the selected pairs are trained on -----------------------------------------------------
 
 
 Order = Literal["easy-to-hard", "hard-to-easy", "shuffled"]
 
 NOT_SELECTED = -1
-
-_ORDER_STREAM = 2  # `random` and `shuffled` may share a seed and must still be independent draws.
 
 
 def training_positions(

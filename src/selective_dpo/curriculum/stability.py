@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +25,7 @@ from selective_dpo.curriculum.records import LossTable, difficulty
 from selective_dpo.curriculum.select import Rule, rank_window, ranks, size_of
 from selective_dpo.errors import ConfigError, RecordsError
 from selective_dpo.stats.bootstrap import LEVEL, REPLICATES, Draws, cluster_bootstrap, cluster_codes, rows_for
-from selective_dpo.stats.estimates import Estimate
+from selective_dpo.stats.estimates import Estimate, null_if_undefined
 from selective_dpo.stats.latent_correlation import OverlapCurve, correlation_of_means, overlap_curve
 
 TARGET = 0.95
@@ -82,9 +81,9 @@ class Prediction(NamedTuple):
             **self._asdict(),
             "observed": [each._asdict() for each in self.observed],
             "quantiles": list(self.quantiles),
-            "rho": _null_if_undefined(self.rho),
-            "repetition": {k: _null_if_undefined(v) for k, v in self.repetition._asdict().items()},
-            "single": {k: _null_if_undefined(v) for k, v in self.single._asdict().items()},
+            "rho": null_if_undefined(self.rho),
+            "repetition": self.repetition.as_json(),
+            "single": self.single.as_json(),
         }
 
 
@@ -134,7 +133,7 @@ def predict_overlap(
         replicates=replicates,
         seed=seed,
         resampled=lambda rows_N, weights_N: np.array([mean_overlap(binned.rows(rows_N), weights_N)]),
-        most_rows=rows_for(sets.seeds),
+        max_rows=rows_for(sets.seeds),
     )
     curve = overlap_curve(low, high)
     rho = float(curve.correlation(draws.value_K[0]))
@@ -244,15 +243,10 @@ def _valid(target: float) -> float:
     return target
 
 
-def _null_if_undefined(number: float) -> float | None:
-    return number if math.isfinite(number) else None
+# --- The sets of pairs that single seeds would select, and how far they coincide --------------------------
 
 
-# ----------------------------------------------------------------------------------------------------
-# The sets of pairs that single seeds would select, and how far they coincide.
-
-
-_MOST_BINS = 1 << 16
+_MAX_BINS = 1 << 16
 
 
 class SeedSets(NamedTuple):
@@ -293,9 +287,9 @@ class SeedSets(NamedTuple):
 
         The edge of a resample's set moves by at most half a bin, 1 / 131,072 of the pairs.
         """
-        if self.pairs <= _MOST_BINS:
+        if self.pairs <= _MAX_BINS:
             return self
-        return self._replace(code_SP=self.code_SP * _MOST_BINS // self.pairs)
+        return self._replace(code_SP=self.code_SP * _MAX_BINS // self.pairs)
 
 
 def seed_sets(table: LossTable, how: str, rule: Rule) -> SeedSets:
@@ -307,16 +301,11 @@ def seed_sets(table: LossTable, how: str, rule: Rule) -> SeedSets:
     """
     if len(table.seeds_S) < 2:
         raise RecordsError("a prediction of stability needs the records of at least two seeds: score another")
-    whole_P = np.isfinite(table.losses_PSE).all(axis=(1, 2))
+    whole_P = np.asarray(np.isfinite(table.losses_PSE).all(axis=(1, 2)))
     if not whole_P.any():
         raise RecordsError("no pair has the records of all seeds: finish the scoring first")
-    whole = replace(
-        table,
-        pair_ids_P=table.pair_ids_P[whole_P],
-        prompt_ids_P=table.prompt_ids_P[whole_P],
-        losses_PSE=table.losses_PSE[whole_P],
-    )
-    own_SP = np.array([_own_difficulty(whole, s, how) for s in range(len(table.seeds_S))])
+    whole = table.of_pairs(whole_P)
+    own_SP = np.array([difficulty(whole.of_seed(s), how).difficulty_P for s in range(len(table.seeds_S))])
     code_SP = np.array([ranks(own_P, whole.pair_ids_P) for own_P in own_SP], dtype=np.intp)
     kept_SP = _up_to_threshold(own_SP, rule) if rule.name == "below" else None
     if kept_SP is None:
@@ -349,11 +338,6 @@ def mean_overlap(sets: SeedSets, weights_P: NDArray[np.float64]) -> float:
     selections = float(weight_C @ count_C)
     shared = float(weight_C @ (count_C * (count_C - 1)))
     return shared / ((sets.seeds - 1) * selections) if selections > 0 else math.nan
-
-
-def _own_difficulty(table: LossTable, s: int, how: str) -> NDArray[np.float64]:
-    alone = replace(table, seeds_S=table.seeds_S[s : s + 1], losses_PSE=table.losses_PSE[:, s : s + 1])
-    return difficulty(alone, how).difficulty_P
 
 
 def _window(pairs: int, rule: Rule) -> tuple[float, float]:

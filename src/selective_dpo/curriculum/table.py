@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from selective_dpo.config import SelectConfig
 from selective_dpo.curriculum.columns import require_plain, text_array
 from selective_dpo.curriculum.records import LossTable
-from selective_dpo.curriculum.select import ascending
+from selective_dpo.curriculum.select import NOT_SELECTED
 from selective_dpo.errors import ArtifactError, ConfigError, DataError, IdentityError, name_some
 from selective_dpo.identity import ids_digest, require_unique
 from selective_dpo.logprobs.nonfinite import REASON
@@ -28,7 +28,6 @@ from selective_dpo.storage.locks import holding, lock_beside
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from numpy.typing import NDArray
 
     from selective_dpo.data.adapters import Pair
 
@@ -49,8 +48,9 @@ COLUMNS = {
 }
 """`rank` counts from 0, the easiest; `position` is the place in the training order, -1 if not selected;
 `spread` is the standard deviation of the pair's losses, null where the difficulty was imported. The losses
-follow as `loss_seed41_evaluation1` ... Pairs that were set aside as not finite (see `quarantine`), and those
-that an imported curriculum does not know (see `outside`), have no numbers: null, a count of 0 and rank -1."""
+follow as `loss_seed41_evaluation1` ... Pairs that were set aside as not finite (see `logprobs.nonfinite`),
+and those that an imported curriculum does not know (see `import_`), have no numbers: null, a count of 0 and
+rank -1."""
 
 
 def loss_column(seed: int, evaluation: int) -> str:
@@ -110,9 +110,6 @@ class Curriculum:
 
     def apply(self, dataset: Dataset, *, allow_unscored: bool = False) -> Dataset:
         """The selected pairs of a preference data set, in training order (see `apply_curriculum`)."""
-        # Imported here: a curriculum can be read and inspected without loading `datasets`.
-        from selective_dpo.curriculum.table import apply_curriculum
-
         return apply_curriculum(self, dataset, allow_unscored=allow_unscored)
 
     def save(self, path: str | Path) -> Path:
@@ -161,8 +158,7 @@ class Curriculum:
             raise ArtifactError(f"{facts_path} was changed since it was written; build the curriculum again")
         made = cls(_read_table(table_path), facts)
         require_facts(facts, made.table, facts_path)
-        columns = [loss_column(seed, number) for seed in facts["seeds"] for number in facts["evaluations"]]
-        require_losses(made.table, columns, facts_path)
+        require_losses(made.table, facts, facts_path)
         return made
 
 
@@ -203,8 +199,7 @@ def _paths(path: Path) -> tuple[Path, Path]:
     return path / TABLE, path / FACTS
 
 
-# ----------------------------------------------------------------------------------------------------
-# A curriculum applied to a data set: its selected rows, in training order.
+# --- A curriculum applied to a data set: its selected rows, in training order -----------------------------
 
 
 DIFFICULTY = "difficulty"
@@ -332,8 +327,7 @@ def _pairs(dataset: Dataset) -> list[Pair | None]:
     return [None if isinstance(pair, DropReason) else pair for pair in parsed]
 
 
-# ----------------------------------------------------------------------------------------------------
-# What must hold of a curriculum before anybody trains on it: each fault is counted and named.
+# --- What must hold of a curriculum before anybody trains on it: each fault is counted and named ----------
 
 
 _FACTS: dict[str, type] = {
@@ -349,8 +343,6 @@ _FACTS: dict[str, type] = {
     "provenance": dict,
     "cost": dict,
 }
-
-_NO_PLACE = -1
 
 _REMEDY = "build the curriculum again from its records"
 
@@ -369,11 +361,11 @@ def require_sound_table(table: pa.Table) -> None:
     is_aside_P = np.asarray(pc.is_null(table["difficulty"]), dtype=np.bool_)
     _refuse(ids, ~is_aside_P & ~np.isfinite(table["difficulty"].to_numpy()), "have no finite difficulty")
     rank_P, position_P = (_whole_numbers(table[name]) for name in ("rank", "position"))
-    wrong_rank_P = _out_of_place(rank_P, ~is_aside_P) | (is_aside_P & (rank_P != _NO_PLACE))
+    wrong_rank_P = _out_of_place(rank_P, ~is_aside_P) | (is_aside_P & (rank_P != NOT_SELECTED))
     _refuse(ids, wrong_rank_P, "have a wrong rank")
     _refuse(ids, np.asarray(pc.is_null(table["selected"]), dtype=np.bool_), "are neither selected nor not")
     selected_P = np.asarray(table["selected"], dtype=np.bool_)
-    is_unlike_P = (selected_P != (position_P != _NO_PLACE)) | (selected_P & is_aside_P)
+    is_unlike_P = (selected_P != (position_P != NOT_SELECTED)) | (selected_P & is_aside_P)
     _refuse(ids, is_unlike_P, "are selected without a place in the order or a difficulty, or the reverse")
     _refuse(ids, _out_of_place(position_P, selected_P), "have a wrong place in the training order")
 
@@ -407,12 +399,13 @@ def require_facts(facts: Mapping[str, Any], table: pa.Table, where: object) -> N
         raise ArtifactError(f"{where}: select is no selection; {_REMEDY}") from error
 
 
-def require_losses(table: pa.Table, names: Sequence[str], where: object) -> None:
-    """Check that the table has the columns of losses `names`, which its facts imply.
+def require_losses(table: pa.Table, facts: Mapping[str, Any], where: object) -> None:
+    """Check that the table has a column of losses for each seed and evaluation of its facts.
 
     Raises:
         ArtifactError: one is missing, there twice, or holds no numbers.
     """
+    names = [loss_column(seed, number) for seed in facts["seeds"] for number in facts["evaluations"]]
     kinds = dict(zip(table.column_names, table.schema.types, strict=True))
     wrong = [name for name in names if kinds.get(name) != pa.float64() or table.column_names.count(name) != 1]
     if wrong:
@@ -456,8 +449,7 @@ def _refuse(ids: pa.ChunkedArray, wrong_P: NDArray[np.bool_], what: str) -> None
         )
 
 
-# ----------------------------------------------------------------------------------------------------
-# The losses that a curriculum carries, as the table that core functions compute on.
+# --- The losses of a curriculum, as the table that they were built from -----------------------------------
 
 
 def curriculum_losses(curriculum: Curriculum) -> LossTable:
@@ -468,15 +460,12 @@ def curriculum_losses(curriculum: Curriculum) -> LossTable:
     Raises:
         ArtifactError: the table lacks the losses of a seed and evaluation that the facts name.
     """
-    curriculum = curriculum.measured
-    seeds, evaluations = (tuple(curriculum.facts[name]) for name in ("seeds", "evaluations"))
-    pair_ids, prompt_ids = (text_array(curriculum.table[name]) for name in ("pair_id", "prompt_id"))
-    losses = np.empty((len(pair_ids), len(seeds), len(evaluations)))
+    table, facts = curriculum.measured.table, curriculum.facts
+    seeds, evaluations = tuple(facts["seeds"]), tuple(facts["evaluations"])
+    require_losses(table, facts, "the curriculum")
+    losses_PSE = np.empty((len(table), len(seeds), len(evaluations)))
     for s, seed in enumerate(seeds):
         for e, evaluation in enumerate(evaluations):
-            name = loss_column(seed, evaluation)
-            if name not in curriculum.table.column_names:
-                raise ArtifactError(f"the curriculum has no column {name!r}, which its facts name")
-            losses[:, s, e] = curriculum.table[name].to_numpy()
-    order = ascending(pair_ids)
-    return LossTable(pair_ids[order], prompt_ids[order], seeds, evaluations, losses[order])
+            losses_PSE[:, s, e] = table[loss_column(seed, evaluation)].to_numpy()
+    pair_ids_P, prompt_ids_P = (text_array(table[name]) for name in ("pair_id", "prompt_id"))
+    return LossTable(pair_ids_P, prompt_ids_P, seeds, evaluations, losses_PSE)

@@ -1,6 +1,7 @@
-"""One raw row -> one preference pair, or the reason why not.
+"""Adapters: a function of one raw row that gives its preference pair, or the reason why there is none.
 
-The shapes that are understood (columns in brackets are optional):
+The adapter of sources that name no other, `read_pair`, understands these shapes (columns in brackets are
+optional):
 
 | shape | prompt | chosen, rejected |
 | --- | --- | --- |
@@ -17,11 +18,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from typing import Any, NamedTuple
 
 from selective_dpo import identity
+from selective_dpo.errors import ConfigError, DataError, SelectiveDPOError
+from selective_dpo.extensions import Registry, source_digest
 from selective_dpo.identity import Text
 
 KEPT = "kept"
@@ -30,11 +33,14 @@ KEPT = "kept"
 WANTED_COLUMNS = ("chosen", "rejected")
 """Without these two no row can be a pair; `prompt` may be part of them."""
 
+COLUMNS = ("prompt", *WANTED_COLUMNS, "prompt_id", "score_chosen", "score_rejected")
+"""What a source's `columns` can name for `read_pair`."""
+
 ROLES = frozenset({"system", "user", "assistant", "tool"})
 
 _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
-MOST_CHARACTERS = 8_000_000
+MAX_CHARACTERS = 8_000_000
 """Of prompt and completions together. A tokenizer needs some gigabytes and half a minute for as many."""
 
 Messages = list[dict[str, Any]]
@@ -46,7 +52,7 @@ class DropReason(StrEnum):
     MALFORMED = "malformed"
     """A value is missing or of the wrong type, the line does not parse, or no tokenizer can encode it."""
     TOO_LARGE = "too large"
-    """More than `MOST_CHARACTERS`; such a row is not even tokenized, and its texts are not kept."""
+    """More than `MAX_CHARACTERS`; such a row is not even tokenized, and its texts are not kept."""
     TOOLS = "tools not supported"
     """A `tools` column that is not empty, or a message that calls tools: plain messages would lose both."""
     IMAGES = "images or parts not supported"
@@ -71,6 +77,8 @@ class DropReason(StrEnum):
     """A test row whose prompt is one of the training pairs'."""
     EXCLUDED = "excluded"
     """Its id is among `data.exclude`."""
+    ADAPTER = "left out by the adapter"
+    """The source's own adapter has no use for this row."""
     NOT_SAMPLED = "not sampled"
     """Left out by `fraction` or `max_pairs`."""
     TEMPLATE_REFUSES = "refused by the template"
@@ -101,30 +109,96 @@ class Pair(NamedTuple):
         return not isinstance(self.prompt, str)
 
 
-class _Parts(NamedTuple):
-    prompt: Text
-    chosen: Text
-    rejected: Text
+_Parts = tuple[Text, Text, Text]
+"""Prompt, chosen and rejected."""
+
+Adapter = Callable[[Mapping[str, Any]], Pair | DropReason]
+"""One raw row -> its pair, or why it is not used."""
 
 
-def parse_row(raw: Mapping[str, Any]) -> Pair | DropReason:
-    """The pair in a raw row, or why the row cannot be used. Never raises for what a row holds."""
-    pair = read_pair(raw)
+def _require_function(name: str, function: Any) -> Adapter:
+    if not callable(function):
+        raise ConfigError(f"adapter {name!r} is no function of a row")
+    result: Adapter = function
+    return result
+
+
+ADAPTERS: Registry[Adapter] = Registry("adapter", _require_function)
+"""A source's `adapter` -> the function."""
+
+
+def adapter(name: str) -> Callable[[Adapter], Adapter]:
+    """Register the decorated function as a source's `adapter: NAME`.
+
+    It gets a row as the file has it, after the source's `columns`, and returns a `Pair` or a `DropReason`;
+    `read_pair` makes either of a dictionary with prompt, chosen and rejected. It must decide by the row
+    alone. Its pairs are checked as all others are.
+    """
+
+    def register(function: Adapter) -> Adapter:
+        ADAPTERS[name] = function
+        return function
+
+    return register
+
+
+def adapter_digest(name: str) -> str:
+    """SHA-256 of the file that a source's own adapter stands in, for content keys; empty for no name.
+
+    Raises:
+        ConfigError: there is no such adapter, or its source cannot be read.
+    """
+    return source_digest(ADAPTERS[name]) if name else ""
+
+
+def find_adapter(name: str) -> Adapter:
+    """The function of a source's `adapter`, its pairs' ids and types made sure of; `read_pair` for no name.
+
+    Raises:
+        ConfigError: there is no such adapter.
+        DataError: by the function that is returned, where the user's raises an error or returns no pair.
+    """
+    if not name:
+        return read_pair
+    function = ADAPTERS[name]
+
+    def adapt(raw: Mapping[str, Any]) -> Pair | DropReason:
+        try:
+            made = function(raw)
+            if not isinstance(made, Pair | DropReason):
+                raise TypeError(f"{type(made).__name__} is neither Pair nor DropReason")
+        except SelectiveDPOError:
+            raise
+        except Exception as error:
+            raise DataError(
+                f"adapter {name}: {type(error).__name__}: {error}; mend it, or return a DropReason here"
+            ) from error
+        return made if isinstance(made, DropReason) else read_pair(made._asdict())
+
+    return adapt
+
+
+def parse_row(raw: Mapping[str, Any], adapter: Adapter | None = None) -> Pair | DropReason:
+    """The pair in a raw row, or why the row cannot be used; `read_pair` is the adapter if None is given."""
+    pair = (adapter or read_pair)(raw)
     return pair if isinstance(pair, DropReason) else fault_of(pair) or pair
 
 
 def read_pair(raw: Mapping[str, Any]) -> Pair | DropReason:
-    """Prompt, completions and ids of a row whose values have the right types, good to learn from or not."""
+    """Prompt, completions and ids of a row whose values have the right types, good to learn from or not.
+
+    It raises nothing, whatever the row holds.
+    """
     parts = _read_parts(raw)
     if isinstance(parts, DropReason):
         return parts
-    if sum(map(text_size, parts)) > MOST_CHARACTERS:
+    if sum(map(text_size, parts)) > MAX_CHARACTERS:
         return DropReason.TOO_LARGE
     own_id = raw.get("prompt_id")
     has_own_id = isinstance(own_id, str) and _is_id(own_id)
     return Pair(
         *parts,
-        prompt_id=str(own_id) if has_own_id else identity.prompt_id(parts.prompt),
+        prompt_id=str(own_id) if has_own_id else identity.prompt_id(parts[0]),
         pair_id=identity.pair_id(*parts),
         score_chosen=_score(raw, "score_chosen", "chosen_rating"),
         score_rejected=_score(raw, "score_rejected", "rejected_rating"),
@@ -166,7 +240,7 @@ def _read_parts(raw: Mapping[str, Any]) -> _Parts | DropReason:
         if "prompt" not in raw:
             return _split_texts(chosen, rejected)
         prompt = raw["prompt"]
-        return _Parts(prompt, chosen, rejected) if isinstance(prompt, str) else DropReason.MALFORMED
+        return (prompt, chosen, rejected) if isinstance(prompt, str) else DropReason.MALFORMED
     if isinstance(chosen, list) and isinstance(rejected, list):
         return _read_conversations(raw, chosen, rejected)
     return DropReason.MALFORMED
@@ -222,7 +296,7 @@ def _split_conversations(chosen: Messages, rejected: Messages) -> _Parts:
     shared = _common_length(chosen, rejected)
     while shared and chosen[shared - 1]["role"] == "assistant":
         shared -= 1
-    return _Parts(chosen[:shared], chosen[shared:], rejected[shared:])
+    return (chosen[:shared], chosen[shared:], rejected[shared:])
 
 
 def _split_texts(chosen: str, rejected: str) -> _Parts:
@@ -234,7 +308,7 @@ def _split_texts(chosen: str, rejected: str) -> _Parts:
         end = 0  # A dialogue that parts before the assistant has spoken: no common prompt.
     else:
         end = _end_of_last_space(shared)
-    return _Parts(chosen[:end], chosen[end:], rejected[end:])
+    return (chosen[:end], chosen[end:], rejected[end:])
 
 
 def _end_of_last_space(text: str) -> int:
@@ -285,8 +359,8 @@ def is_encodable(text: str) -> bool:
 
 
 def _is_id(text: str) -> bool:
-    # What cannot be an id in a table (see `identity.LONGEST_ID`) is no reason to drop the pair.
-    return is_encodable(text) and "\0" not in text and 0 < len(text.encode("utf-8")) <= identity.LONGEST_ID
+    # What cannot be an id in a table (see `identity.MAX_ID_BYTES`) is no reason to drop the pair.
+    return is_encodable(text) and "\0" not in text and 0 < len(text.encode("utf-8")) <= identity.MAX_ID_BYTES
 
 
 def _score(raw: Mapping[str, Any], *columns: str) -> float | None:

@@ -19,16 +19,14 @@ from selective_dpo.errors import DataError
 
 BATCH_ROWS = 1024
 
-LONGEST_LINE = 64 << 20
+MAX_LINE = 64 << 20
 """Bytes of a JSON Lines row; characters of a line or a cell of CSV."""
 
-MOST_WHOLE = 4 << 30
+MAX_WHOLE_FILE = 4 << 30
 """Bytes, unpacked, of a file that has to be read whole: a JSON array, or Parquet that is gzipped again."""
 
 BATCH_BYTES = 64 << 20
 """Of Parquet that are unpacked at once, as far as its metadata tell."""
-
-_MESSAGE_COLUMNS = ("prompt", "chosen", "rejected")
 
 
 class Malformed(NamedTuple):
@@ -94,10 +92,10 @@ def _count_lines(path: Path) -> int:
 def _lines(stream: IO[bytes]) -> Iterator[bytes]:
     # A few kilobytes of a .gz file can unpack to one line that no memory holds.
     number = 0
-    while line := stream.readline(LONGEST_LINE):
+    while line := stream.readline(MAX_LINE):
         number += 1
-        if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
-            raise ValueError(f"line {number:,} has more than {_told(LONGEST_LINE)}")
+        if len(line) == MAX_LINE and not line.endswith(b"\n"):
+            raise ValueError(f"line {number:,} has more than {_size(MAX_LINE)}")
         yield line
 
 
@@ -128,13 +126,13 @@ def _json(path: Path) -> Iterator[Row]:
 
 
 def _read_whole(stream: IO[bytes]) -> bytes:
-    content = stream.read(MOST_WHOLE + 1)
-    if len(content) > MOST_WHOLE:
-        raise ValueError(f"more than {_told(MOST_WHOLE)}, which would have to be read at once")
+    content = stream.read(MAX_WHOLE_FILE + 1)
+    if len(content) > MAX_WHOLE_FILE:
+        raise ValueError(f"more than {_size(MAX_WHOLE_FILE)}, which would have to be read at once")
     return content
 
 
-def _told(size: int) -> str:
+def _size(size: int) -> str:
     return f"{size >> 20:,} MiB" if size >= 1 << 20 else f"{size:,} bytes"
 
 
@@ -150,7 +148,7 @@ def _starts_array(stream: IO[bytes]) -> bool:
 def _csv(path: Path) -> Iterator[Row]:
     # Bytes that are not UTF-8 become lone surrogates here, and the row is dropped with its reason later.
     # Cells are long texts: the csv module's default limit of 128 KiB does not suit them.
-    default_limit = csv.field_size_limit(LONGEST_LINE)
+    default_limit = csv.field_size_limit(MAX_LINE)
     try:
         with (
             _open(path) as stream,
@@ -163,19 +161,17 @@ def _csv(path: Path) -> Iterator[Row]:
 
 def _text_lines(stream: io.TextIOWrapper) -> Iterator[str]:
     number = 0
-    while line := stream.readline(LONGEST_LINE):
+    while line := stream.readline(MAX_LINE):
         number += 1
-        if len(line) == LONGEST_LINE and not line.endswith(("\n", "\r")):
-            raise ValueError(f"line {number:,} has more than {LONGEST_LINE:,} characters")
+        if len(line) == MAX_LINE and not line.endswith(("\n", "\r")):
+            raise ValueError(f"line {number:,} has more than {MAX_LINE:,} characters")
         yield line
 
 
 def _csv_row(cells: dict[Any, Any]) -> Row:
     if None in cells:
         return Malformed("more cells than columns")
-    return {
-        column: _messages_cell(cell) if column in _MESSAGE_COLUMNS else cell for column, cell in cells.items()
-    }
+    return {column: _messages_cell(cell) for column, cell in cells.items()}
 
 
 def _messages_cell(cell: str | None) -> object:

@@ -12,11 +12,17 @@ from numpy.typing import NDArray
 
 from selective_dpo.config import SourceConfig
 from selective_dpo.data.adapters import (
-    MOST_CHARACTERS,
+    COLUMNS,
+    MAX_CHARACTERS,
+    WANTED_COLUMNS,
+    Adapter,
     DropReason,
+    adapter_digest,
     contents_of,
+    find_adapter,
     is_encodable,
     read_messages,
+    read_pair,
     text_size,
 )
 from selective_dpo.data.readers import (
@@ -54,16 +60,63 @@ class Source(NamedTuple):
     row_count: Callable[[], int]
     """How many rows there are."""
     digest: Callable[[], str]
-    """SHA-256 over the content (hub data: over the name and the fingerprint of the resolved revision)."""
+    """SHA-256 over the content (hub data: over the name and the fingerprint of the resolved revision), and
+    over `columns` and the adapter's code where they are given."""
+    adapter: Adapter = read_pair
+    """What makes a pair of a row."""
+
+    @property
+    def has_own_adapter(self) -> bool:
+        """Whether the user's own code makes the pairs."""
+        return self.adapter is not read_pair
+
+    @property
+    def wanted_columns(self) -> tuple[str, ...]:
+        """What a row must have to be a pair; nothing is known of the rows of an adapter of the user's own."""
+        return () if self.has_own_adapter else WANTED_COLUMNS
 
 
 def open_source(config: SourceConfig) -> Source:
     """Find what `config` names, without reading its rows (hub data are downloaded).
 
     Raises:
-        ConfigError: an option that would have no effect here, or a missing split.
+        ConfigError: an option that would have no effect here, a missing split, or no such adapter.
         DataError: no such file, not a data folder, or the hub does not give the data.
     """
+    source = _open(config)
+    if config.adapter:
+        source = source._replace(adapter=find_adapter(config.adapter))
+    elif unknown := [name for name in config.columns if name not in COLUMNS]:
+        raise ConfigError(
+            f"source {config.path}: columns.{unknown[0]} would have no effect; names to give are "
+            f"{', '.join(COLUMNS)}"
+        )
+    if not config.columns and not config.adapter:
+        return source
+    read = [config.columns, adapter_digest(config.adapter)]
+    return source._replace(
+        rows=lambda: _renamed(source.rows(), config), digest=lambda: digest([source.digest(), *read])
+    )
+
+
+def _renamed(rows: Iterator[Row], config: SourceConfig) -> Iterator[Row]:
+    """Rows with the names that `columns` gives; another column that has such a name already is left out."""
+    columns, found = config.columns, dict[str, None]()
+    for row in rows:
+        if isinstance(row, Malformed):
+            yield row
+            continue
+        found.update(dict.fromkeys(map(str, row)))
+        others = {name: value for name, value in row.items() if name not in columns}
+        yield others | {name: row[column] for name, column in columns.items() if column in row}
+    if missing := [column for column in columns.values() if found and column not in found]:
+        raise DataError(
+            f"{config.path}: no row has the column {missing[0]!r}, which columns names; found are "
+            f"{name_some(found, limit=12)}"
+        )
+
+
+def _open(config: SourceConfig) -> Source:
     path = Path(config.path).expanduser()
     if path.is_dir():
         return _open_folder(config, path)
@@ -225,8 +278,8 @@ def _prompt(row: Row, where: str) -> Text:
     prompt = read_messages(value) if isinstance(value, list) and value else value
     if isinstance(prompt, DropReason) or not prompt or not isinstance(prompt, (str, list)):
         raise DataError(f"{where}: needs a prompt, as text or as messages of role and content")
-    if text_size(prompt) > MOST_CHARACTERS:
-        raise DataError(f"{where}: the prompt has more than {MOST_CHARACTERS:,} characters; leave it out")
+    if text_size(prompt) > MAX_CHARACTERS:
+        raise DataError(f"{where}: the prompt has more than {MAX_CHARACTERS:,} characters; leave it out")
     if not all(map(is_encodable, contents_of(prompt))):
         raise DataError(f"{where}: the prompt holds half of a character (a lone surrogate); mend the row")
     return prompt

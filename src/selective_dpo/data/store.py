@@ -70,6 +70,11 @@ class RowOutcome(NamedTuple):
     pair: Pair | None = None
     tokens: PairTokens | None = None
 
+    @property
+    def place(self) -> str:
+        """Where the row stands, for messages: counted from 0 within its source."""
+        return f"row {self.row:,} of {self.source}"
+
 
 class PairsSummary(NamedTuple):
     """Counts of a published folder of pairs."""

@@ -42,14 +42,12 @@ class Fitted(NamedTuple):
     drop: DropReason | None
 
 
-class _Texts(NamedTuple):
-    prompt: str
-    prompt_chosen: str
-    prompt_rejected: str
-
-
 def tokenize_pairs(
-    pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, *, empty_system_message: bool = False
+    pairs: Sequence[Pair],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    empty_system_message: bool = False,
+    places: Sequence[str] | None = None,
 ) -> list[PairTokens | DropReason]:
     """The tokens of each pair, in the order of `pairs`; a reason where the chat template refuses one.
 
@@ -58,23 +56,51 @@ def tokenize_pairs(
 
     Raises:
         TemplateError: conversations, and no chat template.
-        RunawayTemplateError: the template takes too long or writes too much; `pair` says which one.
+        RunawayTemplateError: the template writes or needs too much; it names the pair's item of `places`.
         ConfigError: `empty_system_message`, and the template takes none.
         ModelError: text, and the tokenizer has no end-of-sequence token.
     """
-    results: list[PairTokens | DropReason] = [DropReason.TEMPLATE_REFUSES] * len(pairs)
-    chats = [index for index, pair in enumerate(pairs) if pair.is_conversational]
-    plain = [index for index, pair in enumerate(pairs) if not pair.is_conversational]
-    if chats:
+    if any(pair.is_conversational for pair in pairs):
         require_template(tokenizer, empty_system_message=empty_system_message)
-        rendered = _render_some(pairs, chats, tokenizer, empty_system_message)
-        accepted = {index: texts for index, texts in rendered.items() if texts is not None}
-        encoded = _encode(list(accepted.values()), tokenizer, add_special_tokens=False)
-        results = _placed(results, list(accepted), encoded)
-    if plain:
-        texts = [_with_end(pairs[index], tokenizer) for index in plain]
-        results = _placed(results, plain, _encode(texts, tokenizer, add_special_tokens=True))
+    texts: dict[int, list[str]] = {}
+    for index, pair in enumerate(pairs):
+        try:
+            rendered = render_pair(pair, tokenizer, empty_system_message=empty_system_message)
+        except RunawayTemplateError as error:
+            raise RunawayTemplateError(f"{places[index]}: {error}" if places else str(error)) from error
+        if rendered is not None:
+            texts[index] = rendered
+    results: list[PairTokens | DropReason] = [DropReason.TEMPLATE_REFUSES] * len(pairs)
+    for is_chat in (True, False):
+        positions = [index for index in texts if pairs[index].is_conversational is is_chat]
+        encoded = _encode([texts[index] for index in positions], tokenizer, add_special_tokens=not is_chat)
+        for index, tokens in zip(positions, encoded, strict=True):
+            results[index] = tokens
     return results
+
+
+def render_pair(
+    pair: Pair, tokenizer: PreTrainedTokenizerBase, *, empty_system_message: bool
+) -> list[str] | None:
+    """The texts of prompt, prompt + chosen and prompt + rejected; None where the chat template refuses one.
+
+    Raises:
+        RunawayTemplateError: see `templates.render`.
+        ModelError: text, and the tokenizer has no end-of-sequence token.
+    """
+    if isinstance(pair.prompt, str):
+        end, completions = _end_of_sequence(tokenizer), (str(pair.chosen), str(pair.rejected))
+        ended = [text if text.endswith(end) else text + end for text in completions]
+        return [pair.prompt, *(pair.prompt + text for text in ended)]
+    # `read_pair` allows only parts of one kind; this tells the type checker.
+    assert isinstance(pair.chosen, list) and isinstance(pair.rejected, list)
+    prompt = with_system(pair.prompt) if empty_system_message else pair.prompt
+    conversations = [Conversation(prompt, add_generation_prompt=True)]
+    conversations += [Conversation(prompt + completion) for completion in (pair.chosen, pair.rejected)]
+    try:
+        return render(tokenizer, conversations)
+    except jinja2.TemplateError:
+        return None
 
 
 def fit_length(tokens: PairTokens, config: DataConfig) -> Fitted:
@@ -105,8 +131,8 @@ def fit_length(tokens: PairTokens, config: DataConfig) -> Fitted:
         return Fitted(tokens, None)
     prompt = prompt[-config.max_prompt_length :]
     if len(prompt) + max(len(chosen), len(rejected)) > config.max_length:
-        room = config.max_length - config.max_prompt_length
-        chosen, rejected = chosen[:room], rejected[:room]
+        limit = config.max_length - config.max_prompt_length
+        chosen, rejected = chosen[:limit], rejected[:limit]
     cut = PairTokens(prompt, chosen, rejected, tokens.boundary_mismatch, truncated=True)
     is_identical = cut.chosen_ids == cut.rejected_ids
     return Fitted(cut, DropReason.IDENTICAL_TRUNCATED if is_identical else None)
@@ -125,41 +151,6 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return digest([description, special])
 
 
-def _placed(
-    results: list[PairTokens | DropReason], positions: list[int], tokens: list[PairTokens]
-) -> list[PairTokens | DropReason]:
-    by_position = dict(zip(positions, tokens, strict=True))
-    return [by_position.get(position, result) for position, result in enumerate(results)]
-
-
-def _render_some(
-    pairs: Sequence[Pair],
-    positions: Sequence[int],
-    tokenizer: PreTrainedTokenizerBase,
-    empty_system_message: bool,
-) -> dict[int, _Texts | None]:
-    rendered: dict[int, _Texts | None] = {}
-    for position in positions:
-        try:
-            rendered[position] = _render(pairs[position], tokenizer, empty_system_message)
-        except RunawayTemplateError as error:
-            error.pair = position
-            raise
-    return rendered
-
-
-def _render(pair: Pair, tokenizer: PreTrainedTokenizerBase, empty_system_message: bool) -> _Texts | None:
-    # `sources` and `pairs` allow only parts of one kind; this tells the type checker.
-    assert isinstance(pair.prompt, list) and isinstance(pair.chosen, list) and isinstance(pair.rejected, list)
-    prompt = with_system(pair.prompt) if empty_system_message else pair.prompt
-    try:
-        conversations = [Conversation(prompt, add_generation_prompt=True)]
-        conversations += [Conversation(prompt + completion) for completion in (pair.chosen, pair.rejected)]
-        return _Texts(*render(tokenizer, conversations))
-    except jinja2.TemplateError:
-        return None
-
-
 def with_system(prompt: Messages) -> Messages:
     """`prompt` with an empty system message first, unless it has one."""
     if prompt[0]["role"] == "system":
@@ -167,25 +158,22 @@ def with_system(prompt: Messages) -> Messages:
     return [{"role": "system", "content": ""}, *prompt]
 
 
-def _with_end(pair: Pair, tokenizer: PreTrainedTokenizerBase) -> _Texts:
-    assert isinstance(pair.prompt, str) and isinstance(pair.chosen, str) and isinstance(pair.rejected, str)
-    end = tokenizer.eos_token
-    if not end:
+def _end_of_sequence(tokenizer: PreTrainedTokenizerBase) -> str:
+    if not tokenizer.eos_token:
         raise ModelError(
             "the tokenizer has no end-of-sequence token, which text completions need; set one in its "
             "tokenizer_config.json (eos_token)"
         )
-    chosen, rejected = (text if text.endswith(end) else text + end for text in (pair.chosen, pair.rejected))
-    return _Texts(pair.prompt, pair.prompt + chosen, pair.prompt + rejected)
+    return str(tokenizer.eos_token)
 
 
 def _encode(
-    texts: list[_Texts], tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: bool
+    texts: list[list[str]], tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: bool
 ) -> list[PairTokens]:
     if not texts:
         return []
     # One call for all: the fast tokenizers spread a batch over the cores.
-    flat = [text for triple in texts for text in triple]
+    flat = [text for three in texts for text in three]
     ids: Any = tokenizer(
         flat, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False
     )["input_ids"]

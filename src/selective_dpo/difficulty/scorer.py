@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ import numpy as np
 from datasets import Dataset
 
 from selective_dpo.config import Recipe, Settings
+from selective_dpo.criteria import CRITERIA
 from selective_dpo.curriculum.records import (
     LossTable,
     Records,
@@ -105,7 +106,7 @@ def run_scorer(job: ScorerJob) -> None:
         trainer, evaluations = _make_trainer(job, train, held_out, training)
         earlier = train_resumably(trainer, job.checkpoints, [evaluations])
     settings = {**ORIGINAL_DEFAULTS, **config.trainer}
-    measured = _to_records(job.run, held_out, reference, evaluations.measurements, settings)
+    measured = to_records(job.run, held_out, reference, evaluations.measurements, settings)
     records, quarantined = sift(measured)
     require_few(
         quarantined,
@@ -179,13 +180,14 @@ def forward_model(trainer: Any) -> Any:
     return trainer.model_wrapped if sharded else trainer.model
 
 
-def _to_records(
+def to_records(
     run: ScorerRun,
     held_out: Dataset,
     reference: PairLogps,
     measurements: list[Measurement],
     settings: Settings,
 ) -> Records:
+    """The records of all `measurements` of the pairs `held_out`, with their margins and losses."""
     pair_ids, prompt_ids = list(held_out["pair_id"]), list(held_out["prompt_id"])
     at_reference = positions_of(pair_ids, reference.pair_ids, what="reference log-probs")
     reference_P2 = np.stack([reference.chosen_P[at_reference], reference.rejected_P[at_reference]], axis=1)
@@ -215,15 +217,19 @@ def _to_records(
     )
 
 
-def collect_losses(folders: Sequence[Path], *, allow_partial: bool = False) -> LossTable:
+def collect_losses(
+    folders: Sequence[Path], *, allow_partial: bool = False, criteria: Iterable[str] = ("mean",)
+) -> LossTable:
     """The losses that several scorers measured, by pair, seed and evaluation (see `read_loss_table`).
 
-    A pair that any of them set aside is not among them.
+    With them come the other record columns that `criteria` read. A pair that any scorer set aside is not
+    among them.
     """
     return read_loss_table(
         [folder / RECORDS for folder in folders],
         allow_partial=allow_partial,
         without=read_quarantine(folders),
+        columns={column for name in criteria for column in CRITERIA[name].reads},
     )
 
 

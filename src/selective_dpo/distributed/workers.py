@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 
 from selective_dpo.distributed.launch import one_of_several
-from selective_dpo.distributed.progress import quieten_libraries, settle_streams
+from selective_dpo.distributed.progress import quieten_libraries
 from selective_dpo.distributed.signals import (
     end_without_parent,
     interrupted_error,
@@ -143,7 +143,6 @@ def _gpu_count() -> int:
 def _start_worker(parent: int, turns: object, workers: int, gpus: int) -> None:
     end_without_parent(parent)
     note_between_jobs()
-    settle_streams()
     quieten_libraries()
     with turns.get_lock():  # type: ignore[attr-defined]
         number = turns.value  # type: ignore[attr-defined]

@@ -1,9 +1,10 @@
 """Arms side by side: each policy answers the same prompts and is judged against the starting model.
 
-1. Each model is loaded, measured and freed before the next: answers to the prompts, held-out pairs.
-2. When all have left the device, the judge compares the answers, every sample of an arm with every
+1. What the recipe asks for is checked before anything is trained for it (`check_evaluation`).
+2. Each model is loaded, measured and freed before the next: answers to the prompts, held-out pairs.
+3. When all have left the device, the judge compares the answers, every sample of an arm with every
    sample of the starting model.
-3. Win rates, differences and lengths become one `EvaluationResults`, beside the tables they came from.
+4. Win rates, differences and lengths become one `EvaluationResults`, beside the tables they came from.
 """
 
 from __future__ import annotations
@@ -25,9 +26,7 @@ from numpy.typing import ArrayLike, NDArray
 from selective_dpo.config import EvaluateConfig, GenerationConfig
 from selective_dpo.config.schema import file_name
 from selective_dpo.errors import ConfigError, DataError, IdentityError, RecordsError, name_some
-from selective_dpo.evaluation import evaluate as alpaca_eval
 from selective_dpo.evaluation.generate import (
-    Answer,
     Answers,
     Encode,
     Prompt,
@@ -66,10 +65,34 @@ if TYPE_CHECKING:
     from selective_dpo.logprobs.compute import PairLogps
 
 RESULTS = "results.json"
-
 GENERATIONS = "generations.parquet"
-
 VERDICTS = "verdicts.parquet"
+ALPACA_EVAL_OUTPUTS = "alpaca_eval_outputs"
+
+GENERATION_COLUMNS = {
+    "arm": pa.string(),
+    "prompt_id": pa.string(),
+    "prompt": pa.string(),
+    "sample": pa.int64(),
+    "answer": pa.string(),
+    "tokens": pa.int64(),
+}
+"""`prompt` is the JSON of a text or of messages, as in `pairs.parquet`."""
+
+VERDICT_COLUMNS = {
+    "arm": pa.string(),
+    "prompt_id": pa.string(),
+    "sample": pa.int64(),
+    "opponent_sample": pa.int64(),
+    "score": pa.float64(),
+}
+"""`score` is 1 where the arm's sample won, 0.5 for a tie, 0 where it lost."""
+
+_NO_PROMPTS = (
+    "evaluate.generation.prompts is above 0, but there are no prompts: give data.test or "
+    "evaluate.generation.source"
+)
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 class Arm(NamedTuple):
@@ -87,11 +110,18 @@ class Arm(NamedTuple):
     """Measures the loaded model on held-out pairs, after it has answered the prompts."""
 
 
-class Measured(NamedTuple):
-    """What was found while an arm's model was loaded."""
+class ArmVerdicts(NamedTuple):
+    """All comparisons of one arm; columns of equal length N."""
 
-    answers: Answers
-    held_out: PreferenceMetrics | None
+    prompt_ids_N: list[str]
+    sample_N: NDArray[np.int64]
+    opponent_sample_N: NDArray[np.int64]
+    scores_N: NDArray[np.float64]
+
+    @property
+    def by_prompt(self) -> Verdicts:
+        """What a win rate is computed from."""
+        return Verdicts(self.prompt_ids_N, self.scores_N)
 
 
 @dataclass(frozen=True)
@@ -111,8 +141,52 @@ class Evaluation:
         pq.write_table(self.verdicts, folder / VERDICTS)
         for arm, answers in self.answers_by_arm.items():
             if answers:
-                path = folder / alpaca_eval.FOLDER / f"{arm}.json"
-                alpaca_eval.write_model_outputs(path, arm, self.prompts, answers)
+                path = folder / ALPACA_EVAL_OUTPUTS / f"{arm}.json"
+                write_model_outputs(path, arm, self.prompts, answers)
+
+
+def check_evaluation(config: EvaluateConfig, *, has_test: bool) -> None:
+    """Check what the `evaluate` block asks for; `has_test` says whether there are held-out pairs.
+
+    Raises:
+        ConfigError: a control's name cannot be used, there is nothing to answer, or an option has no effect.
+        DataError: the file of prompts is not there.
+    """
+    check_arm_names(policy_names(config))
+    generation = config.generation
+    if generation.prompts == 0:
+        if generation.source:
+            raise ConfigError(
+                "evaluate.generation.source has no effect without evaluate.generation.prompts above 0"
+            )
+        return
+    check_generation(generation)
+    if generation.source and not Path(generation.source).is_file():
+        raise DataError(f"evaluate.generation.source: no file {generation.source}")
+    if not generation.source and not has_test:
+        raise ConfigError(_NO_PROMPTS)
+
+
+def policy_names(config: EvaluateConfig) -> list[str]:
+    """Of all that is trained: the run's own arm, its repeats with other seeds, the controls."""
+    return [SELECTED, *map(repeat_name, config.training_seeds), *config.controls]
+
+
+def check_arm_names(names: Iterable[str]) -> None:
+    """Raise `ConfigError` where an arm's name is no file name, stands twice or is the starting model's."""
+    taken = {REFERENCE}
+    for name in names:
+        if not _NAME.fullmatch(name):
+            raise ConfigError(
+                f"evaluate.controls: {name!r} cannot be a name; use letters, digits, '.', '_' and '-'"
+            )
+        try:
+            file_name(name)
+        except ValueError as error:
+            raise ConfigError(f"evaluate.controls: {error}") from None
+        if name in taken:
+            raise ConfigError(f"evaluate.controls: the name {name!r} is taken; choose another")
+        taken.add(name)
 
 
 def evaluate_arms(
@@ -137,11 +211,23 @@ def evaluate_arms(
             of the generation has no effect.
         ModelError: a reward model or an answer's length is more than can be done.
     """
-    _require_names([*arms, *repeats], reference)
+    if reference.name != REFERENCE:
+        raise ConfigError(f"the starting model's arm must be named {REFERENCE!r}, not {reference.name!r}")
+    check_arm_names([arm.name for arm in (*arms, *repeats)])
     judge = judge or judge_for(config)
-    asked, everyone = _asked(prompts, config.generation), (reference, *arms, *repeats)
-    measured = {arm.name: _measure(arm, tokenizer, asked, config.generation, encode) for arm in everyone}
-    answers_by_arm = {name: found.answers for name, found in measured.items()}
+    asked: list[Prompt] = []
+    if config.generation.prompts > 0:
+        check_generation(config.generation)
+        if not prompts:
+            raise ConfigError(_NO_PROMPTS)
+        asked = choose_prompts(prompts, config.generation)
+    everyone = (reference, *arms, *repeats)
+    answers_by_arm: dict[str, Answers] = {}
+    held_out: dict[str, PreferenceMetrics | None] = {}
+    for arm in everyone:
+        answers_by_arm[arm.name], held_out[arm.name] = _measure(
+            arm, tokenizer, asked, config.generation, encode
+        )
     verdicts = {} if judge is None or not asked else _judge_all(judge, asked, answers_by_arm)
     selected = verdicts.get(SELECTED)
     found = [
@@ -150,8 +236,8 @@ def evaluate_arms(
             label=arm.label,
             pairs=arm.pairs,
             updates=arm.updates,
-            held_out=measured[arm.name].held_out,
-            answers=measured[arm.name].answers,
+            held_out=held_out[arm.name],
+            answers=answers_by_arm[arm.name],
             verdicts=verdicts[arm.name].by_prompt if arm.name in verdicts else None,
             selected_verdicts=selected.by_prompt if selected and arm.name != SELECTED else None,
         )
@@ -168,22 +254,28 @@ def evaluate_arms(
     return Evaluation(results, generations, verdicts_table(verdicts), tuple(asked), answers_by_arm)
 
 
-def judge_answers(
-    judge: Judge, prompts: Sequence[Prompt], answers: Answers, opponents: Answers, pairing: Pairing
-) -> ArmVerdicts:
-    """Compare the samples that `pairing` names, for each prompt: N = prompts * comparisons verdicts."""
-    comparisons = len(pairing.sample_C)
-    texts_a, texts_b = (
-        [side[prompt.prompt_id][sample].text for prompt in prompts for sample in samples_C.tolist()]
-        for side, samples_C in ((answers, pairing.sample_C), (opponents, pairing.opponent_sample_C))
-    )
-    asked = [prompt.text for prompt in prompts for _ in range(comparisons)]
-    return ArmVerdicts(
-        [prompt.prompt_id for prompt in prompts for _ in range(comparisons)],
-        np.tile(pairing.sample_C, len(prompts)),
-        np.tile(pairing.opponent_sample_C, len(prompts)),
-        judge.compare(asked, texts_a, texts_b),
-    )
+def _measure(
+    arm: Arm,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    config: GenerationConfig,
+    encode: Encode | None,
+) -> tuple[Answers, PreferenceMetrics | None]:
+    """An arm's answers and held-out metrics; its model has left the device afterwards."""
+    if not prompts and arm.held_out is None:
+        return {}, None
+    model = arm.load()
+    answers: Answers = {}
+    if prompts:
+        answers = generate_answers(model, tokenizer, prompts, config, stream=arm.name, encode=encode)
+    held_out = arm.held_out(model) if arm.held_out is not None else None
+    del model
+    # A model whose forward was replaced (as a fused head does) refers to itself, and would keep its
+    # weights until some later collection.
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return answers, held_out
 
 
 def _judge_all(
@@ -203,52 +295,22 @@ def _judge_all(
     }
 
 
-def _require_names(arms: Sequence[Arm], reference: Arm) -> None:
-    if reference.name != REFERENCE:
-        raise ConfigError(f"the starting model's arm must be named {REFERENCE!r}, not {reference.name!r}")
-    check_arm_names([arm.name for arm in arms])
-
-
-def _asked(prompts: Sequence[Prompt], config: GenerationConfig) -> list[Prompt]:
-    if config.prompts == 0:
-        return []
-    check_generation(config)
-    if not prompts:
-        raise ConfigError(
-            "generation.prompts is above 0, but there are no prompts: give data.test or generation.source"
-        )
-    return choose_prompts(prompts, config)
-
-
-def _measure(
-    arm: Arm,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    config: GenerationConfig,
-    encode: Encode | None,
-) -> Measured:
-    if not prompts and arm.held_out is None:
-        return Measured({}, None)
-    model = arm.load()
-    answers: dict[str, tuple[Answer, ...]] = {}
-    if prompts:
-        answers = generate_answers(model, tokenizer, prompts, config, stream=arm.name, encode=encode)
-    held_out = arm.held_out(model) if arm.held_out is not None else None
-    del model
-    _free_memory()
-    return Measured(answers, held_out)
-
-
-def _free_memory() -> None:
-    # A model whose forward was replaced (as a fused head does) refers to itself, and would keep its
-    # weights until some later collection.
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-# ----------------------------------------------------------------------------------------------------
-# One arm's result, from its answers and verdicts.
+def judge_answers(
+    judge: Judge, prompts: Sequence[Prompt], answers: Answers, opponents: Answers, pairing: Pairing
+) -> ArmVerdicts:
+    """Compare the samples that `pairing` names, for each prompt: N = prompts * comparisons verdicts."""
+    comparisons = len(pairing.sample_C)
+    texts_a, texts_b = (
+        [side[prompt.prompt_id][sample].text for prompt in prompts for sample in samples_C.tolist()]
+        for side, samples_C in ((answers, pairing.sample_C), (opponents, pairing.opponent_sample_C))
+    )
+    asked = [prompt.text for prompt in prompts for _ in range(comparisons)]
+    return ArmVerdicts(
+        [prompt.prompt_id for prompt in prompts for _ in range(comparisons)],
+        np.tile(pairing.sample_C, len(prompts)),
+        np.tile(pairing.opponent_sample_C, len(prompts)),
+        judge.compare(asked, texts_a, texts_b),
+    )
 
 
 def arm_result(
@@ -280,53 +342,54 @@ def arm_result(
         held_out=held_out,
         win_rate=win_rate(verdicts) if verdicts is not None else None,
         difference=difference,
-        answer_tokens=mean_answer_tokens(answers) if answers else None,
+        answer_tokens=_mean_answer_tokens(answers) if answers else None,
     )
 
 
-def mean_answer_tokens(answers: Answers) -> Estimate:
+def _mean_answer_tokens(answers: Answers) -> Estimate:
     """Mean number of tokens of an answer, clustered by prompt."""
     lengths = [answer.tokens for samples in answers.values() for answer in samples]
     prompt_ids = [prompt_id for prompt_id, samples in answers.items() for _ in samples]
     return clustered_mean(lengths, prompt_ids)
 
 
-# ----------------------------------------------------------------------------------------------------
-# `generations.parquet` and `verdicts.parquet`: every answer, and every comparison.
+def held_out_metrics(
+    policy: PairLogps,
+    reference: PairLogps,
+    tokens_P2: ArrayLike,
+    prompt_ids: Mapping[str, str],
+    settings: Mapping[str, Any],
+) -> PreferenceMetrics:
+    """Loss, accuracy and margin of `policy` on its pairs, each clustered by prompt.
 
+    `reference` and `prompt_ids` (pair_id -> prompt_id) may hold further pairs, in any order; `tokens_P2` are
+    the completions' numbers of tokens, in the policy's order. `settings` are those that the policy was
+    trained with: the loss is the trained one, and DPO's own at that beta where the trained one is not
+    pairwise (see `losses`). Margins of policies with different betas are not comparable.
 
-GENERATION_COLUMNS = {
-    "arm": pa.string(),
-    "prompt_id": pa.string(),
-    "prompt": pa.string(),
-    "sample": pa.int64(),
-    "answer": pa.string(),
-    "tokens": pa.int64(),
-}
-"""`prompt` is the JSON of a text or of messages, as in `pairs.parquet`."""
-
-VERDICT_COLUMNS = {
-    "arm": pa.string(),
-    "prompt_id": pa.string(),
-    "sample": pa.int64(),
-    "opponent_sample": pa.int64(),
-    "score": pa.float64(),
-}
-"""`score` is 1 where the arm's sample won, 0.5 for a tie, 0 where it lost."""
-
-
-class ArmVerdicts(NamedTuple):
-    """All comparisons of one arm; columns of equal length N."""
-
-    prompt_ids_N: list[str]
-    sample_N: NDArray[np.int64]
-    opponent_sample_N: NDArray[np.int64]
-    scores_N: NDArray[np.float64]
-
-    @property
-    def by_prompt(self) -> Verdicts:
-        """What a win rate is computed from."""
-        return Verdicts(self.prompt_ids_N, self.scores_N)
+    Raises:
+        DataError: no pairs.
+        IdentityError: a pair has no reference log-probs or no prompt id, or stands twice.
+        RecordsError: a loss is not finite; some of the pairs are named.
+    """
+    if not policy.pair_ids:
+        raise DataError("no held-out pairs are left to evaluate; look at the drop reasons of data.test")
+    place_P = positions_of(policy.pair_ids, reference.pair_ids, what="held-out reference log-probs")
+    missing = [pair_id for pair_id in policy.pair_ids if pair_id not in prompt_ids]
+    if missing:
+        raise IdentityError(f"{len(missing):,} held-out pairs have no prompt id: {name_some(missing)}")
+    if not is_pairwise(settings):
+        settings = {"beta": settings["beta"]}
+    policy_P2 = np.stack([policy.chosen_P, policy.rejected_P], axis=1)
+    reference_P2 = np.stack([reference.chosen_P, reference.rejected_P], axis=1)[place_P]
+    losses = pair_losses(policy_P2, reference_P2, tokens_P2, settings)
+    finite_P = np.isfinite(losses.loss_P)
+    if not finite_P.all():
+        bad = [policy.pair_ids[row] for row in np.flatnonzero(~finite_P)]
+        raise RecordsError(f"{len(bad):,} held-out pairs have a loss that is not finite: {name_some(bad)}")
+    return preference_metrics(
+        losses.loss_P, losses.margin_P, [prompt_ids[pair_id] for pair_id in policy.pair_ids]
+    )
 
 
 def generations_table(prompts: Sequence[Prompt], answers_by_arm: Mapping[str, Answers]) -> pa.Table:
@@ -366,61 +429,11 @@ def verdicts_table(verdicts_by_arm: Mapping[str, ArmVerdicts]) -> pa.Table:
     return pa.concat_tables([schema.empty_table(), *tables])
 
 
-# ----------------------------------------------------------------------------------------------------
-# How a policy does on preference pairs that nothing was trained on.
-
-
-def held_out_metrics(
-    policy: PairLogps,
-    reference: PairLogps,
-    tokens_P2: ArrayLike,
-    prompt_ids: Mapping[str, str],
-    settings: Mapping[str, Any],
-) -> PreferenceMetrics:
-    """Loss, accuracy and margin of `policy` on its pairs, each clustered by prompt.
-
-    `reference` and `prompt_ids` (pair_id -> prompt_id) may hold further pairs, in any order; `tokens_P2` are
-    the completions' numbers of tokens, in the policy's order. `settings` are those that the policy was
-    trained with: the loss is the trained one, and DPO's own at that beta where the trained one is not
-    pairwise (see `core.losses`). Margins of policies with different betas are not comparable.
-
-    Raises:
-        DataError: no pairs.
-        IdentityError: a pair has no reference log-probs or no prompt id, or stands twice.
-        RecordsError: a loss is not finite; some of the pairs are named.
-    """
-    if not policy.pair_ids:
-        raise DataError("no held-out pairs are left to evaluate; look at the drop reasons of data.test")
-    place_P = positions_of(policy.pair_ids, reference.pair_ids, what="held-out reference log-probs")
-    missing = [pair_id for pair_id in policy.pair_ids if pair_id not in prompt_ids]
-    if missing:
-        raise IdentityError(f"{len(missing):,} held-out pairs have no prompt id: {name_some(missing)}")
-    if not is_pairwise(settings):
-        settings = {"beta": settings["beta"]}
-    policy_P2 = np.stack([policy.chosen_P, policy.rejected_P], axis=1)
-    reference_P2 = np.stack([reference.chosen_P, reference.rejected_P], axis=1)[place_P]
-    losses = pair_losses(policy_P2, reference_P2, tokens_P2, settings)
-    finite_P = np.isfinite(losses.loss_P)
-    if not finite_P.all():
-        bad = [policy.pair_ids[row] for row in np.flatnonzero(~finite_P)]
-        raise RecordsError(f"{len(bad):,} held-out pairs have a loss that is not finite: {name_some(bad)}")
-    return preference_metrics(
-        losses.loss_P, losses.margin_P, [prompt_ids[pair_id] for pair_id in policy.pair_ids]
-    )
-
-
-# ----------------------------------------------------------------------------------------------------
-# Answers in the form that AlpacaEval reads as `model_outputs`, for its official judge.
-#
-# The form is that of https://github.com/tatsu-lab/alpaca_eval: a JSON list of objects with `instruction`,
-# `output` and `generator`.
-
-
-FOLDER = "alpaca_eval_outputs"
-
-
 def write_model_outputs(path: Path, arm: str, prompts: Sequence[Prompt], answers: Answers) -> None:
-    """Write the first sample of each prompt, in the order of `prompts`, with `arm` as the generator.
+    """Write the first sample of each prompt, in their order, as AlpacaEval reads `model_outputs`.
+
+    The format (https://github.com/tatsu-lab/alpaca_eval) is a JSON list of objects: `instruction`, `output`
+    and `generator`, which is `arm`.
 
     Raises:
         DataError: a prompt has no user message.
@@ -444,57 +457,3 @@ def instruction_of(text: Text) -> str:
         if message["role"] == "user":
             return str(message["content"])
     raise DataError("a prompt without a user message has no instruction; drop it from data.test")
-
-
-# ----------------------------------------------------------------------------------------------------
-# What is wrong with an evaluation, found before anything is trained for it.
-
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-
-
-def check_evaluation(config: EvaluateConfig, *, has_test: bool) -> None:
-    """Check what the `evaluate` block asks for; `has_test` says whether there are held-out pairs.
-
-    Raises:
-        ConfigError: a control's name cannot be used, there is nothing to answer, or an option has no effect.
-        DataError: the file of prompts is not there.
-    """
-    check_arm_names(policy_names(config))
-    generation = config.generation
-    if generation.prompts == 0:
-        if generation.source:
-            raise ConfigError(
-                "evaluate.generation.source has no effect without evaluate.generation.prompts above 0"
-            )
-        return
-    check_generation(generation)
-    if generation.source and not Path(generation.source).is_file():
-        raise DataError(f"evaluate.generation.source: no file {generation.source}")
-    if not generation.source and not has_test:
-        raise ConfigError(
-            "evaluate.generation.prompts is above 0, but there are no prompts: give data.test or "
-            "evaluate.generation.source"
-        )
-
-
-def policy_names(config: EvaluateConfig) -> list[str]:
-    """Of all that is trained: the run's own arm, its repeats with other seeds, the controls."""
-    return [SELECTED, *map(repeat_name, config.training_seeds), *config.controls]
-
-
-def check_arm_names(names: Iterable[str]) -> None:
-    """Raise `ConfigError` where an arm's name is no file name, stands twice or is the starting model's."""
-    taken = {REFERENCE}
-    for name in names:
-        if not _NAME.fullmatch(name):
-            raise ConfigError(
-                f"evaluate.controls: {name!r} cannot be a name; use letters, digits, '.', '_' and '-'"
-            )
-        try:
-            file_name(name)
-        except ValueError as error:
-            raise ConfigError(f"evaluate.controls: {error}") from None
-        if name in taken:
-            raise ConfigError(f"evaluate.controls: the name {name!r} is taken; choose another")
-        taken.add(name)

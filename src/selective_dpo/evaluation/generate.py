@@ -85,7 +85,7 @@ def generate_answers(
     a left-padded batch. Each batch has its own seed, made of `config.seed`, `stream`, and the prompts and
     samples in it, so it does not depend on the batches before. `stream` (an arm's name) keeps arms
     independent: with common random numbers, equal models would always tie. `encode` replaces the default
-    `prompt_tokens.encode_prompt`.
+    `encode_prompt`.
 
     Raises:
         ConfigError: samples or top_p have no effect at temperature 0.
@@ -98,7 +98,12 @@ def generate_answers(
     rows = _rows(prompts, config, encode or (lambda text: encode_prompt(tokenizer, text)))
     if not rows:
         return {}
-    _require_room(model, len(rows[-1].ids), config.max_new_tokens)
+    longest, positions = len(rows[-1].ids), getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and longest + config.max_new_tokens > positions:
+        raise ModelError(
+            f"the longest prompt ({longest:,} tokens) and generation.max_new_tokens "
+            f"({config.max_new_tokens:,}) exceed the model's {positions:,} positions; lower max_new_tokens"
+        )
     end_ids = _end_ids(model, tokenizer, prompts)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(end_ids, default=0)
     settings = _settings(config, end_ids, int(pad_id))
@@ -106,7 +111,8 @@ def generate_answers(
     with _generating(model), Progress(len(rows), f"answers of {stream}", unit="answers") as progress:
         for start in range(0, len(rows), config.batch_size):
             batch = rows[start : start + config.batch_size]
-            torch.manual_seed(_batch_seed(config.seed, stream, batch))
+            content = [config.seed, stream, [[row.prompt_id, row.sample] for row in batch]]
+            torch.manual_seed(int(digest(content)[:15], 16))  # 60 bits: what torch takes without a sign
             for row, new_ids in zip(batch, _continue(model, batch, settings), strict=True):
                 answers[row.prompt_id][row.sample] = _answer(tokenizer, new_ids, end_ids)
             progress.advance(len(batch))
@@ -125,15 +131,6 @@ def _rows(prompts: Sequence[Prompt], config: GenerationConfig, encode: Encode) -
             raise DataError(f"prompt {prompt.prompt_id} has no tokens; leave it out of the test data")
         rows += [_Row(prompt.prompt_id, sample, ids) for sample in range(config.samples)]
     return sorted(rows, key=lambda row: (len(row.ids), row.prompt_id, row.sample))
-
-
-def _require_room(model: Any, prompt_tokens: int, new_tokens: int) -> None:
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and prompt_tokens + new_tokens > positions:
-        raise ModelError(
-            f"the longest prompt ({prompt_tokens:,} tokens) and generation.max_new_tokens ({new_tokens:,}) "
-            f"exceed the model's {positions:,} positions; lower max_new_tokens"
-        )
 
 
 def _end_ids(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> frozenset[int]:
@@ -189,11 +186,6 @@ def _generating(model: Any) -> Iterator[None]:
         model.train(was_training)
 
 
-def _batch_seed(seed: int, stream: str, batch: Sequence[_Row]) -> int:
-    content = [seed, stream, [[row.prompt_id, row.sample] for row in batch]]
-    return int(digest(content)[:15], 16)  # 60 bits: what torch takes without a sign
-
-
 def _continue(model: Any, batch: Sequence[_Row], settings: transformers.GenerationConfig) -> list[list[int]]:
     """The new token ids of each row, padding included."""
     width = max(len(row.ids) for row in batch)
@@ -216,10 +208,6 @@ def _answer(tokenizer: PreTrainedTokenizerBase, new_ids: list[int], end_ids: fro
     length = next((place for place, token in enumerate(new_ids) if token in end_ids), len(new_ids))
     text = tokenizer.decode(new_ids[:length], skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return Answer(str(text), length)
-
-
-# ----------------------------------------------------------------------------------------------------
-# From a prompt to the tokens that a model continues.
 
 
 def encode_prompt(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
@@ -17,21 +17,23 @@ from selective_dpo.config import EvaluateConfig, ModelConfig
 from selective_dpo.data.templates import Conversation, template_digest
 from selective_dpo.data.tokenize import tokenizer_digest
 from selective_dpo.distributed.progress import Progress
-from selective_dpo.errors import DataError, ModelError, name_some
+from selective_dpo.errors import ConfigError, DataError, ModelError, name_some
 from selective_dpo.evaluation.generate import encode_conversation
+from selective_dpo.extensions import Registry
 from selective_dpo.identity import Text, canonical_text
 from selective_dpo.models import loading, model_digest, read_tokenizer
 from selective_dpo.stats.win_rates import scores_from_rewards
 from selective_dpo.storage.artifacts import file_digest
 from selective_dpo.storage.digests import canonical_json, digest
 
+J = TypeVar("J")
+
 
 class Judge(Protocol):
-    """Compares two answers to the same prompt."""
+    """Compares two answers to the same prompt. To add one, see `judge`."""
 
-    @property
-    def name(self) -> str:
-        """What `results.json` calls it."""
+    name: str
+    """What `results.json` calls it. A registered class without one is called as the recipe calls it."""
 
     def fingerprint(self) -> str:
         """SHA-256 of the content that decides its verdicts, wherever that lies."""
@@ -51,10 +53,8 @@ class RewardJudge(ABC):
     def __init__(self) -> None:
         self._known: dict[tuple[str, str], float] = {}
 
-    @property
-    @abstractmethod
-    def name(self) -> str:
-        """What `results.json` calls it."""
+    name: str
+    """What `results.json` calls it."""
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -91,10 +91,7 @@ class RewardJudge(ABC):
 class EmbeddedWorldJudge(RewardJudge):
     """The gold reward that the embedded world's tasks define."""
 
-    @property
-    def name(self) -> str:
-        """See `RewardJudge`."""
-        return "embedded-world"
+    name = "embedded-world"
 
     def fingerprint(self) -> str:
         """Of the code that defines the tasks and their rewards."""
@@ -118,19 +115,48 @@ class EmbeddedWorldJudge(RewardJudge):
         return found
 
 
+def _adopt(name: str, made: Any) -> JudgeFactory:
+    """The entry of a class that `module:name` or a registration names; it is made without arguments."""
+
+    def make(config: EvaluateConfig) -> Judge:
+        found = made()
+        lacking = [part for part in ("compare", "fingerprint") if not callable(getattr(found, part, None))]
+        if lacking:
+            raise ConfigError(f"judge {name!r} has no method {' and no '.join(lacking)}")
+        if not hasattr(found, "name"):
+            found.name = name
+        return cast(Judge, found)
+
+    return make
+
+
+JudgeFactory = Callable[[EvaluateConfig], Judge]
+
+JUDGES: Registry[JudgeFactory] = Registry("judge", _adopt)
+"""`evaluate.judge` -> what makes the judge."""
+
+
+def judge(name: str) -> Callable[[type[J]], type[J]]:
+    """Register the decorated class, which is made without arguments, as `evaluate.judge: NAME`.
+
+    It needs `compare` and `fingerprint()` of `Judge`: the fingerprint stands in the evaluation's key.
+    """
+
+    def register(made: type[J]) -> type[J]:
+        JUDGES[name] = _adopt(name, made)
+        return made
+
+    return register
+
+
 def judge_for(config: EvaluateConfig) -> Judge | None:
     """The judge that the recipe asks for; None for `none`.
 
     Raises:
+        ConfigError: there is no such judge, or it lacks a method.
         ModelError: the reward model cannot be used; found before any answer is generated.
     """
-    if config.judge == "none":
-        return None
-    if config.judge == "embedded-world":
-        return EmbeddedWorldJudge()
-    from selective_dpo.evaluation.judges import RewardModelJudge
-
-    return RewardModelJudge(config.reward_model)
+    return None if config.judge == "none" else JUDGES[config.judge](config)
 
 
 def _require_finite(rewards: Sequence[float], keys: Sequence[tuple[str, str]], name: str) -> None:
@@ -140,10 +166,6 @@ def _require_finite(rewards: Sequence[float], keys: Sequence[tuple[str, str]], n
             f"judge {name!r} gave {len(bad):,} answers a reward that is not finite; "
             f"use another reward model. Prompts: {name_some(bad, 3)}"
         )
-
-
-# ----------------------------------------------------------------------------------------------------
-# A reward model as judge: a sequence classifier with one output.
 
 
 class RewardModelJudge(RewardJudge):
@@ -163,6 +185,7 @@ class RewardModelJudge(RewardJudge):
             ModelError: not a classifier with one output, or its tokenizer has no chat template.
         """
         super().__init__()
+        self.name = f"reward-model {path}"
         self._path = path
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         with loading("reward model", path):
@@ -182,11 +205,6 @@ class RewardModelJudge(RewardJudge):
         self._pad_id = self._config.get_text_config().pad_token_id
         self._batch_size = batch_size if self._pad_id is not None else 1
 
-    @property
-    def name(self) -> str:
-        """See `RewardJudge`."""
-        return f"reward-model {self._path}"
-
     def fingerprint(self) -> str:
         """Of weights (of a hub model: its commit), tokenizer and chat template."""
         return digest(
@@ -204,7 +222,7 @@ class RewardModelJudge(RewardJudge):
             ModelError: the weights cannot be loaded, or a conversation exceeds the model's positions.
         """
         rows = [self._encode(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
-        self._require_room(rows)
+        self._require_positions(rows)
         order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
         rewards = [0.0] * len(rows)
         with torch.no_grad(), Progress(len(rows), "rewards", unit="answers") as progress:
@@ -220,7 +238,7 @@ class RewardModelJudge(RewardJudge):
         messages.append({"role": "assistant", "content": answer})
         return encode_conversation(self._tokenizer, Conversation(messages))
 
-    def _require_room(self, rows: Sequence[Sequence[int]]) -> None:
+    def _require_positions(self, rows: Sequence[Sequence[int]]) -> None:
         positions = getattr(self._config.get_text_config(), "max_position_embeddings", None)
         longest = max(map(len, rows), default=0)
         if positions is not None and longest > positions:
@@ -256,3 +274,7 @@ class RewardModelJudge(RewardJudge):
             missing = sorted(found["missing_keys"])[0]
             raise ModelError(f"{self._path!r} is not a trained reward model: its weights lack {missing}")
         return model.to(self._device).eval()
+
+
+JUDGES["embedded-world"] = lambda config: EmbeddedWorldJudge()
+JUDGES["reward-model"] = lambda config: RewardModelJudge(config.reward_model)

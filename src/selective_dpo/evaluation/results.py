@@ -26,6 +26,19 @@ def repeat_name(seed: int) -> str:
     return f"{SELECTED}-seed{seed}"
 
 
+class PreferenceMetrics(NamedTuple):
+    """Means over pairs, each with its uncertainty clustered by prompt."""
+
+    pairs: int
+    prompts: int
+    loss: Estimate
+    """The trained loss; DPO's own, in nats, where that is not pairwise (see `losses`)."""
+    accuracy: Estimate
+    """Share of pairs with a margin above 0; a margin of exactly 0 counts one half."""
+    margin: Estimate
+    """Beta times the difference of the chosen and rejected log-ratios."""
+
+
 class ArmResult(NamedTuple):
     """One trained policy, or the starting model."""
 
@@ -116,15 +129,16 @@ def training_spread(results: EvaluationResults) -> TrainingSpread | None:
 
 
 def to_json(results: EvaluationResults) -> dict[str, Any]:
-    """The content of `results.json`. A standard error that does not exist (NaN) becomes null."""
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "judge": results.judge,
-        "prompts": results.prompts,
-        "samples": results.samples,
-        "arms": [_arm_to_json(arm) for arm in results.arms],
-        "repeats": [_arm_to_json(arm) for arm in results.repeats],
-    }
+    """The content of `results.json`, by the fields' names. A number that does not exist (NaN) is null."""
+    return {"schema_version": SCHEMA_VERSION, **_as_json(results)}
+
+
+def _as_json(value: Any) -> Any:
+    if hasattr(value, "_asdict"):
+        return {name: _as_json(item) for name, item in value._asdict().items()}
+    if isinstance(value, tuple):
+        return [_as_json(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def from_json(content: Mapping[str, Any]) -> EvaluationResults:
@@ -147,7 +161,8 @@ def from_json(content: Mapping[str, Any]) -> EvaluationResults:
 
 def estimate_to_json(estimate: Estimate) -> dict[str, float | None]:
     """An estimate as a JSON object, NaN as null."""
-    return {name: None if math.isnan(value) else value for name, value in estimate._asdict().items()}
+    fields: dict[str, float | None] = _as_json(estimate)
+    return fields
 
 
 def estimate_from_json(content: Mapping[str, float | None]) -> Estimate:
@@ -155,61 +170,15 @@ def estimate_from_json(content: Mapping[str, float | None]) -> Estimate:
     return Estimate(**{name: math.nan if value is None else value for name, value in content.items()})
 
 
-_ESTIMATES = ("win_rate", "difference", "answer_tokens")
-
-_HELD_OUT_ESTIMATES = ("loss", "accuracy", "margin")
-
-
-def _arm_to_json(arm: ArmResult) -> dict[str, Any]:
-    held_out = arm.held_out
-    return {
-        "name": arm.name,
-        "label": arm.label,
-        "pairs": arm.pairs,
-        "updates": arm.updates,
-        "held_out": None if held_out is None else _held_out_to_json(held_out),
-        **{name: _optional(getattr(arm, name)) for name in _ESTIMATES},
-    }
-
-
-def _held_out_to_json(held_out: PreferenceMetrics) -> dict[str, Any]:
-    return {
-        "pairs": held_out.pairs,
-        "prompts": held_out.prompts,
-        **{name: estimate_to_json(getattr(held_out, name)) for name in _HELD_OUT_ESTIMATES},
-    }
-
-
-def _optional(estimate: Estimate | None) -> dict[str, float | None] | None:
-    return None if estimate is None else estimate_to_json(estimate)
-
-
 def _arm_from_json(content: Mapping[str, Any]) -> ArmResult:
     fields = dict(content)
     held_out = fields["held_out"]
     if held_out is not None:
-        estimates = {name: estimate_from_json(held_out[name]) for name in _HELD_OUT_ESTIMATES}
+        estimates = {name: estimate_from_json(held_out[name]) for name in ("loss", "accuracy", "margin")}
         fields["held_out"] = PreferenceMetrics(**{**held_out, **estimates})
-    for name in _ESTIMATES:
+    for name in ("win_rate", "difference", "answer_tokens"):
         fields[name] = None if fields[name] is None else estimate_from_json(fields[name])
     return ArmResult(**fields)
-
-
-# ----------------------------------------------------------------------------------------------------
-# How well a policy's implicit reward agrees with the labels of preference pairs.
-
-
-class PreferenceMetrics(NamedTuple):
-    """Means over pairs, each with its uncertainty clustered by prompt."""
-
-    pairs: int
-    prompts: int
-    loss: Estimate
-    """The trained loss; DPO's own, in nats, where that is not pairwise (see `core.losses`)."""
-    accuracy: Estimate
-    """Share of pairs with a margin above 0; a margin of exactly 0 counts one half."""
-    margin: Estimate
-    """Beta times the difference of the chosen and rejected log-ratios."""
 
 
 def preference_metrics(loss_P: ArrayLike, margin_P: ArrayLike, prompt_ids_P: ArrayLike) -> PreferenceMetrics:

@@ -16,7 +16,7 @@ from selective_dpo.distributed.progress import Progress
 from selective_dpo.errors import Interrupted
 from selective_dpo.logprobs.memory import TokenBudget, bounded_batches, budget_for, run_within_memory
 from selective_dpo.logprobs.packed import IGNORED_LABEL, log_probs_only
-from selective_dpo.logprobs.packing_support import PathName, choose_way
+from selective_dpo.logprobs.packing_support import PathName, plan_rows
 from selective_dpo.logprobs.padded import PairBatch, batch_logps, make_batch, pair_lengths
 from selective_dpo.models import is_sharded
 
@@ -59,7 +59,7 @@ def pair_logps(
 ) -> PairLogps:
     """Log-probabilities of every pair of `tokens`, without gradients, in evaluation mode.
 
-    The work is dealt to all processes of a distributed run, batch by batch, and every process returns
+    The batches are divided among all processes of a distributed run, and every process returns
     the whole result; `model` may be sharded, since then all of them run the same number of batches.
 
     Args:
@@ -85,9 +85,9 @@ def pair_logps(
         _autocast(device, autocast_dtype),
         Progress(len(ids), what) as progress,
     ):
-        way = choose_way(model, tokens, pad_token_id, path)
+        rows_of = plan_rows(model, tokens, pad_token_id, path)
         budget = budget_for(model, tokens_per_batch)
-        batches = bounded_batches(way.lengths_P, budget, rows_per_pair=way.rows_per_pair)
+        batches = bounded_batches(rows_of.lengths_P, budget, rows_per_pair=rows_of.rows_per_pair)
 
         def stop_if_asked() -> None:
             # Those that share a model's weights wait for each other in each batch, so they stop together.
@@ -96,7 +96,7 @@ def pair_logps(
 
         def run(rows: NDArray[np.int64]) -> None:
             stop_if_asked()
-            values_P2[rows] = way.logps(tokens[rows]).view(2, -1).T.double().cpu().numpy()
+            values_P2[rows] = rows_of.logps(tokens[rows]).view(2, -1).T.double().cpu().numpy()
             done_P[rows] = True
             # Of the others it is only known that they have as much to do.
             progress.advance(len(rows) * process.num_processes)
@@ -106,12 +106,12 @@ def pair_logps(
         stopped: MeasurementStopped | None = None
         try:
             run_within_memory(
-                run, mine, way.lengths_P, budget, rows_per_pair=way.rows_per_pair, recover=not sharded
+                run, mine, rows_of.lengths_P, budget, rows_per_pair=rows_of.rows_per_pair, recover=not sharded
             )
             if sharded and len(mine) * process.num_processes < len(batches):
                 # The others run one batch more, and need this process's share of the weights for it.
                 stop_if_asked()
-                way.logps(tokens[batches[-1]])
+                rows_of.logps(tokens[batches[-1]])
         except MeasurementStopped as error:
             stopped = error
         if on_any_process(stopped is not None):

@@ -32,9 +32,9 @@ _GPU_SHARE = 0.5
 """Part of the free memory to plan with. The rest is for what the estimate leaves out and, on a CPU, for
 neighbours: there, a system out of memory ends a process without asking."""
 
-_MOST_TOKENS = {"cpu": 4_096}
+_MAX_TOKENS = {"cpu": 4_096}
 
-_MOST_GPU_TOKENS = 65_536
+_MAX_GPU_TOKENS = 65_536
 """Beyond these, larger batches are not faster."""
 
 _HEAD_TILE = (4_096, 32_768)
@@ -68,7 +68,7 @@ def budget_for(model: Any, tokens: TokenBudget) -> Budget:
 
 def most_tokens(device_type: str) -> int:
     """The largest automatic budget, in tokens, on a device of this type."""
-    return _MOST_TOKENS.get(device_type, _MOST_GPU_TOKENS)
+    return _MAX_TOKENS.get(device_type, _MAX_GPU_TOKENS)
 
 
 def bounded_batches(

@@ -18,7 +18,7 @@ FILE = "quarantine.json"
 REASON = "not finite"
 """Why the curriculum does not select such a pair."""
 
-MOST = 0.01
+MAX_SHARE = 0.01
 """Share of the pairs beyond which it is not the pairs' fault."""
 
 
@@ -33,11 +33,11 @@ def require_few(quarantined: Sequence[Mapping[str, Any]], pairs: int, *, what: s
     Raises:
         RecordsError: some of the pairs are named.
     """
-    if len(quarantined) > max(1, MOST * pairs):
+    if len(quarantined) > max(1, MAX_SHARE * pairs):
         named = name_some(entry["pair_id"] for entry in quarantined)
         raise RecordsError(
             f"{what} of {len(quarantined):,} of {pairs:,} pairs is not finite, more than can be set aside "
-            f"({MOST:.0%}): {named}; {remedy}"
+            f"({MAX_SHARE:.0%}): {named}; {remedy}"
         )
 
 

@@ -1,13 +1,20 @@
-"""One row for a pair: its prompt once, then both completions, each blind to the other.
+"""The rows of tokens that a model reads for pairs: packed, or padded.
 
-A row is `prompt, chosen without its last token, rejected without its last token`. Attention lets a
-token see the prompt and the earlier tokens of its own part, and positions start again after the prompt
-for each completion, so every token is computed as it would be in a row of its own. The prompt's last
-position predicts the first token of both completions; a completion's last token predicts nothing and
-is left out.
+A packed row is `prompt, chosen without its last token, rejected without its last token`. Attention lets a
+token see the prompt and the earlier tokens of its own part, and positions start again after the prompt for
+each completion, so every token is computed as it would be in a row of its own. The prompt's last position
+predicts the first token of both completions; a completion's last token predicts nothing and is left out.
 
-Dimension suffixes: P pairs of a data set, B pairs of a batch, T tokens of the padded row, L tokens of
-the longest completion, 2B the batch's chosen completions followed by its rejected ones.
+A padded row holds a prompt and one completion. It needs no mask: padding stands at its end, where causal
+attention hides it from every token before.
+
+The head is TRL's (`trl.trainer.utils.add_fused_lm_head`): logit scaling, soft-capping, bias, sharded weights
+and its backward pass are not written a second time. It is shown only the positions that predict a token of
+a completion; on devices without Triton it would project every position.
+
+Dimension suffixes: P pairs of a data set, B pairs of a batch, R rows (B packed or 2B padded ones), T tokens
+of a row, 2B the chosen completions followed by the rejected ones, N labels (tokens of all completions that
+something predicts), L labels of the longest completion.
 """
 
 from __future__ import annotations
@@ -28,76 +35,145 @@ IGNORED_LABEL = -100
 """transformers' label for positions without a loss."""
 
 PROMPT, CHOSEN, REJECTED, PADDING = range(4)
-"""The parts of a row, in the order they stand in it."""
+"""The parts of a packed row, in the order they stand in it."""
+
+_FLEX_BLOCK = 128
+"""Tokens in a block of FlexAttention's mask."""
+
+CUDA_ALIGNMENT = 8
+"""CUDA's kernels copy a mask whose rows do not start at multiples of this."""
+
+Pairs = Mapping[str, Sequence[Sequence[int]]]
+"""Tokenized pairs by column: `prompt_ids`, `chosen_ids`, `rejected_ids`."""
 
 
-class SharedBatch(NamedTuple):
-    """Right-padded rows, one a pair, and where each completion's tokens are predicted in them."""
+class RowBatch(NamedTuple):
+    """Right-padded rows, and where each completion's tokens are predicted in them."""
 
     input_ids: Tensor
-    """[B, T] int64."""
-    position_ids: Tensor
-    """[B, T] int64; each completion counts on from the prompt."""
-    parts: Tensor
-    """[B, T] int64: PROMPT, CHOSEN, REJECTED or PADDING."""
-    labels: Tensor
-    """[2B, L] int64: the completions' tokens, `IGNORED_LABEL` after their end."""
-    predicted_at: Tensor
-    """[2B, L] int64: the position, counted through the flattened [B * T], that predicts each label."""
+    """[R, T] int64."""
+    position_ids: Tensor | None
+    """[R, T] int64; each completion counts on from the prompt. None: padded rows."""
+    parts: Tensor | None
+    """[R, T] int64: PROMPT, CHOSEN, REJECTED or PADDING. None: padded rows."""
+    labels_N: Tensor
+    """The completions' tokens, int64, chosen ones first, completion by completion."""
+    predicted_at_N: Tensor
+    """The position, counted through the flattened [R * T], that predicts each label."""
+    places_2BL: Tensor
+    """Which of the N labels each token of a completion is; N after its end."""
 
-    def to(self, device: torch.device) -> SharedBatch:
+    def to(self, device: torch.device) -> RowBatch:
         """The same batch on `device`."""
-        return SharedBatch(*(part.to(device) for part in self))
+        moved = [part if part is None else to_device(part, device) for part in self]
+        return RowBatch(*moved)  # type: ignore[arg-type]  # None only where it was None
 
 
 def shared_lengths(
     prompt_P: NDArray[np.int64], chosen_P: NDArray[np.int64], rejected_P: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """Tokens of each pair's row, from the tokens of prompt, chosen and rejected: all [P]."""
+    """Tokens of each pair's packed row, from the tokens of prompt, chosen and rejected: all [P]."""
     return prompt_P + np.maximum(chosen_P - 1, 0) + np.maximum(rejected_P - 1, 0)
 
 
-def make_shared_batch(
-    rows: Mapping[str, Sequence[Sequence[int] | NDArray[np.int64]]],
-    pad_token_id: int,
-    *,
-    multiple_of: int = 1,
-) -> SharedBatch:
-    """Put tokenized pairs (`prompt_ids`, `chosen_ids`, `rejected_ids`) into one row each.
+def pack_pairs(pairs: Pairs, pad_token_id: int, *, multiple_of: int = 1) -> RowBatch:
+    """One row for each pair, its prompt once.
 
-    T is rounded up to `multiple_of`, for attention kernels that want it. As in a row of its own, the
-    first token of a completion has no label where the prompt is empty: nothing predicts it.
+    T is rounded up to `multiple_of`, for attention kernels that want it. As in a row of its own, the first
+    token of a completion has no label where the prompt is empty: nothing predicts it.
     """
-    pairs = list(zip(rows["prompt_ids"], rows["chosen_ids"], rows["rejected_ids"], strict=True))
-    counts_B3 = np.array([[len(part) for part in pair] for pair in pairs], dtype=np.int64).reshape(-1, 3)
-    longest = int(shared_lengths(*counts_B3.T).max(initial=1))
-    width = -(-max(1, longest) // multiple_of) * multiple_of
-    length = max(1, int(counts_B3[:, 1:].max(initial=1)))
-    input_ids_BT = np.full((len(pairs), width), pad_token_id, dtype=np.int64)
-    position_ids_BT = np.zeros((len(pairs), width), dtype=np.int64)
-    parts_BT = np.full((len(pairs), width), PADDING, dtype=np.int64)
-    labels_2BL = np.full((2, len(pairs), length), IGNORED_LABEL, dtype=np.int64)
-    predicted_at_2BL = np.zeros((2, len(pairs), length), dtype=np.int64)
-    for row, (prompt, *completions) in enumerate(pairs):
-        input_ids_BT[row, : len(prompt)] = prompt
-        position_ids_BT[row, : len(prompt)] = np.arange(len(prompt))
-        parts_BT[row, : len(prompt)] = PROMPT
+    triples = list(zip(pairs["prompt_ids"], pairs["chosen_ids"], pairs["rejected_ids"], strict=True))
+    counts_B3 = np.array([[len(part) for part in triple] for triple in triples], dtype=np.int64)
+    width = _rounded_up(int(shared_lengths(*counts_B3.reshape(-1, 3).T).max(initial=1)), multiple_of)
+    input_ids_RT = np.full((len(triples), width), pad_token_id, dtype=np.int64)
+    position_ids_RT = np.zeros_like(input_ids_RT)
+    parts_RT = np.full_like(input_ids_RT, PADDING)
+    labels: tuple[list[_Labels], list[_Labels]] = ([], [])
+    for row, (prompt, *completions) in enumerate(triples):
         start = len(prompt)
+        input_ids_RT[row, :start] = prompt
+        position_ids_RT[row, :start] = np.arange(start)
+        parts_RT[row, :start] = PROMPT
         for side, completion in enumerate(completions):
             end = start + max(0, len(completion) - 1)
-            input_ids_BT[row, start:end] = completion[:-1]
-            position_ids_BT[row, start:end] = np.arange(len(prompt), len(prompt) + end - start)
-            parts_BT[row, start:end] = CHOSEN + side
-            first = 0 if len(prompt) else 1
-            labels_2BL[side, row, first : len(completion)] = completion[first:]
+            input_ids_RT[row, start:end] = completion[:-1]
+            position_ids_RT[row, start:end] = np.arange(len(prompt), len(prompt) + end - start)
+            parts_RT[row, start:end] = CHOSEN + side
             # Label 0 is predicted by the prompt's last token, label j by the completion's token j - 1.
-            predicted_at_2BL[side, row, 0] = row * width + max(0, len(prompt) - 1)
-            predicted_at_2BL[side, row, 1 : len(completion)] = row * width + np.arange(start, end)
+            predicted_at = row * width + np.append(len(prompt) - 1, np.arange(start, end))
+            labels[side].append(_labels(prompt, completion, predicted_at))
             start = end
-    flat = (labels_2BL.reshape(-1, length), predicted_at_2BL.reshape(-1, length))
-    return SharedBatch(
-        *(torch.from_numpy(array) for array in (input_ids_BT, position_ids_BT, parts_BT, *flat))
-    )
+    input_ids, position_ids, parts = map(torch.from_numpy, (input_ids_RT, position_ids_RT, parts_RT))
+    return RowBatch(input_ids, position_ids, parts, *_in_order([*labels[0], *labels[1]]))
+
+
+def pad_pairs(pairs: Pairs, pad_token_id: int, *, multiple_of: int = 1) -> RowBatch:
+    """A row for each completion, prompt included; labels and `multiple_of` as for `pack_pairs`."""
+    rows = [
+        (prompt, completion)
+        for side in ("chosen_ids", "rejected_ids")
+        for prompt, completion in zip(pairs["prompt_ids"], pairs[side], strict=True)
+    ]
+    longest = max((len(prompt) + len(completion) for prompt, completion in rows), default=1)
+    width = _rounded_up(longest, multiple_of)
+    input_ids_RT = np.full((len(rows), width), pad_token_id, dtype=np.int64)
+    labels = []
+    for row, (prompt, completion) in enumerate(rows):
+        start, end = len(prompt), len(prompt) + len(completion)
+        input_ids_RT[row, :start] = prompt
+        input_ids_RT[row, start:end] = completion
+        labels.append(_labels(prompt, completion, row * width + np.arange(start - 1, end - 1)))
+    return RowBatch(torch.from_numpy(input_ids_RT), None, None, *_in_order(labels))
+
+
+class _Labels(NamedTuple):
+    """A completion's tokens, and the positions that predict them."""
+
+    ids: NDArray[np.int64]
+    predicted_at: NDArray[np.int64]
+
+
+def _labels(prompt: Sequence[int], completion: Sequence[int], predicted_at: NDArray[np.int64]) -> _Labels:
+    first = 0 if len(prompt) else 1
+    ids = np.asarray(completion, dtype=np.int64)[first:]
+    return _Labels(ids, predicted_at[first : len(completion)])
+
+
+def _in_order(labels: Sequence[_Labels]) -> tuple[Tensor, Tensor, Tensor]:
+    counts = [len(each.ids) for each in labels]
+    total = sum(counts)
+    places_2BL = np.full((len(labels), max(1, max(counts, default=1))), total, dtype=np.int64)
+    start = 0
+    for row, count in enumerate(counts):
+        places_2BL[row, :count] = np.arange(start, start + count)
+        start += count
+    none = [np.zeros(0, dtype=np.int64)]
+    ids_N = np.concatenate([*(each.ids for each in labels), *none])
+    predicted_at_N = np.concatenate([*(each.predicted_at for each in labels), *none])
+    return torch.from_numpy(ids_N), torch.from_numpy(predicted_at_N), torch.from_numpy(places_2BL)
+
+
+def _rounded_up(count: int, multiple_of: int) -> int:
+    return -(-max(1, count) // multiple_of) * multiple_of
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`; from pinned memory to a GPU, so that nobody waits for the copy."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def by_completion(field_N: Tensor, places_2BL: Tensor) -> Tensor:
+    """One number for each label, laid out completion by completion, 0 after a completion's end: [2B, L].
+
+    Differentiable, also where there is no label at all, so that every process has a gradient to share. The
+    device is not waited for.
+    """
+    return torch.cat([field_N, field_N.new_zeros(1)])[places_2BL]
+
+
+# --- masks of packed rows -----------------------------------------------------------------------------------
 
 
 def additive_mask(parts: Tensor, dtype: torch.dtype) -> Tensor:
@@ -124,13 +200,7 @@ def block_mask(parts: Tensor) -> Any:
     return create_block_mask(visible, batch, None, width, width, device=parts.device)
 
 
-# ----------------------------------------------------------------------------------------------------
-# TRL's fused head, given only what scoring needs of it.
-#
-# The head is TRL's throughout (`trl.trainer.utils.add_fused_lm_head`): logit scaling, soft-capping, bias,
-# sharded weights and its backward pass are not written a second time. Two things are arranged around it:
-# that it computes log-probabilities and nothing else, and that it is shown only the positions that
-# predict a completion's token. It would project every position on devices without Triton.
+# --- the model ----------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -151,85 +221,55 @@ def log_probs_only(model: Any) -> Iterator[None]:
             inner.forward = before
 
 
-def predicted_outputs(model: Any, labels: Tensor, predicted_at: Tensor, **inputs: Any) -> Any:
-    """TRL's fused head at the positions that predict a label, and only there.
-
-    `inputs` go to the model as they are. Returns TRL's output; its per-token fields are [1, N], for the N
-    labels that are not ignored, row by row. Which fields there are is for the head to say that `model`
-    carries.
-
-    Shapes: labels, predicted_at [R, L], as in `SharedBatch`.
-    """
-    is_label = labels != IGNORED_LABEL
-    at_N = predicted_at[is_label]
-
-    def keep_predicting(module: Any, arguments: Any, output: Any) -> Any:
-        hidden_BTH = output.last_hidden_state
-        hidden_NH = hidden_BTH.flatten(0, 1).index_select(0, at_N.to(hidden_BTH.device))
-        output.last_hidden_state = hidden_NH[None]
-        return output
-
-    hook = language_model(model).base_model.register_forward_hook(keep_predicting)
-    try:
-        return model(shift_labels=labels[is_label][None], fused_lm_head=True, use_cache=False, **inputs)
-    finally:
-        hook.remove()
-
-
-def completion_log_probs(model: Any, labels: Tensor, predicted_at: Tensor, **inputs: Any) -> Tensor:
-    """Log-probability of each label under the position that predicts it: [R, L] float32, 0 where ignored.
-
-    Differentiable; the model must carry TRL's fused head. Shapes and `inputs` as in `predicted_outputs`.
-    """
-    log_probs_N = predicted_outputs(model, labels, predicted_at, **inputs).log_probs[0].float()
-    empty: Tensor = torch.zeros(labels.shape, dtype=torch.float32, device=log_probs_N.device)
-    return empty.masked_scatter((labels != IGNORED_LABEL).to(log_probs_N.device), log_probs_N)
-
-
-# ----------------------------------------------------------------------------------------------------
-# Log-probabilities of a batch of pairs by shared rows, for scoring and for training alike.
-
-
-_FLEX_BLOCK = 128
-"""Tokens in a block of FlexAttention's mask."""
-
-CUDA_ALIGNMENT = 8
-"""CUDA's kernels copy a mask whose rows do not start at multiples of this."""
-
-
 def width_multiple(model: Any) -> int:
-    """What the padded length of shared rows should be a multiple of, for the model's attention."""
+    """What the padded length of packed rows should be a multiple of, for the model's attention."""
     if attention_of(model) == "flex_attention":
         return _FLEX_BLOCK
     return CUDA_ALIGNMENT if next(model.parameters()).device.type == "cuda" else 1
 
 
-def shared_log_probs(model: Any, batch: SharedBatch) -> Tensor:
+def row_outputs(model: Any, batch: RowBatch) -> Any:
+    """TRL's fused head at the positions that predict a label, and only there: its fields are [1, N].
+
+    Which fields there are is for the head to say that `model` carries. For packed rows,
+    `packing_support.choose_path` must have said that the model's attention can take them.
+    """
+    mask = None if batch.parts is None else _packed_mask(model, batch.parts)
+    positions = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
+
+    def keep_predicting(module: Any, arguments: Any, output: Any) -> Any:
+        hidden_RTH = output.last_hidden_state
+        at_N = batch.predicted_at_N.to(hidden_RTH.device)
+        output.last_hidden_state = hidden_RTH.flatten(0, 1).index_select(0, at_N)[None]
+        return output
+
+    hook = language_model(model).base_model.register_forward_hook(keep_predicting)
+    try:
+        return model(
+            input_ids=batch.input_ids,
+            attention_mask=mask,
+            **positions,
+            shift_labels=batch.labels_N[None],
+            fused_lm_head=True,
+            use_cache=False,
+        )
+    finally:
+        hook.remove()
+
+
+def row_log_probs(model: Any, batch: RowBatch) -> Tensor:
     """Log-probability of each completion token: [2B, L] float32, chosen first, 0 after a completion's end.
 
-    Differentiable. `model` must carry TRL's fused head, and `engine.paths.choose_path` must have said
-    that its attention can take shared rows.
+    Differentiable; the model must carry TRL's fused head.
     """
-    return completion_log_probs(model, batch.labels, batch.predicted_at, **_model_inputs(model, batch))
+    return by_completion(row_outputs(model, batch).log_probs[0].float(), batch.places_2BL)
 
 
-def shared_outputs(model: Any, batch: SharedBatch) -> Any:
-    """All that the model's fused head says of each completion token: fields of [1, N], see
-    `engine.heads.predicted_outputs`; the tokens in the order of `batch.labels`."""
-    return predicted_outputs(model, batch.labels, batch.predicted_at, **_model_inputs(model, batch))
-
-
-def _model_inputs(model: Any, batch: SharedBatch) -> dict[str, Any]:
+def _packed_mask(model: Any, parts: Tensor) -> Any:
     if attention_of(model) == "flex_attention":
-        mask = block_mask(batch.parts)
-    else:
-        mask = additive_mask(batch.parts, _computing_dtype(model, batch.parts.device))
-    return {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "attention_mask": mask}
-
-
-def _computing_dtype(model: Any, device: torch.device) -> torch.dtype:
+        return block_mask(parts)
     # Attention wants a mask in the precision of its queries; any other would be converted in each layer.
-    if torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
     dtype: torch.dtype = language_model(model).dtype
-    return dtype
+    if torch.is_autocast_enabled(parts.device.type):
+        dtype = torch.get_autocast_dtype(parts.device.type)
+    return additive_mask(parts, dtype)

@@ -49,7 +49,7 @@ def publish_reference(
     """Compute the reference's log-probs of all pairs and publish them as float32.
 
     `model` is the starting policy as loaded; it is moved to this process's device and given TRL's
-    fused head. Pairs whose log-probs are not finite are set aside (see `curriculum.quarantine`): without
+    fused head. Pairs whose log-probs are not finite are set aside (see `nonfinite`): without
     a reference they have no loss, so nothing is trained on them or measured of them.
 
     Raises:

@@ -1,16 +1,14 @@
-"""What a report shows, read from a run folder; nothing is drawn or worded here."""
+"""What a report shows, read from a run folder. Nothing is drawn or put into sentences here."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
@@ -22,7 +20,7 @@ from selective_dpo.curriculum.columns import id_positions
 from selective_dpo.curriculum.import_ import imported_from
 from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.data.adapters import KEPT
-from selective_dpo.errors import ArtifactError, IdentityError, name_some
+from selective_dpo.errors import ArtifactError
 from selective_dpo.evaluation.results import (
     SELECTED,
     EvaluationResults,
@@ -30,12 +28,13 @@ from selective_dpo.evaluation.results import (
     estimate_to_json,
     from_json,
 )
-from selective_dpo.identity import Text
 from selective_dpo.losses import LN_2
+from selective_dpo.report.inspect import OF_A_REPORT, ExampleGroup, example_groups
 from selective_dpo.stats.estimates import Estimate
 from selective_dpo.storage.artifacts import SCHEMA_VERSION, read_json, write_json
 
 FINDINGS = "findings.json"
+TRAINER_LOG = "trainer_log.json"
 
 
 class Lengths(NamedTuple):
@@ -57,6 +56,22 @@ class DropCount(NamedTuple):
     source: str
     status: str
     rows: int
+
+
+class Curve(NamedTuple):
+    """Values of one logged quantity; both tuples have one entry a logged step."""
+
+    steps: tuple[int, ...]
+    values: tuple[float, ...]
+
+
+class TrainingLog(NamedTuple):
+    """What is drawn of one arm's training. A curve that was not logged is empty."""
+
+    arm: str
+    loss: Curve
+    held_out_loss: Curve
+    difficulty: Curve
 
 
 class TruthRow(NamedTuple):
@@ -107,7 +122,7 @@ class ReportContent:
         """What stands behind "difficulty" at an axis."""
         if self.chance == LN_2:
             return " (nats)"
-        words = "" if self.is_loss or self.imported else CRITERIA[self.select.aggregate].words
+        words = "" if self.is_loss or self.imported else CRITERIA[self.select.aggregate].label
         return f" {words}".rstrip()
 
     @property
@@ -140,10 +155,10 @@ def load_report_content(run_folder: Path) -> ReportContent:
         curriculum=curriculum,
         select=select,
         lengths=_read_lengths(pairs_path, curriculum),
-        examples=report_examples(pairs_path, curriculum, select.rule),
+        examples=example_groups(pairs_path, curriculum, OF_A_REPORT),
         agreement=curriculum.facts.get("agreement") or {},
         results=from_json(read_json(results_path)) if results_path.is_file() else None,
-        training_logs=read_training_logs(run_folder),
+        training_logs=_read_training_logs(run_folder),
         drops=_read_drops(pairs_path),
         provenance=_provenance(run_folder, curriculum),
         cost=curriculum.facts.get("cost") or {},
@@ -156,16 +171,11 @@ def load_report_content(run_folder: Path) -> ReportContent:
 def save_findings(run_folder: Path, findings: Sequence[str], truth: Sequence[TruthRow] = ()) -> None:
     """Keep sentences that the caller measured, and the truth table, for this and later reports."""
     rows = [
-        {
-            "group": row.group,
-            "selected": estimate_to_json(row.selected),
-            "deselected": estimate_to_json(row.deselected),
-        }
-        for row in truth
+        {"group": group, "selected": estimate_to_json(selected), "deselected": estimate_to_json(deselected)}
+        for group, selected, deselected in truth
     ]
-    write_json(
-        run_folder / FINDINGS, {"schema_version": SCHEMA_VERSION, "findings": list(findings), "truth": rows}
-    )
+    content = {"schema_version": SCHEMA_VERSION, "findings": list(findings), "truth": rows}
+    write_json(run_folder / FINDINGS, content)
 
 
 def _read_findings(path: Path) -> tuple[tuple[str, ...], tuple[TruthRow, ...]]:
@@ -223,50 +233,22 @@ def _read_lengths(path: Path, curriculum: Curriculum) -> Lengths | None:
     return lengths if lengths.pair_P.any() else None
 
 
-# ----------------------------------------------------------------------------------------------------
-# The curves in a trainer's log: loss, held-out loss and difficulty by step.
-
-
-TRAINER_LOG = "trainer_log.json"
-
-
-class Curve(NamedTuple):
-    """Values of one logged quantity; both tuples have one entry a logged step."""
-
-    steps: tuple[int, ...]
-    values: tuple[float, ...]
-
-
-class TrainingLog(NamedTuple):
-    """What is drawn of one arm's training. A curve that was not logged is empty."""
-
-    arm: str
-    loss: Curve
-    held_out_loss: Curve
-    difficulty: Curve
-
-
-def read_training_logs(run_folder: Path) -> tuple[TrainingLog, ...]:
-    """The logs of the run's policy and of each control, those that are there, the run's own first.
-
-    Raises:
-        ArtifactError: a log is not what the training stage writes.
-    """
+def _read_training_logs(run_folder: Path) -> tuple[TrainingLog, ...]:
+    """The logs of the run's policy and of each control, if they are there, the run's own first."""
     policies = {SELECTED: run_folder / "policy"}
-    controls = run_folder / "controls"
-    if controls.is_dir():
-        policies |= {folder.name: folder / "policy" for folder in sorted(controls.iterdir())}
-    paths = {arm: folder / TRAINER_LOG for arm, folder in policies.items()}
-    return tuple(_read(arm, path) for arm, path in paths.items() if path.is_file())
-
-
-def _read(arm: str, path: Path) -> TrainingLog:
-    history = read_json(path).get("log_history")
-    if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
-        raise ArtifactError(f"{path} holds no log_history; run `train` again")
-    return TrainingLog(
-        arm, _curve(history, "loss"), _curve(history, "eval_loss"), _curve(history, "difficulty")
-    )
+    policies |= {folder.name: folder / "policy" for folder in sorted((run_folder / "controls").glob("*"))}
+    logs = []
+    for arm, folder in policies.items():
+        path = folder / TRAINER_LOG
+        if not path.is_file():
+            continue
+        history = read_json(path).get("log_history")
+        if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
+            raise ArtifactError(f"{path} holds no log_history; run `train` again")
+        logs.append(
+            TrainingLog(arm, *(_curve(history, name) for name in ("loss", "eval_loss", "difficulty")))
+        )
+    return tuple(logs)
 
 
 def _curve(history: Sequence[Mapping[str, Any]], name: str) -> Curve:
@@ -276,111 +258,3 @@ def _curve(history: Sequence[Mapping[str, Any]], name: str) -> Curve:
         if "step" in entry and isinstance(entry.get(name), int | float) and math.isfinite(entry[name])
     ]
     return Curve(tuple(step for step, _ in points), tuple(value for _, value in points))
-
-
-# ----------------------------------------------------------------------------------------------------
-# Pairs to read: the easiest, the hardest, those in between, with their texts and what was measured.
-
-
-EXAMPLES_PER_GROUP = 5
-
-EASIEST, HARDEST, MEDIAN = "Easiest pairs", "Hardest pairs", "Pairs of median difficulty"
-
-BORDERLINE = "Borderline pairs, around the edge of the selection"
-
-# With these rules no difficulty separates the selected pairs from the others.
-_RULES_WITHOUT_EDGE = ("random", "all")
-
-
-class ExamplePair(NamedTuple):
-    """A pair to read, with what was measured for it."""
-
-    pair_id: str
-    rank: int
-    difficulty: float
-    spread: float | None
-    selected: bool
-    reason: str
-    prompt: Text
-    chosen: Text
-    rejected: Text
-
-
-class ExampleGroup(NamedTuple):
-    """Pairs from one region of the difficulty scale."""
-
-    title: str
-    pairs: tuple[ExamplePair, ...]
-
-
-def report_examples(path: Path, curriculum: Curriculum, rule: str) -> tuple[ExampleGroup, ...]:
-    """The groups of a report: easiest, borderline (or median), hardest. `path` is `pairs.parquet`."""
-    by_rank_P = rows_by_rank(curriculum)
-    title, centre = borderline(np.asarray(curriculum.table["selected"])[by_rank_P], rule)
-    half = EXAMPLES_PER_GROUP // 2 + 1
-    regions = {
-        EASIEST: by_rank_P[:EXAMPLES_PER_GROUP],
-        title: by_rank_P[max(0, centre - half) : centre + half],
-        HARDEST: by_rank_P[::-1][:EXAMPLES_PER_GROUP],
-    }
-    return read_groups(path, curriculum, {name: rows.tolist() for name, rows in regions.items()})
-
-
-def read_groups(
-    path: Path, curriculum: Curriculum, regions: Mapping[str, Sequence[int]]
-) -> tuple[ExampleGroup, ...]:
-    """For each title the pairs in these rows of the curriculum's table; texts from `pairs.parquet` at `path`.
-
-    Raises:
-        IdentityError: `path` does not hold one of the pairs.
-    """
-    table = curriculum.table
-    wanted = sorted({row for rows in regions.values() for row in rows})
-    shown = {row["pair_id"]: row for row in table.take(wanted).to_pylist()}
-    pairs = {text["pair_id"]: _example(shown[text["pair_id"]], text) for text in _read_texts(path, shown)}
-    if missing := [pair_id for pair_id in shown if pair_id not in pairs]:
-        raise IdentityError(f"{path} is not of this curriculum's data: it does not hold {name_some(missing)}")
-    ids = table["pair_id"]
-    return tuple(
-        ExampleGroup(name, tuple(pairs[ids[row].as_py()] for row in rows)) for name, rows in regions.items()
-    )
-
-
-def _read_texts(path: Path, pair_ids: Collection[str]) -> list[dict[str, Any]]:
-    """The texts of some kept pairs. Of a large file only the row groups that hold them are read."""
-    columns = ["pair_id", "status"]
-    with pq.ParquetFile(path) as file:
-        sizes = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
-        rows = np.flatnonzero(_is_wanted(file.read(columns), pair_ids))
-        groups = np.unique(np.searchsorted(np.cumsum(sizes), rows, side="right"))
-        table = file.read_row_groups(groups.tolist(), [*columns, "prompt", "chosen", "rejected"])
-    texts: list[dict[str, Any]] = table.filter(pa.array(_is_wanted(table, pair_ids))).to_pylist()
-    return texts
-
-
-def _is_wanted(table: pa.Table, pair_ids: Collection[str]) -> NDArray[np.bool_]:
-    ids = pa.array(list(pair_ids), type=pa.string())
-    return np.asarray(pc.and_(pc.equal(table["status"], KEPT), pc.is_in(table["pair_id"], ids)))
-
-
-def rows_by_rank(curriculum: Curriculum) -> NDArray[np.int64]:
-    """Row numbers of the curriculum's table, easiest first: [P]."""
-    return np.argsort(curriculum.table["rank"].to_numpy(), kind="stable")
-
-
-def borderline(selected_by_rank_P: NDArray[np.bool_], rule: str) -> tuple[str, int]:
-    """Title and centre of the middle group: the rank at which selection changes, else the median.
-
-    Shapes: selected_by_rank_P [P] bool, easiest first. A band has two edges; the upper one is taken,
-    for there the pairs are that were held to be too hard.
-    """
-    edges = np.flatnonzero(selected_by_rank_P[1:] != selected_by_rank_P[:-1]) + 1
-    if rule in _RULES_WITHOUT_EDGE or not len(edges):
-        return MEDIAN, len(selected_by_rank_P) // 2
-    return BORDERLINE, int(edges[-1])
-
-
-def _example(row: Mapping[str, Any], text: Mapping[str, Any]) -> ExamplePair:
-    prompt, chosen, rejected = (json.loads(text[name] or '""') for name in ("prompt", "chosen", "rejected"))
-    measured = {name: row[name] for name in ("pair_id", "rank", "difficulty", "spread", "selected", "reason")}
-    return ExamplePair(**measured, prompt=prompt, chosen=chosen, rejected=rejected)

@@ -18,368 +18,34 @@ from matplotlib.figure import Figure
 from selective_dpo.criteria import CRITERIA
 from selective_dpo.curriculum.columns import codes
 from selective_dpo.evaluation.results import REFERENCE, SELECTED, EvaluationResults, Measure, main_measure
-from selective_dpo.report.content import Curve, ReportContent, TrainingLog
-from selective_dpo.report.tables import chance_in_words, printable
+from selective_dpo.report.content import Curve, ReportContent
+from selective_dpo.report.tables import describe_chance, printable
 from selective_dpo.stats.estimates import Estimate
 from selective_dpo.stats.rank_correlation import binned_medians, clustered_spearman
 
+# The hues are Okabe and Ito's, which people with any of the common color-vision deficiencies can tell apart.
+BLUE = "#0072B2"
+VERMILLION = "#D55E00"
+GREY = "#C4C9D0"
+INK = "#1F2933"
+MUTED = "#5F6B7A"
+FAINT = "#E4E7EB"
+_ARM_COLORS = ("#D55E00", "#009E73", "#CC79A7", "#B8860B", "#56B4E9", "#6B4C9A")
+_LINE_STYLES = ("-", "--", "-.", ":")
+_CHANCE_LINE: dict[str, Any] = {"color": VERMILLION, "linestyle": (0, (4, 2))}
+# The dark end of the greys is kept for the line of medians.
+_LIGHT_GREYS = ListedColormap(matplotlib.colormaps["Greys"](np.linspace(0.12, 0.55, 32)))
+# In steps: a smooth color bar would be drawn as an image, which the page's policy forbids.
+_HEAT_MAP = matplotlib.colormaps["Blues"].resampled(10)
+
+_WIDTH_INCHES = 7.6
 _BINS = 48
-
-_MOST_ANNOTATED_COLUMNS = 15
-
-_MOST_POINTS = 1500
-
+_MAX_ANNOTATED_COLUMNS = 15
+_MAX_DOTS = 1500
+_MAX_CURVE_POINTS = 120
+_MAX_LABEL = 44
 # The few pairs beyond these quantiles would flatten everything else; they are counted, not hidden.
 _SHOWN_QUANTILES = (0.002, 0.998)
-
-
-def difficulty_svg(content: ReportContent) -> str:
-    """Histogram of the difficulty, the selected pairs apart from the others, and the loss at chance."""
-    with report_style():
-        figure, (axes,) = new_figure(3.3)
-        draw_difficulty(axes, content)
-        return to_svg(figure, name="difficulty", description=f"Histogram: {axes.get_title(loc='left')}")
-
-
-def draw_difficulty(axes: Any, content: ReportContent) -> None:
-    """Draw the histogram of `difficulty_svg` on `axes`."""
-    difficulty_P = content.curriculum.difficulty_P
-    selected_P = np.asarray(content.curriculum.table["selected"])
-    low, high = np.quantile(difficulty_P, _SHOWN_QUANTILES)
-    edges = np.linspace(low, max(high, low + 1e-6), _BINS + 1)
-    shown_P = np.clip(difficulty_P, edges[0], edges[-1])
-    selected, _ = np.histogram(shown_P[selected_P], edges)
-    others, _ = np.histogram(shown_P[~selected_P], edges)
-    bar = {"width": np.diff(edges), "align": "edge", "edgecolor": "white", "linewidth": 0.4}
-    axes.bar(edges[:-1], selected, color=BLUE, label=f"selected ({selected_P.sum():,})", **bar)
-    axes.bar(
-        edges[:-1],
-        others,
-        bottom=selected,
-        color=GREY,
-        label=f"not selected ({(~selected_P).sum():,})",
-        **bar,
-    )
-    title = f"{selected_P.sum():,} of {len(difficulty_P):,} pairs selected"
-    if content.chance is not None:
-        name, _ = chance_in_words(content.chance)
-        title += f"; {float((difficulty_P > content.chance).mean()):.1%} lie above {name}"
-        if edges[0] <= content.chance <= edges[-1]:
-            line = {"color": VERMILLION, "linestyle": (0, (4, 2)), "linewidth": 1.4}
-            axes.axvline(content.chance, label=f"{name} (chance)", **line)
-    axes.set_title(title)
-    axes.set_xlabel(f"difficulty: {_meaning(content)}")
-    axes.set_ylabel("pairs")
-    axes.margins(x=0.01)
-    axes.set_ylim(0, 1.08 * max(selected + others))
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.legend(loc="best", handlelength=1.4)
-
-
-def _meaning(content: ReportContent) -> str:
-    if content.imported is not None:
-        return f"as imported{content.unit}"
-    unit = content.unit if content.is_loss else ""
-    return CRITERIA[content.select.aggregate].axis + unit
-
-
-def agreement_svg(content: ReportContent) -> str | None:
-    """Heat map of Spearman's correlation between the losses of all seeds and evaluations."""
-    columns = content.agreement.get("columns") or []
-    if len(columns) < 2:
-        return None
-    spearman = np.array(content.agreement["spearman"], dtype=np.float64)
-    if not np.isfinite(spearman[~np.eye(len(columns), dtype=bool)]).any():
-        return None
-    with report_style():
-        figure, (axes,) = new_figure(5.9)
-        _draw_agreement(figure, axes, columns, spearman)
-        return to_svg(figure, name="agreement", description=f"Heat map: {axes.get_title(loc='left')}")
-
-
-def _light_greys() -> Any:
-    # The dark end is kept for the line of medians.
-    return ListedColormap(matplotlib.colormaps["Greys"](np.linspace(0.12, 0.55, 32)))
-
-
-def _heat_map() -> Any:
-    # In steps: a smooth color bar would be drawn as an image, which the page's policy forbids.
-    return matplotlib.colormaps["Blues"].resampled(10)
-
-
-def _draw_agreement(figure: Figure, axes: Any, columns: list[dict[str, int]], spearman_CC: Any) -> None:
-    count = len(columns)
-    apart = spearman_CC[~np.eye(count, dtype=bool)]
-    floor = min(math.floor(10 * float(np.nanmin(apart))) / 10, 0.9)
-    mesh = axes.pcolormesh(
-        spearman_CC, cmap=_heat_map(), vmin=floor, vmax=1.0, edgecolor="white", linewidth=0.6
-    )
-    if count <= _MOST_ANNOTATED_COLUMNS:
-        for row, column in np.ndindex(count, count):
-            value = spearman_CC[row, column]
-            dark = value > floor + 0.55 * (1 - floor)
-            size = 7.2 if count > 8 else 9
-            text = f"{value:.2f}".replace("0.", ".", 1) if np.isfinite(value) else "–"
-            place = {"ha": "center", "va": "center"}
-            axes.text(column + 0.5, row + 0.5, text, color="white" if dark else INK, fontsize=size, **place)
-    starts = [place for place in range(1, count) if columns[place]["seed"] != columns[place - 1]["seed"]]
-    for start in starts:
-        axes.axhline(start, color="white", linewidth=3)
-        axes.axvline(start, color="white", linewidth=3)
-    centres = [(low + high) / 2 for low, high in zip([0, *starts], [*starts, count], strict=True)]
-    ticks, labels = np.arange(count) + 0.5, [str(column["evaluation"]) for column in columns]
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_ticks(ticks, labels)
-        axis.set_tick_params(length=0)
-    for start, centre in zip([0, *starts], centres, strict=True):
-        name = {"text": f"seed {columns[start]['seed']}", "textcoords": "offset points", "color": MUTED}
-        axes.annotate(
-            xy=(centre, 0), xycoords=("data", "axes fraction"), xytext=(0, -24), ha="center", **name
-        )
-        axes.annotate(
-            xy=(0, centre),
-            xycoords=("axes fraction", "data"),
-            xytext=(-26, 0),
-            va="center",
-            rotation=90,
-            ha="center",
-            **name,
-        )
-    axes.invert_yaxis()
-    axes.set_aspect("equal")
-    axes.spines[:].set_visible(False)
-    axes.set_title(
-        f"Rank correlation between any two evaluations: {np.nanmin(apart):.2f} to {np.nanmax(apart):.2f}"
-    )
-    colors = figure.colorbar(mesh, ax=axes, shrink=0.6, aspect=25, pad=0.03)
-    colors.outline.set_visible(False)
-    colors.set_label("Spearman's rank correlation")
-
-
-def length_svg(content: ReportContent) -> str | None:
-    """Difficulty against the pair's length, and against how much longer the chosen answer is."""
-    if content.lengths is None:
-        return None
-    with report_style():
-        figure, (whole, difference) = new_figure(3.6, columns=2, sharey=True)
-        lengths = content.lengths
-        _draw_length(whole, content, lengths.pair_P, "tokens of the pair", "Length of the pair")
-        longer_P = lengths.chosen_P - lengths.rejected_P
-        _draw_length(
-            difference, content, longer_P, "chosen minus rejected (tokens)", "Length of chosen over rejected"
-        )
-        whole.set_ylabel(f"difficulty{content.unit}")
-        titles = "; ".join(axes.get_title(loc="left") for axes in (whole, difference))
-        return to_svg(figure, name="length", description=f"Difficulty against length. {titles}")
-
-
-def _draw_length(axes: Any, content: ReportContent, length_P: Any, label: str, title: str) -> None:
-    difficulty_P = content.curriculum.difficulty_P
-    clusters_P, _ = codes(content.curriculum.table["prompt_id"])
-    (left, right), (low, high) = (
-        np.quantile(values, _SHOWN_QUANTILES) for values in (length_P, difficulty_P)
-    )
-    shown = (length_P >= left) & (length_P <= right) & (difficulty_P >= low) & (difficulty_P <= high)
-    if len(length_P) <= _MOST_POINTS:
-        axes.scatter(length_P[shown], difficulty_P[shown], s=9, color=MUTED, alpha=0.35, linewidths=0)
-    else:
-        axes.hexbin(
-            length_P[shown],
-            difficulty_P[shown],
-            gridsize=(34, 22),
-            cmap=_light_greys(),
-            bins="log",
-            mincnt=1,
-            linewidths=0.1,
-        )
-    bins = binned_medians(length_P, difficulty_P)
-    axes.fill_between(bins.centres, bins.lower, bins.upper, color=BLUE, alpha=0.18, linewidth=0)
-    axes.plot(bins.centres, bins.median, color=BLUE, linewidth=1.8, marker="o", markersize=4)
-    if content.chance is not None:
-        axes.axhline(content.chance, color=VERMILLION, linestyle=(0, (4, 2)), linewidth=1.2)
-    rho = clustered_spearman(length_P, difficulty_P, clusters_P)
-    axes.set_title(f"{title}\n{_in_words(rho)}")
-    axes.set_xlabel(label)
-    axes.grid(axis="y", color=FAINT)
-    axes.set_axisbelow(True)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}".replace("-", "\N{MINUS SIGN}"))
-
-
-def _in_words(rho: Estimate) -> str:
-    value, low, high = (signed(number, 2) for number in (rho.value, rho.low, rho.high))
-    return f"Spearman {value} (95% {low} to {high})"
-
-
-# ----------------------------------------------------------------------------------------------------
-# Figures of the arms: how each did, and how its training went.
-
-
-_CHANCE = 0.5
-
-_MOST_RAW_POINTS = 120
-
-_LONGEST_LABEL = 44
-
-
-def arms_svg(content: ReportContent) -> str | None:
-    """Each arm's win rate (else held-out accuracy), and its paired difference to the run's own policy."""
-    results = content.results
-    measure = main_measure(results) if results else None
-    if results is None or measure is None:
-        return None
-    compared = [arm for arm in results.arms if arm.difference is not None and arm.name != SELECTED]
-    with report_style():
-        options: dict[str, Any] = {"width_ratios": (1.25, 1)} if compared else {}
-        figure, axes = new_figure(1.5 + 0.46 * len(measure.values), columns=1 + bool(compared), **options)
-        draw_arms(axes[0], results, measure)
-        if compared:
-            differences = {arm.name: arm.difference for arm in compared if arm.difference}
-            axes[1].axvline(0.0, color=MUTED, linewidth=1)
-            _draw_estimates(axes[1], differences, list(measure.values), lambda value: signed(100 * value, 1))
-            axes[1].set_yticks([])
-            axes[1].set_xlabel("difference (percentage points)")
-            axes[1].set_title("Selected minus the arm")
-            axes[1].xaxis.set_major_formatter(lambda value, _: signed(100 * value, 0))
-        title = axes[0].get_title(loc="left")
-        return to_svg(figure, name="arms", description=f"Dot plot with 95% intervals: {title}")
-
-
-def draw_arms(axes: Any, results: EvaluationResults, measure: Measure) -> None:
-    """Draw each arm's estimate with its 95% interval, one line an arm, beside what it was trained on."""
-    names = list(measure.values)
-    axes.axvline(_CHANCE, color=MUTED, linewidth=1)
-    _draw_estimates(axes, measure.values, names, lambda value: f"{value:.1%}")
-    axes.set_yticks([])
-    for row, arm in enumerate(arm for arm in results.arms if arm.name in measure.values):
-        own = arm.name == SELECTED
-        place: dict[str, Any] = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points"}
-        place |= {"xy": (0, row), "ha": "right", "va": "center"}
-        weight = "bold" if own else "normal"
-        axes.annotate(_shortened(arm.label), xytext=(-8, 5), weight=weight, color=INK, fontsize=9, **place)
-        detail = "not trained further" if arm.name == REFERENCE else f"{arm.name} · {arm.pairs:,} pairs"
-        axes.annotate(_shortened(detail), xytext=(-8, -6), color=MUTED, fontsize=8, **place)
-    against = " against the starting model" if measure.name == "win rate" else ""
-    axes.set_title(f"{measure.name.capitalize()}, 95% intervals")
-    axes.set_xlabel(f"{measure.name}{against}")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-
-
-def _draw_estimates(
-    axes: Any, estimates: dict[str, Estimate], names: list[str], form: Callable[[float], str]
-) -> None:
-    colors = arm_colors(names)
-    for row, name in enumerate(names):
-        estimate = estimates.get(name)
-        if estimate is None:
-            continue
-        reach = np.array([[estimate.value - estimate.low], [estimate.high - estimate.value]])
-        marker = {"fmt": "o", "markersize": 7, "elinewidth": 2.2, "capsize": 0, "color": colors[name]}
-        axes.errorbar(estimate.value, row, xerr=np.nan_to_num(reach), **marker)
-        axes.annotate(
-            form(estimate.value),
-            (estimate.value, row),
-            xytext=(0, 7),
-            textcoords="offset points",
-            ha="center",
-            fontsize=8.5,
-            color=colors[name],
-            # The number stays legible where it crosses a line.
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
-        )
-    axes.set_ylim(len(names) - 0.4, -0.7)
-    axes.margins(x=0.12)
-    axes.spines["left"].set_visible(False)
-    axes.grid(axis="x", color=FAINT)
-    axes.set_axisbelow(True)
-    axes.xaxis.get_major_locator().set_params(nbins=6)
-
-
-def training_svg(content: ReportContent) -> str | None:
-    """Loss by step, and the difficulty of the pairs trained on by step, one line an arm."""
-    panels = [
-        (title, label, curves)
-        for title, label, curves in (
-            ("Training loss", "loss", _curves(content, lambda log: log.loss)),
-            ("Held-out loss", "loss", _curves(content, lambda log: log.held_out_loss)),
-            (
-                "Difficulty of the batch",
-                f"difficulty{content.unit}",
-                _curves(content, lambda log: log.difficulty),
-            ),
-        )
-        if curves
-    ]
-    if not panels:
-        return None
-    with report_style():
-        figure, axes = new_figure(3.4, columns=len(panels))
-        colors = arm_colors([log.arm for log in content.training_logs])
-        styles = {arm: LINE_STYLES[place % len(LINE_STYLES)] for place, arm in enumerate(colors)}
-        lines = {}
-        for panel, (title, label, curves) in zip(axes, panels, strict=True):
-            for arm, curve in curves.items():
-                smooth = _smoothed(curve)
-                style = {"color": colors[arm], "linestyle": "-" if arm == SELECTED else styles[arm]}
-                width = 2.2 if arm == SELECTED else 1.5
-                (lines[arm],) = panel.plot(*smooth, linewidth=width, **style)
-            panel.set_title(title)
-            panel.set_xlabel("optimizer step")
-            panel.set_ylabel(label)
-            panel.grid(axis="y", color=FAINT)
-        figure.legend(
-            list(lines.values()),
-            [printable(arm) for arm in lines],
-            loc="outside lower center",
-            ncols=min(len(lines), 4),
-            handlelength=3,
-        )
-        titles = ", ".join(title for title, _, _ in panels)
-        return to_svg(figure, name="training", description=f"Curves by optimizer step: {titles}")
-
-
-def _curves(content: ReportContent, pick: Callable[[TrainingLog], Curve]) -> dict[str, Curve]:
-    return {log.arm: pick(log) for log in content.training_logs if pick(log).steps}
-
-
-def _smoothed(curve: Curve) -> Curve:
-    """Means of neighbouring entries, so that at most `_MOST_RAW_POINTS` are drawn."""
-    size = -(-len(curve.steps) // _MOST_RAW_POINTS)
-    starts = range(0, len(curve.steps), size)
-    return Curve(
-        tuple(curve.steps[start : start + size][-1] for start in starts),
-        tuple(float(np.mean(curve.values[start : start + size])) for start in starts),
-    )
-
-
-def _shortened(text: str) -> str:
-    clean = printable(text).replace("\n", " ")
-    return clean if len(clean) <= _LONGEST_LABEL else f"{clean[: _LONGEST_LABEL - 1]}…"
-
-
-# ----------------------------------------------------------------------------------------------------
-# How figures look, and how one becomes SVG that can stand inside a page.
-#
-# The hues are Okabe and Ito's, which people with any of the common color-vision deficiencies can tell apart.
-
-
-BLUE = "#0072B2"
-
-VERMILLION = "#D55E00"
-
-GREY = "#C4C9D0"
-
-INK = "#1F2933"
-
-MUTED = "#5F6B7A"
-
-FAINT = "#E4E7EB"
-
-_ARM_COLORS = ("#D55E00", "#009E73", "#CC79A7", "#B8860B", "#56B4E9", "#6B4C9A")
-
-LINE_STYLES = ("-", "--", "-.", ":")
-
-WIDTH_INCHES = 7.6
-
 _SVG = "{http://www.w3.org/2000/svg}"
 
 _STYLE: dict[str, Any] = {
@@ -428,7 +94,7 @@ def report_style() -> Iterator[None]:
 
 def new_figure(height_inches: float, columns: int = 1, **options: Any) -> tuple[Figure, list[Any]]:
     """A figure and its axes, from left to right; `options` go to matplotlib's `Figure.subplots`."""
-    figure = Figure(figsize=(WIDTH_INCHES, height_inches), layout="constrained")
+    figure = Figure(figsize=(_WIDTH_INCHES, height_inches), layout="constrained")
     axes = figure.subplots(1, columns, squeeze=False, **options)
     return figure, list(axes[0])
 
@@ -444,6 +110,287 @@ def signed(value: float, decimals: int) -> str:
     """A difference with its sign, a true minus, and none at zero."""
     text = f"{value:+.{decimals}f}"
     return text[1:] if float(text) == 0 else text.replace("-", "\N{MINUS SIGN}")
+
+
+def difficulty_svg(content: ReportContent) -> str:
+    """Histogram of the difficulty, the selected pairs apart from the others, and the loss at chance."""
+    with report_style():
+        figure, (axes,) = new_figure(3.3)
+        draw_difficulty(axes, content)
+        return to_svg(figure, name="difficulty", description=f"Histogram: {axes.get_title(loc='left')}")
+
+
+def draw_difficulty(axes: Any, content: ReportContent) -> None:
+    """Draw the histogram of `difficulty_svg` on `axes`."""
+    difficulty_P = content.curriculum.difficulty_P
+    selected_P = np.asarray(content.curriculum.table["selected"])
+    low, high = np.quantile(difficulty_P, _SHOWN_QUANTILES)
+    edges = np.linspace(low, max(high, low + 1e-6), _BINS + 1)
+    shown_P = np.clip(difficulty_P, edges[0], edges[-1])
+    selected, _ = np.histogram(shown_P[selected_P], edges)
+    others, _ = np.histogram(shown_P[~selected_P], edges)
+    bar = {"width": np.diff(edges), "align": "edge", "edgecolor": "white", "linewidth": 0.4}
+    axes.bar(edges[:-1], selected, color=BLUE, label=f"selected ({selected_P.sum():,})", **bar)
+    axes.bar(
+        edges[:-1],
+        others,
+        bottom=selected,
+        color=GREY,
+        label=f"not selected ({(~selected_P).sum():,})",
+        **bar,
+    )
+    title = f"{selected_P.sum():,} of {len(difficulty_P):,} pairs selected"
+    if content.chance is not None:
+        name, _ = describe_chance(content.chance)
+        title += f"; {float((difficulty_P > content.chance).mean()):.1%} lie above {name}"
+        if edges[0] <= content.chance <= edges[-1]:
+            axes.axvline(content.chance, label=f"{name} (chance)", linewidth=1.4, **_CHANCE_LINE)
+    axes.set_title(title)
+    meaning = "as imported" if content.imported is not None else CRITERIA[content.select.aggregate].axis
+    axes.set_xlabel(f"difficulty: {meaning}{content.unit if content.is_loss or content.imported else ''}")
+    axes.set_ylabel("pairs")
+    axes.margins(x=0.01)
+    axes.set_ylim(0, 1.08 * max(selected + others))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.legend(loc="best", handlelength=1.4)
+
+
+def agreement_svg(content: ReportContent) -> str | None:
+    """Heat map of Spearman's correlation between the losses of all seeds and evaluations."""
+    columns = content.agreement.get("columns") or []
+    if len(columns) < 2:
+        return None
+    spearman = np.array(content.agreement["spearman"], dtype=np.float64)
+    count = len(columns)
+    apart = spearman[~np.eye(count, dtype=bool)]
+    if not np.isfinite(apart).any():
+        return None
+    with report_style():
+        figure, (axes,) = new_figure(5.9)
+        floor = min(math.floor(10 * float(np.nanmin(apart))) / 10, 0.9)
+        mesh = axes.pcolormesh(
+            spearman, cmap=_HEAT_MAP, vmin=floor, vmax=1.0, edgecolor="white", linewidth=0.6
+        )
+        if count <= _MAX_ANNOTATED_COLUMNS:
+            for row, column in np.ndindex(count, count):
+                value = spearman[row, column]
+                dark = value > floor + 0.55 * (1 - floor)
+                size = 7.2 if count > 8 else 9
+                text = f"{value:.2f}".replace("0.", ".", 1) if np.isfinite(value) else "–"
+                place = {"ha": "center", "va": "center"}
+                axes.text(
+                    column + 0.5, row + 0.5, text, color="white" if dark else INK, fontsize=size, **place
+                )
+        starts = [place for place in range(1, count) if columns[place]["seed"] != columns[place - 1]["seed"]]
+        for start in starts:
+            axes.axhline(start, color="white", linewidth=3)
+            axes.axvline(start, color="white", linewidth=3)
+        centres = [(low + high) / 2 for low, high in zip([0, *starts], [*starts, count], strict=True)]
+        ticks, labels = np.arange(count) + 0.5, [str(column["evaluation"]) for column in columns]
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_ticks(ticks, labels)
+            axis.set_tick_params(length=0)
+        for start, centre in zip([0, *starts], centres, strict=True):
+            name = {"text": f"seed {columns[start]['seed']}", "textcoords": "offset points", "color": MUTED}
+            axes.annotate(
+                xy=(centre, 0), xycoords=("data", "axes fraction"), xytext=(0, -24), ha="center", **name
+            )
+            axes.annotate(
+                xy=(0, centre),
+                xycoords=("axes fraction", "data"),
+                xytext=(-26, 0),
+                va="center",
+                rotation=90,
+                ha="center",
+                **name,
+            )
+        axes.invert_yaxis()
+        axes.set_aspect("equal")
+        axes.spines[:].set_visible(False)
+        axes.set_title(
+            f"Rank correlation between any two evaluations: {np.nanmin(apart):.2f} to {np.nanmax(apart):.2f}"
+        )
+        colors = figure.colorbar(mesh, ax=axes, shrink=0.6, aspect=25, pad=0.03)
+        colors.outline.set_visible(False)
+        colors.set_label("Spearman's rank correlation")
+        return to_svg(figure, name="agreement", description=f"Heat map: {axes.get_title(loc='left')}")
+
+
+def length_svg(content: ReportContent) -> str | None:
+    """Difficulty against the pair's length, and against how much longer the chosen answer is."""
+    if content.lengths is None:
+        return None
+    with report_style():
+        figure, (whole, difference) = new_figure(3.6, columns=2, sharey=True)
+        lengths = content.lengths
+        _draw_length(whole, content, lengths.pair_P, "tokens of the pair", "Length of the pair")
+        longer_P = lengths.chosen_P - lengths.rejected_P
+        _draw_length(
+            difference, content, longer_P, "chosen minus rejected (tokens)", "Length of chosen over rejected"
+        )
+        whole.set_ylabel(f"difficulty{content.unit}")
+        titles = "; ".join(axes.get_title(loc="left") for axes in (whole, difference))
+        return to_svg(figure, name="length", description=f"Difficulty against length. {titles}")
+
+
+def _draw_length(axes: Any, content: ReportContent, length_P: Any, label: str, title: str) -> None:
+    difficulty_P = content.curriculum.difficulty_P
+    clusters_P, _ = codes(content.curriculum.table["prompt_id"])
+    shown = np.ones(len(length_P), dtype=bool)
+    for values_P in (length_P, difficulty_P):
+        least, largest = np.quantile(values_P, _SHOWN_QUANTILES)
+        shown &= (values_P >= least) & (values_P <= largest)
+    if len(length_P) <= _MAX_DOTS:
+        axes.scatter(length_P[shown], difficulty_P[shown], s=9, color=MUTED, alpha=0.35, linewidths=0)
+    else:
+        axes.hexbin(
+            length_P[shown],
+            difficulty_P[shown],
+            gridsize=(34, 22),
+            cmap=_LIGHT_GREYS,
+            bins="log",
+            mincnt=1,
+            linewidths=0.1,
+        )
+    bins = binned_medians(length_P, difficulty_P)
+    axes.fill_between(bins.centres, bins.lower, bins.upper, color=BLUE, alpha=0.18, linewidth=0)
+    axes.plot(bins.centres, bins.median, color=BLUE, linewidth=1.8, marker="o", markersize=4)
+    if content.chance is not None:
+        axes.axhline(content.chance, linewidth=1.2, **_CHANCE_LINE)
+    rho = clustered_spearman(length_P, difficulty_P, clusters_P)
+    value, low, high = (signed(number, 2) for number in (rho.value, rho.low, rho.high))
+    axes.set_title(f"{title}\nSpearman {value} (95% {low} to {high})")
+    axes.set_xlabel(label)
+    axes.grid(axis="y", color=FAINT)
+    axes.set_axisbelow(True)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}".replace("-", "\N{MINUS SIGN}"))
+
+
+def arms_svg(content: ReportContent) -> str | None:
+    """Each arm's win rate (else held-out accuracy), and its paired difference to the run's own policy."""
+    results = content.results
+    measure = main_measure(results) if results else None
+    if results is None or measure is None:
+        return None
+    compared = [arm for arm in results.arms if arm.difference is not None and arm.name != SELECTED]
+    with report_style():
+        options: dict[str, Any] = {"width_ratios": (1.25, 1)} if compared else {}
+        figure, axes = new_figure(1.5 + 0.46 * len(measure.values), columns=1 + bool(compared), **options)
+        draw_arms(axes[0], results, measure)
+        if compared:
+            differences = {arm.name: arm.difference for arm in compared if arm.difference}
+            axes[1].axvline(0.0, color=MUTED, linewidth=1)
+            _draw_estimates(axes[1], differences, list(measure.values), lambda value: signed(100 * value, 1))
+            axes[1].set_yticks([])
+            axes[1].set_xlabel("difference (percentage points)")
+            axes[1].set_title("Selected minus the arm")
+            axes[1].xaxis.set_major_formatter(lambda value, _: signed(100 * value, 0))
+        title = axes[0].get_title(loc="left")
+        return to_svg(figure, name="arms", description=f"Dot plot with 95% intervals: {title}")
+
+
+def draw_arms(axes: Any, results: EvaluationResults, measure: Measure) -> None:
+    """Draw each arm's estimate with its 95% interval, one line an arm, beside what it was trained on."""
+    names = list(measure.values)
+    axes.axvline(0.5, color=MUTED, linewidth=1)
+    _draw_estimates(axes, measure.values, names, lambda value: f"{value:.1%}")
+    axes.set_yticks([])
+    for row, arm in enumerate(arm for arm in results.arms if arm.name in measure.values):
+        own = arm.name == SELECTED
+        place: dict[str, Any] = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points"}
+        place |= {"xy": (0, row), "ha": "right", "va": "center"}
+        weight = "bold" if own else "normal"
+        axes.annotate(_shortened(arm.label), xytext=(-8, 5), weight=weight, color=INK, fontsize=9, **place)
+        detail = "not trained further" if arm.name == REFERENCE else f"{arm.name} · {arm.pairs:,} pairs"
+        axes.annotate(_shortened(detail), xytext=(-8, -6), color=MUTED, fontsize=8, **place)
+    against = " against the starting model" if measure.name == "win rate" else ""
+    axes.set_title(f"{measure.name.capitalize()}, 95% intervals")
+    axes.set_xlabel(f"{measure.name}{against}")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+
+
+def _draw_estimates(
+    axes: Any, estimates: dict[str, Estimate], names: list[str], form: Callable[[float], str]
+) -> None:
+    colors = arm_colors(names)
+    for row, name in enumerate(names):
+        estimate = estimates.get(name)
+        if estimate is None:
+            continue
+        reach = np.array([[estimate.value - estimate.low], [estimate.high - estimate.value]])
+        marker = {"fmt": "o", "markersize": 7, "elinewidth": 2.2, "capsize": 0, "color": colors[name]}
+        axes.errorbar(estimate.value, row, xerr=np.nan_to_num(reach), **marker)
+        axes.annotate(
+            form(estimate.value),
+            (estimate.value, row),
+            xytext=(0, 7),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8.5,
+            color=colors[name],
+            # The number stays legible where it crosses a line.
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
+        )
+    axes.set_ylim(len(names) - 0.4, -0.7)
+    axes.margins(x=0.12)
+    axes.spines["left"].set_visible(False)
+    axes.grid(axis="x", color=FAINT)
+    axes.set_axisbelow(True)
+    axes.xaxis.get_major_locator().set_params(nbins=6)
+
+
+def training_svg(content: ReportContent) -> str | None:
+    """Loss by step, and the difficulty of the pairs trained on by step, one line an arm."""
+    panels = []
+    for name, title, label in (
+        ("loss", "Training loss", "loss"),
+        ("held_out_loss", "Held-out loss", "loss"),
+        ("difficulty", "Difficulty of the batch", f"difficulty{content.unit}"),
+    ):
+        curves = {log.arm: curve for log in content.training_logs if (curve := getattr(log, name)).steps}
+        if curves:
+            panels.append((title, label, curves))
+    if not panels:
+        return None
+    with report_style():
+        figure, axes = new_figure(3.4, columns=len(panels))
+        colors = arm_colors([log.arm for log in content.training_logs])
+        styles = {arm: _LINE_STYLES[place % len(_LINE_STYLES)] for place, arm in enumerate(colors)}
+        lines = {}
+        for panel, (title, label, curves) in zip(axes, panels, strict=True):
+            for arm, curve in curves.items():
+                smooth = _smoothed(curve)
+                style = {"color": colors[arm], "linestyle": "-" if arm == SELECTED else styles[arm]}
+                width = 2.2 if arm == SELECTED else 1.5
+                (lines[arm],) = panel.plot(*smooth, linewidth=width, **style)
+            panel.set_title(title)
+            panel.set_xlabel("optimizer step")
+            panel.set_ylabel(label)
+            panel.grid(axis="y", color=FAINT)
+        figure.legend(
+            list(lines.values()),
+            [printable(arm) for arm in lines],
+            loc="outside lower center",
+            ncols=min(len(lines), 4),
+            handlelength=3,
+        )
+        titles = ", ".join(title for title, _, _ in panels)
+        return to_svg(figure, name="training", description=f"Curves by optimizer step: {titles}")
+
+
+def _smoothed(curve: Curve) -> Curve:
+    """Means of neighbouring entries, so that at most `_MAX_CURVE_POINTS` are drawn."""
+    size = -(-len(curve.steps) // _MAX_CURVE_POINTS)
+    starts = range(0, len(curve.steps), size)
+    return Curve(
+        tuple(curve.steps[start : start + size][-1] for start in starts),
+        tuple(float(np.mean(curve.values[start : start + size])) for start in starts),
+    )
+
+
+def _shortened(text: str) -> str:
+    clean = printable(text).replace("\n", " ")
+    return clean if len(clean) <= _MAX_LABEL else f"{clean[: _MAX_LABEL - 1]}…"
 
 
 def to_svg(figure: Figure, *, name: str, description: str) -> str:

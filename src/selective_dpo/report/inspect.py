@@ -1,37 +1,37 @@
-"""`inspect`: pairs of a curriculum as text, by difficulty or by id."""
+"""Pairs to read: the easiest, the hardest, those in between, or those named by id."""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from selective_dpo.curriculum.table import Curriculum
+from selective_dpo.data.adapters import KEPT
 from selective_dpo.data.store import PAIRS
 from selective_dpo.errors import ArtifactError, ConfigError, IdentityError, name_some
 from selective_dpo.identity import Text
 from selective_dpo.logprobs.nonfinite import REASON as NOT_FINITE
-from selective_dpo.report.content import (
-    EASIEST,
-    HARDEST,
-    MEDIAN,
-    ExampleGroup,
-    ExamplePair,
-    borderline,
-    read_groups,
-    rows_by_rank,
-)
 from selective_dpo.report.tables import printable, turns
 from selective_dpo.storage.artifacts import verify_folder
 
 LONGEST = 600
 """Characters of a message that are shown."""
 
+EASIEST, HARDEST, MEDIAN = "Easiest pairs", "Hardest pairs", "Pairs of median difficulty"
+BORDERLINE = "Borderline pairs, around the edge of the selection"
 NAMED = "Named pairs"
+
+# With these rules no difficulty separates the selected pairs from the others.
+_RULES_WITHOUT_EDGE = ("random", "all")
 
 
 class Wanted(NamedTuple):
@@ -44,15 +44,37 @@ class Wanted(NamedTuple):
     pair_ids: tuple[str, ...] = ()
 
 
+DEFAULT = Wanted(easiest=3, median=3, hardest=3)
+OF_A_REPORT = Wanted(easiest=5, borderline=6, hardest=5)
+
+
+class ExamplePair(NamedTuple):
+    """A pair to read, with what was measured for it."""
+
+    pair_id: str
+    rank: int
+    difficulty: float
+    spread: float | None
+    selected: bool
+    reason: str
+    prompt: Text
+    chosen: Text
+    rejected: Text
+
+
+class ExampleGroup(NamedTuple):
+    """Pairs from one region of the difficulty scale."""
+
+    title: str
+    pairs: tuple[ExamplePair, ...]
+
+
 class Look(NamedTuple):
     """What was asked for."""
 
     groups: tuple[ExampleGroup, ...]
     total: int
     """Scored pairs of the curriculum."""
-
-
-DEFAULT = Wanted(easiest=3, median=3, hardest=3)
 
 
 def look_at(source: Path, wanted: Wanted, pairs: Path | None = None) -> Look:
@@ -74,10 +96,129 @@ def look_at(source: Path, wanted: Wanted, pairs: Path | None = None) -> Look:
             f"no pairs at {folder}, so no texts to show: give the run's pairs folder with --pairs"
         )
     verify_folder(folder)
-    measured = curriculum.measured
     _refuse_without_difficulty(wanted.pair_ids, curriculum)
-    groups = read_groups(folder / PAIRS, measured, _regions(measured, wanted))
-    return Look(groups, len(measured.pair_ids))
+    measured = curriculum.measured
+    return Look(example_groups(folder / PAIRS, measured, wanted), len(measured.pair_ids))
+
+
+def example_groups(path: Path, curriculum: Curriculum, wanted: Wanted) -> tuple[ExampleGroup, ...]:
+    """The wanted pairs of `curriculum`, in which each has a difficulty; texts from `pairs.parquet` at `path`.
+
+    Raises:
+        IdentityError: an id is unknown or the beginning of several; or `path` lacks one of the pairs.
+    """
+    rows_by_title = _rows_by_title(curriculum, wanted)
+    shown_rows = sorted({row for rows in rows_by_title.values() for row in rows})
+    measured = {row["pair_id"]: row for row in curriculum.table.take(shown_rows).to_pylist()}
+    texts = {text["pair_id"]: text for text in _read_texts(path, measured)}
+    if missing := [pair_id for pair_id in measured if pair_id not in texts]:
+        raise IdentityError(f"{path} is not of this curriculum's data: it does not hold {name_some(missing)}")
+    pairs = {pair_id: _example(row, texts[pair_id]) for pair_id, row in measured.items()}
+    ids = curriculum.table["pair_id"]
+    return tuple(
+        ExampleGroup(title, tuple(pairs[ids[row].as_py()] for row in rows))
+        for title, rows in rows_by_title.items()
+    )
+
+
+def _rows_by_title(curriculum: Curriculum, wanted: Wanted) -> dict[str, list[int]]:
+    """Row numbers of the curriculum's table, for each group that is not empty."""
+    by_rank_P = np.argsort(curriculum.table["rank"].to_numpy(), kind="stable")
+    rule = str((curriculum.facts.get("select") or {}).get("rule", ""))
+    title, edge = borderline(np.asarray(curriculum.table["selected"])[by_rank_P], rule)
+
+    def around(centre: int, count: int) -> NDArray[np.int64]:
+        start = min(max(0, centre - (count + 1) // 2), max(0, len(by_rank_P) - count))
+        return by_rank_P[start : start + count]
+
+    found: dict[str, list[int]] = {}
+    for name, rows in (
+        (EASIEST, by_rank_P[: wanted.easiest]),
+        (title, around(edge, wanted.borderline)),
+        (MEDIAN, around(len(by_rank_P) // 2, wanted.median)),
+        (HARDEST, by_rank_P[::-1][: wanted.hardest]),
+    ):
+        if len(rows):
+            found.setdefault(name, rows.tolist())
+    if wanted.pair_ids:
+        ids = curriculum.pair_ids
+        places = {pair_id: row for row, pair_id in enumerate(ids)}
+        found[NAMED] = [places[pair_id] for pair_id in find_ids(wanted.pair_ids, ids)]
+    return found
+
+
+def borderline(selected_by_rank_P: NDArray[np.bool_], rule: str) -> tuple[str, int]:
+    """Title and centre of the middle group: the rank at which selection changes, else the median.
+
+    Shapes: selected_by_rank_P [P] bool, easiest first. A band has two edges. The upper one is taken: there
+    are the pairs that were held to be too hard.
+    """
+    edges = np.flatnonzero(selected_by_rank_P[1:] != selected_by_rank_P[:-1]) + 1
+    if rule in _RULES_WITHOUT_EDGE or not len(edges):
+        return MEDIAN, len(selected_by_rank_P) // 2
+    return BORDERLINE, int(edges[-1])
+
+
+def _read_texts(path: Path, pair_ids: Collection[str]) -> list[dict[str, Any]]:
+    """The texts of some kept pairs. Of a large file only the row groups that hold them are read."""
+    columns = ["pair_id", "status"]
+    wanted_ids = pa.array(list(pair_ids), type=pa.string())
+
+    def is_wanted(table: pa.Table) -> NDArray[np.bool_]:
+        return np.asarray(
+            pc.and_(pc.equal(table["status"], KEPT), pc.is_in(table["pair_id"], wanted_ids)), dtype=np.bool_
+        )
+
+    with pq.ParquetFile(path) as file:
+        sizes = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
+        rows = np.flatnonzero(is_wanted(file.read(columns)))
+        groups = np.unique(np.searchsorted(np.cumsum(sizes), rows, side="right"))
+        table = file.read_row_groups(groups.tolist(), [*columns, "prompt", "chosen", "rejected"])
+    texts: list[dict[str, Any]] = table.filter(pa.array(is_wanted(table))).to_pylist()
+    return texts
+
+
+def _example(row: Mapping[str, Any], text: Mapping[str, Any]) -> ExamplePair:
+    prompt, chosen, rejected = (json.loads(text[name] or '""') for name in ("prompt", "chosen", "rejected"))
+    measured = {name: row[name] for name in ("pair_id", "rank", "difficulty", "spread", "selected", "reason")}
+    return ExamplePair(**measured, prompt=prompt, chosen=chosen, rejected=rejected)
+
+
+def find_ids(beginnings: Sequence[str], pair_ids: Sequence[str]) -> list[str]:
+    """The one id that begins with each of `beginnings`; each found id once.
+
+    Raises:
+        IdentityError: none does, or several do; some candidates are named.
+    """
+    found: dict[str, None] = {}
+    for beginning in beginnings:
+        shown = printable(beginning)
+        candidates = [pair_id for pair_id in pair_ids if pair_id.startswith(beginning.lower())]
+        if len(candidates) > 1:
+            raise IdentityError(
+                f"pair {shown!r} may be any of {len(candidates):,}: {name_some(candidates)}; "
+                "give more of the id"
+            )
+        if not candidates:
+            near = list(pair_ids)
+            for length in range(1, len(beginning) + 1):
+                closer = [pair_id for pair_id in near if pair_id.startswith(beginning[:length].lower())]
+                near = closer or near
+            raise IdentityError(
+                f"no pair {shown!r} among the {len(pair_ids):,} of this curriculum; "
+                f"nearest: {name_some(near, 3)}"
+            )
+        found[candidates[0]] = None
+    return list(found)
+
+
+def _refuse_without_difficulty(beginnings: Sequence[str], curriculum: Curriculum) -> None:
+    aside = curriculum.table.filter(pc.is_null(curriculum.table["difficulty"]))
+    not_finite = "its records are not finite (see quarantine.json in the run's reference and scores folders)"
+    for pair_id, reason in zip(aside["pair_id"].to_pylist(), aside["reason"].to_pylist(), strict=True):
+        if any(pair_id.startswith(beginning.lower()) for beginning in beginnings):
+            why = not_finite if reason == NOT_FINITE else reason
+            raise IdentityError(f"pair {pair_id} has no difficulty: {why}")
 
 
 def group_text(group: ExampleGroup, total: int, *, longest: int | None = LONGEST) -> str:
@@ -90,72 +231,6 @@ def group_text(group: ExampleGroup, total: int, *, longest: int | None = LONGEST
     return "\n\n".join(parts)
 
 
-def find_ids(beginnings: Sequence[str], pair_ids: Sequence[str]) -> list[str]:
-    """The one id that begins with each of `beginnings`; each found id once.
-
-    Raises:
-        IdentityError: none does, or several do; some candidates are named.
-    """
-    found: dict[str, None] = {}
-    for beginning in beginnings:
-        candidates = [pair_id for pair_id in pair_ids if pair_id.startswith(beginning.lower())]
-        if len(candidates) != 1:
-            raise IdentityError(_which(beginning, candidates, pair_ids))
-        found[candidates[0]] = None
-    return list(found)
-
-
-def _refuse_without_difficulty(beginnings: Sequence[str], curriculum: Curriculum) -> None:
-    aside = curriculum.table.filter(pc.is_null(curriculum.table["difficulty"]))
-    reason_of = dict(zip(aside["pair_id"].to_pylist(), aside["reason"].to_pylist(), strict=True))
-    not_finite = "its records are not finite (see quarantine.json in the run's reference and scores folders)"
-    for beginning in beginnings:
-        for pair_id, reason in reason_of.items():
-            if pair_id.startswith(beginning.lower()):
-                why = not_finite if reason == NOT_FINITE else reason
-                raise IdentityError(f"pair {pair_id} has no difficulty: {why}")
-
-
-def _regions(curriculum: Curriculum, wanted: Wanted) -> dict[str, list[int]]:
-    by_rank_P = rows_by_rank(curriculum)
-    rule = str((curriculum.facts.get("select") or {}).get("rule", ""))
-    title, edge = borderline(np.asarray(curriculum.table["selected"])[by_rank_P], rule)
-    regions: dict[str, list[int]] = {}
-    for name, rows in (
-        (EASIEST, by_rank_P[: wanted.easiest]),
-        (title, by_rank_P[_around(edge, wanted.borderline, len(by_rank_P))]),
-        (MEDIAN, by_rank_P[_around(len(by_rank_P) // 2, wanted.median, len(by_rank_P))]),
-        (HARDEST, by_rank_P[::-1][: wanted.hardest]),
-    ):
-        if len(rows):
-            regions.setdefault(name, rows.tolist())
-    if wanted.pair_ids:
-        ids = curriculum.pair_ids
-        places = {pair_id: row for row, pair_id in enumerate(ids)}
-        regions[NAMED] = [places[pair_id] for pair_id in find_ids(wanted.pair_ids, ids)]
-    return regions
-
-
-def _around(centre: int, count: int, total: int) -> slice:
-    start = min(max(0, centre - (count + 1) // 2), max(0, total - count))
-    return slice(start, start + count)
-
-
-def _which(beginning: str, candidates: Sequence[str], pair_ids: Sequence[str]) -> str:
-    shown = printable(beginning)
-    if len(candidates) > 1:
-        return (
-            f"pair {shown!r} may be any of {len(candidates):,}: {name_some(candidates)}; give more of the id"
-        )
-    near = list(pair_ids)
-    for length in range(1, len(beginning) + 1):
-        closer = [pair_id for pair_id in near if pair_id.startswith(beginning[:length].lower())]
-        if not closer:
-            break
-        near = closer
-    return f"no pair {shown!r} among the {len(pair_ids):,} of this curriculum; nearest: {name_some(near, 3)}"
-
-
 def _pair_lines(pair: ExamplePair, total: int, longest: int | None) -> Iterator[str]:
     spread = "" if pair.spread is None or math.isnan(pair.spread) else f", spread {pair.spread:.4f}"
     state = "selected" if pair.selected else "not selected"
@@ -165,14 +240,10 @@ def _pair_lines(pair: ExamplePair, total: int, longest: int | None) -> Iterator[
     )
     for name, text in (("prompt", pair.prompt), ("chosen", pair.chosen), ("rejected", pair.rejected)):
         yield f"  {name}"
-        yield from _text_lines(text, longest)
-
-
-def _text_lines(text: Text, longest: int | None) -> Iterator[str]:
-    for turn in turns(text, longest):
-        lines = turn.text.split("\n") if turn.text else [""]
-        if turn.role:
-            lines[0] = f"{turn.role}: {lines[0]}"
-        if turn.cut:
-            lines[-1] += f" … ({turn.cut:,} more characters)"
-        yield from (f"    {line}".rstrip() for line in lines)
+        for turn in turns(text, longest):
+            lines = turn.text.split("\n") if turn.text else [""]
+            if turn.role:
+                lines[0] = f"{turn.role}: {lines[0]}"
+            if turn.cut:
+                lines[-1] += f" … ({turn.cut:,} more characters)"
+            yield from (f"    {line}".rstrip() for line in lines)

@@ -1,4 +1,7 @@
-"""`report.html`: one file, no script, no network; every text that is not ours is escaped."""
+"""`report.html`: one file, no script, no network. Every text that is not ours is escaped.
+
+First the page and its tables, then the headline: measured numbers in sentences that their intervals bear out.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +22,25 @@ from selective_dpo.data.adapters import KEPT
 from selective_dpo.evaluation.results import (
     REFERENCE,
     SELECTED,
-    ArmResult,
     EvaluationResults,
     estimate_from_json,
     main_measure,
 )
 from selective_dpo.losses import LN_2
-from selective_dpo.report import page as narrative
-from selective_dpo.report import tables
 from selective_dpo.report.content import DropCount, ReportContent, load_report_content
 from selective_dpo.report.figures import agreement_svg, arms_svg, difficulty_svg, length_svg, training_svg
-from selective_dpo.report.tables import chance_in_words, label_for, preview, printable, turns
+from selective_dpo.report.tables import (
+    agreement_rows,
+    describe_chance,
+    label_for,
+    number_with_interval,
+    points_with_interval,
+    preview,
+    printable,
+    seeds_note,
+    share_with_interval,
+    turns,
+)
 from selective_dpo.stats.estimates import Estimate
 from selective_dpo.storage.artifacts import write_atomic
 from selective_dpo.storage.locks import holding, lock_beside
@@ -42,6 +53,14 @@ class Table(NamedTuple):
 
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+
+
+class Tile(NamedTuple):
+    """One number that stands large at the top of the page."""
+
+    name: str
+    value: str
+    note: str
 
 
 def write_report(run_folder: Path) -> Path:
@@ -60,11 +79,17 @@ def write_report(run_folder: Path) -> Path:
 
 def render_report(content: ReportContent) -> str:
     """The report as the text of one HTML file."""
-    style = _own_file("report.css")
+    template, style = (
+        resources.files("selective_dpo.report").joinpath(name).read_text("utf-8")
+        for name in ("report.html.j2", "report.css")
+    )
+    style_digest = base64.b64encode(hashlib.sha256(style.encode("utf-8")).digest()).decode("ascii")
     environment = jinja2.Environment(
         autoescape=True,
         undefined=jinja2.StrictUndefined,
-        finalize=_printable_unless_markup,
+        finalize=lambda value: (
+            printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+        ),
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -75,93 +100,58 @@ def render_report(content: ReportContent) -> str:
         "arms": arms_svg(content),
         "training": training_svg(content),
     }
-    return environment.from_string(_own_file("report.html.j2")).render(
+    return environment.from_string(template).render(
         content=content,
         # Our own style sheet and drawings are the only markup that is not escaped.
         style=Markup(style),
-        style_hash=Markup(_style_hash(style)),
+        style_hash=Markup(f"sha256-{style_digest}"),
         figures={name: Markup(svg) for name, svg in figures.items() if svg},
-        tiles=narrative.tiles(content),
-        headline=narrative.headline(content),
-        arms=_arms(content),
-        seeds=_seeds(content.agreement),
-        drops=_drops(content.drops),
-        truth=_truth(content),
+        tiles=tiles(content),
+        headline=headline(content),
+        arms=_arms_table(content.results) if content.results else None,
+        seeds=_seeds_table(content.agreement),
+        drops=_drops_table(content.drops),
+        truth=_truth_table(content),
         provenance=_facts(content.provenance),
         cost=_facts(content.cost),
         config=json.dumps(content.config, indent=2) if content.config else "",
-        seeds_note=tables.seeds_note(content.results) if content.results else "",
-        agreement_note=narrative.agreement_note(content.agreement),
+        seeds_note=seeds_note(content.results) if content.results else "",
+        agreement_note=_agreement_note(content.agreement),
         preview=preview,
         turns=turns,
     )
 
 
-def _own_file(name: str) -> str:
-    return resources.files("selective_dpo.report").joinpath(name).read_text("utf-8")
+def _arms_table(results: EvaluationResults) -> Table:
+    """One row an arm; columns that no arm has a value for are left out."""
+    rows = [
+        {
+            "Trained on": f"{arm.label} ({arm.name})",
+            "Pairs": "" if arm.name == REFERENCE else f"{arm.pairs:,}",
+            "Updates": "" if arm.name == REFERENCE else f"{arm.updates:,}",
+            "Win rate": share_with_interval(arm.win_rate),
+            "Selected minus it (points)": ""
+            if arm.name == SELECTED
+            else points_with_interval(arm.difference),
+            "Held-out accuracy": share_with_interval(arm.held_out.accuracy if arm.held_out else None),
+            "Held-out loss": number_with_interval(arm.held_out.loss if arm.held_out else None, 3),
+            "Answer tokens": number_with_interval(arm.answer_tokens, 1),
+        }
+        for arm in results.arms
+    ]
+    header = tuple(name for name in rows[0] if any(row[name] for row in rows))
+    return Table(header, tuple(tuple(row[name] or "–" for name in header) for row in rows))
 
 
-def _style_hash(style: str) -> str:
-    return f"sha256-{base64.b64encode(hashlib.sha256(style.encode('utf-8')).digest()).decode('ascii')}"
-
-
-def _printable_unless_markup(value: object) -> object:
-    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-
-
-def _arms(content: ReportContent) -> Table | None:
-    if content.results is None:
-        return None
-    rows = []
-    for arm in content.results.arms:
-        held_out = arm.held_out
-        trained = ("–", "–") if arm.name == REFERENCE else (f"{arm.pairs:,}", f"{arm.updates:,}")
-        row = (
-            f"{arm.label} ({arm.name})",
-            *trained,
-            tables.share_with_reach(arm.win_rate) or "–",
-            "–" if arm.name == SELECTED else tables.points_with_reach(arm.difference) or "–",
-            tables.share_with_reach(held_out.accuracy) if held_out else "–",
-            tables.number_with_reach(held_out.loss, 3) if held_out else "–",
-            tables.number_with_reach(arm.answer_tokens, 1) or "–",
-        )
-        rows.append(row)
-    header = (
-        "Trained on",
-        "Pairs",
-        "Updates",
-        "Win rate",
-        "Selected minus it (points)",
-        "Held-out accuracy",
-        "Held-out loss",
-        "Answer tokens",
-    )
-    return _without_empty_columns(Table(header, tuple(rows)))
-
-
-def _without_empty_columns(table: Table) -> Table:
-    kept = [column for column in range(len(table.header)) if any(row[column] != "–" for row in table.rows)]
-    return Table(
-        tuple(table.header[column] for column in kept),
-        tuple(tuple(row[column] for column in kept) for row in table.rows),
-    )
-
-
-def _seeds(agreement: Mapping[str, Any]) -> Table | None:
+def _seeds_table(agreement: Mapping[str, Any]) -> Table | None:
     rows = tuple(
-        (
-            f"{entry['a']} and {entry['b']}",
-            *(
-                tables.number_with_reach(estimate_from_json(entry[name])) or "–"
-                for name in ("spearman", "overlap", "jaccard")
-            ),
-        )
-        for entry in agreement.get("seeds") or []
+        (name, *(number or "–" for number in numbers)) for name, *numbers in agreement_rows(agreement)
     )
     return Table(("Seeds", "Spearman", "Overlap of the selected", "Jaccard"), rows) if rows else None
 
 
-def _drops(drops: tuple[DropCount, ...]) -> Table:
+def _drops_table(drops: tuple[DropCount, ...]) -> Table:
+    """Rows of each status, by source where there are several."""
     sources = sorted({drop.source for drop in drops})
     totals: dict[str, int] = {}
     for drop in drops:
@@ -173,14 +163,14 @@ def _drops(drops: tuple[DropCount, ...]) -> Table:
         (status, *(f"{count.get((source, status), 0):,}" for source in shown), f"{totals[status]:,}")
         for status in statuses
     ]
-    sums = [sum(rows for (of, _), rows in count.items() if of == source) for source in shown]
+    sums = [sum(drop.rows for drop in drops if drop.source == source) for source in shown]
     rows.append(("all input rows", *(f"{rows:,}" for rows in sums), f"{sum(totals.values()):,}"))
     return Table(("Status", *shown, "Rows"), tuple(rows))
 
 
-def _truth(content: ReportContent) -> Table | None:
+def _truth_table(content: ReportContent) -> Table | None:
     rows = tuple(
-        (row.group, tables.share_with_reach(row.selected), tables.share_with_reach(row.deselected))
+        (row.group, share_with_interval(row.selected), share_with_interval(row.deselected))
         for row in content.truth
     )
     return Table(("Share of the pairs", "Selected", "Not selected"), rows) if rows else None
@@ -210,24 +200,10 @@ def _plain(value: object) -> str:
     return str(value)
 
 
-# ----------------------------------------------------------------------------------------------------
-# The measured numbers in words. A sentence is only as strong as its interval.
-
-
 _JUDGES = {
     "embedded-world": "the world's own gold reward",
     "reward-model": "a reward model",
 }
-
-_AGAINST_HALF = {1: "it is better", -1: "it is worse", 0: "this run does not tell the two apart"}
-
-
-class Tile(NamedTuple):
-    """One number that stands large at the top of the page."""
-
-    name: str
-    value: str
-    note: str
 
 
 def tiles(content: ReportContent) -> list[Tile]:
@@ -239,12 +215,11 @@ def tiles(content: ReportContent) -> list[Tile]:
     own = measure.values.get(SELECTED) if measure else None
     if measure and own:
         against = "ties count one half; 50% is no change" if measure.name == "win rate" else "50% is chance"
-        shown.append(Tile(measure.name.capitalize(), f"{own.value:.1%}", f"{interval(own)}; {against}"))
+        shown.append(Tile(measure.name.capitalize(), f"{own.value:.1%}", f"{_interval(own)}; {against}"))
     seeds = [estimate_from_json(entry["spearman"]) for entry in content.agreement.get("seeds") or []]
     between = [estimate for estimate in seeds if np.isfinite(estimate.value)]
     if between:
-        low, high = (min(between), max(between))
-        value = " – ".join(dict.fromkeys(f"{estimate.value:.2f}" for estimate in (low, high)))
+        value = " – ".join(dict.fromkeys(f"{each.value:.2f}" for each in (min(between), max(between))))
         width = max((estimate.high - estimate.low) / 2 for estimate in between)
         shown.append(
             Tile("Agreement of seeds", value, f"Spearman's correlation of difficulty, ± {width:.2f}")
@@ -252,14 +227,15 @@ def tiles(content: ReportContent) -> list[Tile]:
     chance = content.agreement.get("above_chance")
     above = estimate_from_json(chance) if chance else None
     if above and np.isfinite(above.value):
-        name, meaning = chance_in_words(content.agreement.get("chance_loss", LN_2))
-        shown.append(Tile(f"Above {name}", f"{above.value:.1%}", f"{interval(above)}; {meaning}"))
+        name, meaning = describe_chance(content.agreement.get("chance_loss", LN_2))
+        shown.append(Tile(f"Above {name}", f"{above.value:.1%}", f"{_interval(above)}; {meaning}"))
     return shown
 
 
 def headline(content: ReportContent) -> list[str]:
     """What was run and what was measured, a sentence each, with 95% intervals."""
     selected, pairs = _counts(content)
+    facts = content.curriculum.facts
     kept = f"{selected:,} were kept ({label_for(content.select)})."
     if content.imported is not None:
         sentences = [
@@ -268,57 +244,55 @@ def headline(content: ReportContent) -> list[str]:
         ]
     else:
         sentences = [f"{pairs:,} pairs were scored by models that were not trained on them; {kept}"]
-    quarantined = int(content.curriculum.facts.get("quarantined") or 0)
-    if quarantined:
+    if not_finite := int(facts.get("quarantined") or 0):
         sentences.append(
-            f"{quarantined:,} more {'has' if quarantined == 1 else 'have'} no difficulty, since a "
+            f"{not_finite:,} more {'has' if not_finite == 1 else 'have'} no difficulty, since a "
             "log-probability or loss is not finite; none of them was selected."
         )
-    without = content.curriculum.facts.get("missing_scorers") or []
-    if without:
+    if without := facts.get("missing_scorers"):
         sentences.append(f"Records are missing of {', '.join(map(str, without))}.")
-    partial = int(content.curriculum.facts.get("partial") or 0)
-    if partial:
+    if partial := int(facts.get("partial") or 0):
         sentences.append(f"{partial:,} pairs lack some of their records and were ranked by those they have.")
     if content.results is None:
-        return [
-            *sentences,
-            "No evaluation is part of this run, so nothing is said about what training on them gives.",
-        ]
-    return sentences + _evaluation(content.results)
+        nothing = "No evaluation is part of this run, so nothing is said about what training on them gives."
+        return [*sentences, nothing]
+    return sentences + _evaluation_sentences(content.results)
 
 
-def _evaluation(results: EvaluationResults) -> list[str]:
+def _evaluation_sentences(results: EvaluationResults) -> list[str]:
     measure = main_measure(results)
     if measure is None:
         return ["The evaluation compared no answers and had no held-out pairs."]
     sentences = []
     own = measure.values.get(SELECTED)
     if own and measure.name == "win rate":
+        verdicts = ("this run does not tell the two apart", "it is better", "it is worse")
         sentences.append(
             f"The policy trained on them wins {own.value:.1%} of the comparisons with its starting model "
-            f"({interval(own)}; {results.prompts:,} held-out prompts, {results.samples:,} "
+            f"({_interval(own)}; {results.prompts:,} held-out prompts, {results.samples:,} "
             f"{'answer' if results.samples == 1 else 'answers'} each, judged by "
-            f"{_JUDGES.get(results.judge, results.judge)}): {_AGAINST_HALF[_side(own, 0.5)]}."
+            f"{_JUDGES.get(results.judge, results.judge)}): {verdicts[_side(own, 0.5)]}."
         )
     elif own:
         sentences.append(
             f"The policy trained on them prefers the chosen answer in {own.value:.1%} of the held-out pairs "
-            f"({interval(own)})."
+            f"({_interval(own)})."
         )
-    controls = [arm for arm in results.arms if arm.name not in (SELECTED, REFERENCE)]
-    return sentences + [_comparison(arm, arm.difference) for arm in controls if arm.difference]
-
-
-def _comparison(arm: ArmResult, difference: Estimate) -> str:
-    measured = (
-        f"{100 * difference.value:+.1f} percentage points "
-        f"(95% interval {100 * difference.low:+.1f} to {100 * difference.high:+.1f}, paired by prompt)"
-    )
-    side = _side(difference, 0.0)
-    if side == 0:
-        return f"This run does not tell its win rate from that of “{arm.label}”: {measured}."
-    return f"Its win rate is {'higher' if side > 0 else 'lower'} than that of “{arm.label}”: {measured}."
+    for arm in results.arms:
+        if arm.name in (SELECTED, REFERENCE) or not arm.difference:
+            continue
+        low, value, high = (
+            f"{100 * number:+.1f}"
+            for number in (arm.difference.low, arm.difference.value, arm.difference.high)
+        )
+        measured = f"{value} percentage points (95% interval {low} to {high}, paired by prompt)"
+        side = _side(arm.difference, 0.0)
+        if side == 0:
+            sentences.append(f"This run does not tell its win rate from that of “{arm.label}”: {measured}.")
+        else:
+            direction = "higher" if side > 0 else "lower"
+            sentences.append(f"Its win rate is {direction} than that of “{arm.label}”: {measured}.")
+    return sentences
 
 
 def _side(estimate: Estimate, zero: float) -> int:
@@ -326,7 +300,7 @@ def _side(estimate: Estimate, zero: float) -> int:
     return int(estimate.low > zero) - int(estimate.high < zero)
 
 
-def agreement_note(agreement: Mapping[str, Any]) -> str:
+def _agreement_note(agreement: Mapping[str, Any]) -> str:
     """How to read overlaps, and how wide the heat map's intervals are."""
     notes = ["Half the 95% interval follows each number (bootstrap over prompts)."]
     fraction = agreement.get("fraction")
@@ -340,7 +314,7 @@ def agreement_note(agreement: Mapping[str, Any]) -> str:
     return " ".join(notes)
 
 
-def interval(estimate: Estimate) -> str:
+def _interval(estimate: Estimate) -> str:
     """The 95% interval of a share, in words."""
     if np.isnan(estimate.low):
         return "no interval: one prompt only"
@@ -348,5 +322,6 @@ def interval(estimate: Estimate) -> str:
 
 
 def _counts(content: ReportContent) -> tuple[int, int]:
+    """Selected pairs, and all with a difficulty."""
     selected_P = np.asarray(content.curriculum.table["selected"])
     return int(selected_P.sum()), len(selected_P)

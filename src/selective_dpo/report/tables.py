@@ -1,4 +1,4 @@
-"""The results as plain text with aligned columns, for the terminal."""
+"""Results as text: labels, numbers with their intervals, and the user's texts made safe to show."""
 
 from __future__ import annotations
 
@@ -23,9 +23,24 @@ from selective_dpo.stats.estimates import Estimate
 from selective_dpo.storage.digests import canonical_json
 
 DEFAULT_FRACTION = 0.5
+LONGEST_SHOWN = 1500
+"""Characters of a message that a page shows."""
 
+_LONGEST_PREVIEW = 160
 _LOPSIDED = 0.2
 """An interval whose sides differ by more than this share of its width is shown by its ends."""
+_REPLACEMENT = "\ufffd"
+# They turn the direction of what follows, so that a text could show otherwise than it is.
+_DIRECTION_MARKS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+class Turn(NamedTuple):
+    """One message as it is shown. `role` is empty for plain text."""
+
+    role: str
+    text: str
+    cut: int
+    """Characters of the message that are left out at its end."""
 
 
 def label_for(select: SelectConfig) -> str:
@@ -40,9 +55,7 @@ def label_for(select: SelectConfig) -> str:
         "band": f"quantiles {low:g}-{high:g}",
         "all": "all pairs",
     }.get(select.rule, f"{select.rule} {size}")
-    parts = [which, select.order.replace("-", " ")]
-    parts.append(CRITERIA[select.aggregate].words)
-    return ", ".join(filter(None, parts))
+    return ", ".join(filter(None, (which, select.order.replace("-", " "), CRITERIA[select.aggregate].label)))
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
@@ -73,8 +86,10 @@ def arms_table(results: EvaluationResults) -> str:
     for arm in results.arms:
         trained = [""] * 2 if arm.name == REFERENCE else [f"{arm.pairs:,}", f"{arm.updates:,}"]
         row = [arm.name, arm.label, *trained]
-        row += [share_with_reach(measure.values.get(arm.name))] if measure else []
-        row += ["" if arm.name == SELECTED else points_with_reach(arm.difference)] if with_difference else []
+        row += [share_with_interval(measure.values.get(arm.name))] if measure else []
+        row += (
+            ["" if arm.name == SELECTED else points_with_interval(arm.difference)] if with_difference else []
+        )
         rows.append(row)
     note = [] if measure is None else ["", seeds_note(results)]
     return "\n".join([text_table(header, rows, left=2), *note])
@@ -96,30 +111,34 @@ def seeds_note(results: EvaluationResults) -> str:
     )
 
 
-def agreement_table(agreement: Mapping[str, Any]) -> str:
-    """Agreement of each two seeds, with 95% intervals, and the share of pairs above chance."""
-    lines = [
-        [
-            f"seeds {entry['a']} and {entry['b']}",
+def agreement_rows(agreement: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """For each two seeds: names, Spearman's correlation, overlap of the selected, Jaccard; with intervals."""
+    return [
+        (
+            f"{entry['a']} and {entry['b']}",
             *(
-                number_with_reach(estimate_from_json(entry[name]))
+                number_with_interval(estimate_from_json(entry[name]))
                 for name in ("spearman", "overlap", "jaccard")
             ),
-        ]
+        )
         for entry in agreement.get("seeds") or []
     ]
+
+
+def agreement_table(agreement: Mapping[str, Any]) -> str:
+    """Agreement of each two seeds, with 95% intervals, and the share of pairs above chance."""
     parts = []
-    if lines:
+    if rows := agreement_rows(agreement):
         header = ["agreement (95%)", "Spearman", "overlap of selected", "Jaccard"]
-        parts.append(text_table(header, lines))
+        parts.append(text_table(header, [(f"seeds {name}", *numbers) for name, *numbers in rows]))
     if agreement.get("above_chance"):
-        above = share_with_reach(estimate_from_json(agreement["above_chance"]))
-        name, meaning = chance_in_words(agreement.get("chance_loss", LN_2))
+        above = share_with_interval(estimate_from_json(agreement["above_chance"]))
+        name, meaning = describe_chance(agreement.get("chance_loss", LN_2))
         parts.append(f"pairs above {name} ({meaning}): {above}")
     return "\n".join(parts)
 
 
-def chance_in_words(chance: float) -> tuple[str, str]:
+def describe_chance(chance: float) -> tuple[str, str]:
     """The loss of a policy that has not moved, and what it means for a pair to lie above it.
 
     At ln 2, of DPO's own loss and those like it, a loss is above it exactly where the margin is below 0.
@@ -129,22 +148,22 @@ def chance_in_words(chance: float) -> tuple[str, str]:
     return f"{chance:.4g}", "the scorers do worse than a policy that has not moved"
 
 
-def share_with_reach(estimate: Estimate | None) -> str:
+def share_with_interval(estimate: Estimate | None) -> str:
     """A share in percent and half its 95% interval: "55.8% ± 1.4"; or both ends: "98.0% [93.1, 99.4]"."""
-    return _with_reach(estimate, ".1f", scale=100, unit="%")
+    return _with_interval(estimate, ".1f", scale=100, unit="%")
 
 
-def points_with_reach(estimate: Estimate | None) -> str:
+def points_with_interval(estimate: Estimate | None) -> str:
     """A difference of shares in percentage points: "+2.6 ± 1.4"."""
-    return _with_reach(estimate, ".1f", scale=100, sign="+")
+    return _with_interval(estimate, ".1f", scale=100, sign="+")
 
 
-def number_with_reach(estimate: Estimate | None, decimals: int = 2) -> str:
+def number_with_interval(estimate: Estimate | None, decimals: int = 2) -> str:
     """A number and half its 95% interval: "0.94 ± 0.01"."""
-    return _with_reach(estimate, f".{decimals}f")
+    return _with_interval(estimate, f".{decimals}f")
 
 
-def _with_reach(
+def _with_interval(
     estimate: Estimate | None, form: str, *, scale: float = 1, sign: str = "", unit: str = ""
 ) -> str:
     if estimate is None or math.isnan(estimate.value):
@@ -157,29 +176,6 @@ def _with_reach(
     if abs(above - below) > _LOPSIDED * (above + below) and f"{above:{form}}" != f"{below:{form}}":
         return f"{value} [{scale * estimate.low:{sign}{form}}, {scale * estimate.high:{sign}{form}}]"
     return f"{value} ± {(above + below) / 2:{form}}"
-
-
-# ----------------------------------------------------------------------------------------------------
-# The user's texts made ready to be shown: nothing that breaks a page or a terminal, no endless answer.
-
-
-LONGEST_SHOWN = 1500
-
-_LONGEST_PREVIEW = 160
-
-_REPLACEMENT = "\ufffd"
-
-# They turn the direction of what follows, so that a text could show otherwise than it is.
-_DIRECTION_MARKS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-
-
-class Turn(NamedTuple):
-    """One message as it is shown. `role` is empty for plain text."""
-
-    role: str
-    text: str
-    cut: int
-    """Characters of the message that are left out at its end."""
 
 
 def printable(text: str) -> str:

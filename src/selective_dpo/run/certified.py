@@ -53,8 +53,9 @@ def _certify(run: Run, scorers: Sequence[ScorerRun]) -> dict[str, Any]:
         return found
     wait_for_everyone()
     if this_process().is_main_process:
-        table = collect_losses([run.folder.scores(scorer) for scorer in scorers])
-        prediction = predict_overlap(table, run.recipe.select.aggregate, rule_of(run.recipe.select))
+        how = run.recipe.select.aggregate
+        table = collect_losses([run.folder.scores(scorer) for scorer in scorers], criteria=[how])
+        prediction = predict_overlap(table, how, rule_of(run.recipe.select))
         write_json(run.folder.certificate, _as_json(prediction, key, target_overlap(run)))
     wait_for_everyone()
     found = read_json(run.folder.certificate)

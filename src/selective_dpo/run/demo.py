@@ -14,14 +14,13 @@ from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.evaluation.results import EvaluationResults, from_json
 from selective_dpo.identity import positions_of
 from selective_dpo.report.content import TruthRow, save_findings
-from selective_dpo.report.tables import agreement_table, arms_table, share_with_reach
+from selective_dpo.report.tables import agreement_table, arms_table, share_with_interval
 from selective_dpo.run.folder import alone
 from selective_dpo.run.run import evaluate, open_run, report
 from selective_dpo.stats.estimates import clustered_share
 from selective_dpo.storage.artifacts import read_json
-from selective_dpo.worlds.build import World, build_world
-from selective_dpo.worlds.config import WorldConfig
 from selective_dpo.worlds.recipe import world_recipe
+from selective_dpo.worlds.world import World, WorldConfig, build_world
 
 NAME = "demo"
 
@@ -128,6 +127,6 @@ def _world_line(world: World) -> str:
 def _truth_lines(truth: list[TruthRow]) -> list[str]:
     lines = ["What was kept and what was dropped (share of the pairs, with 95% interval):"]
     for row in truth:
-        kept, dropped = (share_with_reach(each) for each in (row.selected, row.deselected))
+        kept, dropped = (share_with_interval(each) for each in (row.selected, row.deselected))
         lines.append(f"  {row.group:<28} kept {kept:<16} dropped {dropped}")
     return lines

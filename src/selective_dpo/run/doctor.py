@@ -1,7 +1,7 @@
 """`doctor`: checks of the environment and of a recipe before any work is done. Nothing is written.
 
-What it refuses of model, settings and machine, a run refuses before its first result (`require_sound`). Of
-many data it sees the beginning only.
+A run makes the same checks of model, settings and machine before its first result (`require_sound`). Of many
+data only the beginning is read.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ import torch
 from datasets import Dataset
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from transformers.utils import import_utils
 
 from selective_dpo.config import Recipe, SourceConfig
 from selective_dpo.config.trainer_options import under_deepspeed
 from selective_dpo.curriculum.import_ import pairs_joined, read_outside
-from selective_dpo.data.adapters import KEPT, Pair, parse_row
+from selective_dpo.data.adapters import KEPT, DropReason, Pair, parse_row
 from selective_dpo.data.readers import Malformed
 from selective_dpo.data.sources import open_source, source_label
 from selective_dpo.data.store import load_summary
@@ -38,11 +39,8 @@ from selective_dpo.evaluation.evaluate import check_evaluation, policy_names
 from selective_dpo.evaluation.judges import judge_for
 from selective_dpo.logprobs.reference import TRIED, require_finite_start
 from selective_dpo.models import damaged_weights, load_policy, load_tokenizer
-from selective_dpo.run import doctor as environment
-from selective_dpo.run import doctor as models
 from selective_dpo.run.costs import (
     BYTES,
-    Architecture,
     Device,
     Disk,
     Models,
@@ -63,140 +61,21 @@ from selective_dpo.training.arguments import PURE, dpo_arguments
 from selective_dpo.training.train import tracker_names
 
 Found = TypeVar("Found")
-
+Given = TypeVar("Given")
 P = ParamSpec("P")
-
-
-def diagnose(recipe: Recipe | None = None) -> Iterator[Check]:
-    """Check the environment and, where there is one, all that `recipe` names; one answer at a time.
-
-    A check that needs what another did not find is left out: the first fault is the one to mend. Only
-    configurations, tokenizers, first rows and the weights of a local model that fits into memory are loaded,
-    and nothing from anywhere that the recipe does not name.
-    """
-    device = this_device()
-    yield environment.check_python()
-    yield from environment.check_packages()
-    yield environment.check_device(device)
-    yield environment.check_hub()
-    if recipe is None:
-        return
-    sound = True
-    for check in _checks(recipe, device):
-        sound = sound and check.status != "FAIL"
-        yield check
-    sizes = _sizes(recipe)
-    yield environment.check_disk(recipe, disk_need(recipe, sizes))
-    if sizes is not None:
-        yield models.check_memory(recipe, sizes, device)
-    yield from _diagnose_data(recipe, sizes, device, sound=sound)
-
-
-def require_sound(run: Run) -> None:
-    """Refuse what `doctor` refuses of everything but the data: they are looked at when they are prepared.
-
-    Of a run that has begun the disk is not looked at: it holds some of what it needs.
-
-    Raises:
-        SelectiveDPOError: the first check that fails.
-    """
-    recipe = run.recipe
-    checks = list(_checks(recipe, this_device()))
-    if not run.folder.is_claimed:
-        checks.append(environment.check_disk(recipe, disk_need(recipe, _sizes(recipe))))
-    for check in checks:
-        if check.status == "FAIL":
-            raise check.error()
-
-
-def _checks(recipe: Recipe, device: Device) -> Iterator[Check]:
-    """What `doctor` and a run look at alike."""
-    yield environment.check_launch(recipe, device)
-    yield environment.check_precision(recipe, device)
-    yield from environment.check_optional_packages(recipe)
-    for block in _trained_blocks(recipe):
-        yield _guarded(f"{block}.trainer", models.check_trainer, recipe, block)
-    yield _guarded("evaluate", _check_evaluation, recipe)
-    yield _guarded("judge", models.check_judge, recipe)
-    model, problem = _attempt("model", lambda: build_on_meta(recipe.model))
-    if model is not None:
-        yield _guarded("model", models.check_weights, recipe, model)
-        yield models.check_positions(recipe, model)
-        for block in _trained_blocks(recipe):
-            yield _guarded(f"{block}.lora", models.check_adapter, recipe, block)
-    elif problem is not None:
-        yield problem
-    tokenizer, problem = _attempt("tokenizer", lambda: load_tokenizer(recipe.model))
-    if problem is not None:
-        yield problem
-    elif model is not None:
-        yield models.check_tokenizer(tokenizer, model)
-
-
-def _diagnose_data(recipe: Recipe, sizes: Models | None, device: Device, *, sound: bool) -> Iterator[Check]:
-    sources = [check_source(source) for source in (*recipe.data.train, *recipe.data.test)]
-    yield from (source.check for source in sources)
-    sound = sound and all(source.check.status != "FAIL" for source in sources)
-    pairs = [pair for source in sources for pair in source.pairs]
-    if recipe.curriculum:
-        trained = [pair for source in sources[: len(recipe.data.train)] for pair in source.pairs]
-        check = _guarded("curriculum", check_curriculum, recipe.curriculum, trained)
-        sound = sound and check.status != "FAIL"
-        yield check
-    tokenizer, problem = _attempt("tokenizer", lambda: load_tokenizer(recipe.model))
-    if problem is not None or not pairs:
-        return
-    embedded = None if sizes is None else sizes.sizes.vocabulary
-    try:
-        for check in check_template(recipe, tokenizer, pairs, embedded):
-            sound = sound and check.status != "FAIL"
-            yield check
-    except SelectiveDPOError as error:
-        yield refused("template", error)
-        return
-    if sound and sizes is not None:
-        yield _guarded("forward pass", models.check_forward, recipe, tokenizer, pairs, sizes.sizes, device)
-    if sound and sum(source.rows for source in sources) <= FEW_ROWS:
-        yield _guarded("pairs", check_pairs, recipe)
-
-
-def _trained_blocks(recipe: Recipe) -> tuple[str, ...]:
-    return ("train",) if recipe.curriculum else ("score", "train")
-
-
-def _check_evaluation(recipe: Recipe) -> Check:
-    check_evaluation(recipe.evaluate, has_test=bool(recipe.data.test))
-    arms = ", ".join(policy_names(recipe.evaluate))
-    return ok("evaluate", f"arms {arms}; {recipe.evaluate.generation.prompts:,} prompts to answer")
-
-
-def _sizes(recipe: Recipe) -> Models | None:
-    try:
-        return models_of(recipe)
-    except SelectiveDPOError:  # `check_adapter` and `build_on_meta` say so
-        return None
-
-
-def _guarded(name: str, check: Callable[P, Check], *args: P.args, **kwargs: P.kwargs) -> Check:
-    """The check's answer; an error that the user has to mend is one."""
-    try:
-        return check(*args, **kwargs)
-    except SelectiveDPOError as error:
-        return refused(name, error)
-
-
-def _attempt(name: str, make: Callable[[], Found]) -> tuple[Found | None, Check | None]:
-    try:
-        return make(), None
-    except SelectiveDPOError as error:
-        return None, refused(name, error)
-
-
-# ----------------------------------------------------------------------------------------------------
-# The answer of one check.
-
-
 Status = Literal["ok", "warn", "FAIL"]
+
+BASE_BYTES = 100 * (1 << 20)
+"""Bytes for tables, logs and the report, beside trained weights."""
+
+MAX_MEMORY_SHARE = 0.9
+"""Share of the device's memory that an estimate may reach without a warning."""
+
+FIRST_ROWS = 100
+"""Rows that are looked at in each source."""
+
+FEW_ROWS = 2_000
+"""So many rows are prepared whole. More leave enough updates to scorers with any usual batch size."""
 
 
 class Check(NamedTuple):
@@ -210,15 +89,15 @@ class Check(NamedTuple):
     cause: SelectiveDPOError | None = None
     """The error that a run would end in, where one was met."""
 
+    @property
+    def text(self) -> str:
+        """Name, finding and remedy."""
+        return f"{self.name}: {self.found}" + (f"; {self.remedy}" if self.remedy else "")
+
     def line(self) -> str:
         """One line of text."""
-        words = f"{self.status:<5} {self.name}: {self.found}" + (f"; {self.remedy}" if self.remedy else "")
-        return " ".join(words.split()) if "\n" in words else words
-
-    def error(self) -> SelectiveDPOError:
-        """A failed check as the error for whoever goes on all the same."""
-        told = f"{self.name}: {self.found}" + (f"; {self.remedy}" if self.remedy else "")
-        return self.cause or ConfigError(told)
+        line = f"{self.status:<5} {self.text}"
+        return " ".join(line.split()) if "\n" in line else line
 
 
 def ok(name: str, found: str) -> Check:
@@ -236,27 +115,126 @@ def fail(name: str, found: str, remedy: str = "") -> Check:
     return Check("FAIL", name, found, remedy)
 
 
-def refused(name: str, error: SelectiveDPOError) -> Check:
-    """A run would stop here, with this error; its text holds the remedy."""
-    return Check("FAIL", name, str(error), cause=error)
+def diagnose(recipe: Recipe | None = None) -> Iterator[Check]:
+    """Check the environment and, where there is one, all that `recipe` names; one answer at a time.
+
+    A check that needs what another did not find is left out: the first fault is the one to mend. Only
+    configurations, tokenizers, first rows and the weights of a local model that fits into memory are loaded,
+    and nothing from anywhere that the recipe does not name.
+    """
+    device = this_device()
+    yield check_python()
+    yield from check_packages()
+    yield check_device(device)
+    yield check_hub()
+    if recipe is None:
+        return
+    sizes = _or_none(models_of, recipe)
+    checks = [_guarded("evaluate", _evaluation, recipe)]
+    yield checks[0]
+    for check in _checks(recipe, device):
+        checks.append(check)
+        yield check
+    yield check_disk(recipe, disk_need(recipe, sizes))
+    if sizes is not None:
+        yield check_memory(recipe, sizes, device)
+    is_sound = all(check.status != "FAIL" for check in checks)
+    yield from _data_checks(recipe, sizes, device, is_sound=is_sound)
 
 
-# ----------------------------------------------------------------------------------------------------
-# Checks of the machine: Python and packages, device, disk, settings of the hub's client.
+def require_sound(run: Run) -> None:
+    """Refuse what `doctor` refuses of everything but the data: they are looked at when they are prepared.
+
+    Of a run that has begun the disk is not looked at: it holds some of what it needs.
+
+    Raises:
+        SelectiveDPOError: the first check that fails.
+    """
+    checks = list(_checks(run.recipe, this_device()))
+    if not run.folder.is_claimed:
+        checks.append(check_disk(run.recipe, disk_need(run.recipe, _or_none(models_of, run.recipe))))
+    for check in checks:
+        if check.status == "FAIL":
+            raise check.cause or ConfigError(check.text)
 
 
-_DISTRIBUTION = "selective-dpo"
+def _checks(recipe: Recipe, device: Device) -> Iterator[Check]:
+    """What `doctor` and a run check alike."""
+    blocks = ("train",) if recipe.curriculum else ("score", "train")
+    yield check_launch(recipe, device)
+    yield check_precision(recipe, device)
+    yield from check_optional_packages(recipe)
+    for block in blocks:
+        yield _guarded(f"{block}.trainer", check_trainer, recipe, block)
+    yield _guarded("judge", check_judge, recipe)
+    yield _guarded("model", check_weights, recipe)
+    model = _or_none(build_on_meta, recipe.model)
+    if model is not None:
+        yield check_positions(recipe, model)
+        for block in blocks:
+            yield _guarded(f"{block}.lora", check_adapter, recipe, block)
+    yield _guarded("tokenizer", check_tokenizer, recipe, model)
 
-_BASE_NEED = 100 * (1 << 20)
-"""Bytes for tables, logs and the report, beside trained weights."""
 
-# What transformers calls them -> the package to install.
-_TRACKERS = {"tensorboard": "tensorboard", "trackio": "trackio", "wandb": "wandb", "mlflow": "mlflow"}
+def _data_checks(recipe: Recipe, sizes: Models | None, device: Device, *, is_sound: bool) -> Iterator[Check]:
+    """Each source's first rows, and what the recipe makes of them; the later ones only of what is sound."""
+    sources = [check_source(source) for source in (*recipe.data.train, *recipe.data.test)]
+    checks = [source.check for source in sources]
+    yield from checks
+    pairs = [pair for source in sources for pair in source.pairs]
+    if recipe.curriculum:
+        trained = [pair for source in sources[: len(recipe.data.train)] for pair in source.pairs]
+        checks.append(_guarded("curriculum", check_curriculum, recipe.curriculum, trained))
+        yield checks[-1]
+    tokenizer = _or_none(load_tokenizer, recipe.model)
+    if tokenizer is None or not pairs:
+        return
+    try:
+        tokens = tokenize_pairs(pairs, tokenizer, empty_system_message=recipe.data.empty_system_message)
+    except SelectiveDPOError as error:
+        yield fail("template", str(error))
+        return
+    for check in check_tokens(recipe, pairs, tokens, None if sizes is None else sizes.sizes.vocabulary):
+        checks.append(check)
+        yield check
+    if not is_sound or any(check.status == "FAIL" for check in checks):
+        return
+    if sizes is not None:
+        size = sizes.sizes.parameters * BYTES[recipe.model.dtype]
+        yield _guarded("forward pass", check_forward, recipe, tokenizer, pairs, tokens, size, device)
+    if sum(source.rows for source in sources) <= FEW_ROWS:
+        yield _guarded("pairs", check_pairs, recipe)
+
+
+def _evaluation(recipe: Recipe) -> Check:
+    # A run checks this when it is opened.
+    check_evaluation(recipe.evaluate, has_test=bool(recipe.data.test))
+    arms = ", ".join(policy_names(recipe.evaluate))
+    return ok("evaluate", f"arms {arms}; {recipe.evaluate.generation.prompts:,} prompts to answer")
+
+
+def _or_none(make: Callable[[Given], Found], of: Given) -> Found | None:
+    """What a later check needs; where it cannot be made, another check says so."""
+    try:
+        return make(of)
+    except SelectiveDPOError:
+        return None
+
+
+def _guarded(name: str, check: Callable[P, Check], *args: P.args, **kwargs: P.kwargs) -> Check:
+    """The check's answer; an error that the user has to mend is one, and its text holds the remedy."""
+    try:
+        return check(*args, **kwargs)
+    except SelectiveDPOError as error:
+        return Check("FAIL", name, str(error), cause=error)
+
+
+# --- the machine --------------------------------------------------------------------------------------------
 
 
 def check_python() -> Check:
     """The interpreter against what the installed package asks for."""
-    found, wanted = platform.python_version(), metadata.metadata(_DISTRIBUTION)["Requires-Python"]
+    found, wanted = platform.python_version(), metadata.metadata("selective-dpo")["Requires-Python"]
     if SpecifierSet(wanted).contains(found, prereleases=True):
         return ok("python", found)
     return fail("python", found, f"use a version {wanted}")
@@ -265,7 +243,7 @@ def check_python() -> Check:
 def check_packages() -> Iterator[Check]:
     """Each package that is always needed, against the bounds that this one declares."""
     good = []
-    for text in metadata.requires(_DISTRIBUTION) or []:
+    for text in metadata.requires("selective-dpo") or []:
         requirement = Requirement(text)
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
@@ -311,7 +289,7 @@ def check_disk(recipe: Recipe, need: Disk | None) -> Check:
     found = f"{readable_bytes(free)} free at {existing}"
     if need is None:
         return warn("disk", f"{found}, the model's size is not known", "check that its weights fit")
-    wanted = need.total + _BASE_NEED
+    wanted = need.total + BASE_BYTES
     found += f", the run needs about {readable_bytes(wanted)}"
     if need.checkpoints:
         found += f" ({readable_bytes(need.checkpoints)} of it for checkpoints, while it trains)"
@@ -372,16 +350,12 @@ def check_optional_packages(recipe: Recipe) -> Iterator[Check]:
         if settings.get("use_liger_kernel"):
             yield _needs("liger_kernel", f"{block}.trainer.use_liger_kernel", "liger-kernel")
         for name in tracker_names(settings):
-            yield _needs(
-                _TRACKERS.get(name, name), f"{block}.trainer.report_to {name}", "the tracker's package"
-            )
+            yield _needs(name, f"{block}.trainer.report_to {name}", "the tracker's package")
     yield check_attention(recipe.model.attention)
 
 
 def check_attention(name: str) -> Check:
     """Whether the attention implementation is there. What the model can take shows when it is loaded."""
-    from transformers.utils import import_utils
-
     available = {
         "flash_attention_2": import_utils.is_flash_attn_2_available,
         "flash_attention_3": import_utils.is_flash_attn_3_available,
@@ -400,19 +374,16 @@ def _needs(module: str, key: str, source: str) -> Check:
     return fail(key, f"{module} is not installed", f"install {source}, or change the option")
 
 
-# ----------------------------------------------------------------------------------------------------
-# Checks of what a recipe names: model, tokenizer, adapters, judge, trainer settings.
+# --- what the recipe names: model, tokenizer, adapters, judge, trainer settings -----------------------------
 
 
-_NEARLY_FULL = 0.9
-
-
-def check_weights(recipe: Recipe, model: Any) -> Check:
+def check_weights(recipe: Recipe) -> Check:
     """The architecture, and for a local folder that it holds all its weights, in the one format that is read.
 
     Raises:
         ModelError: weights are missing, of other shapes than the configuration says, or not to be loaded.
     """
+    model = build_on_meta(recipe.model)
     size = readable_count(sum(parameter.numel() for parameter in model.parameters()))
     found = f"{type(model).__name__}, {size} parameters"
     folder = Path(recipe.model.path)
@@ -428,12 +399,17 @@ def check_weights(recipe: Recipe, model: Any) -> Check:
     return ok("model", found)
 
 
-def check_tokenizer(tokenizer: Any, model: Any) -> Check:
-    """Special tokens, and that the model has a row for each of them."""
+def check_tokenizer(recipe: Recipe, model: Any | None) -> Check:
+    """Special tokens, and that the model (None: not known) has a row for each of them.
+
+    Raises:
+        ModelError: the tokenizer cannot be loaded.
+    """
+    tokenizer = load_tokenizer(recipe.model)
     special = {name: getattr(tokenizer, f"{name}_token") for name in ("pad", "bos", "eos")}
-    rows, tokens = embedded_tokens(model), len(tokenizer)
-    named = ", ".join(f"{name} {token!r}" for name, token in special.items())
-    found = f"{tokens:,} tokens, {named}; the model embeds {rows:,}"
+    tokens, named = len(tokenizer), ", ".join(f"{name} {token!r}" for name, token in special.items())
+    rows = tokens if model is None else int(model.get_input_embeddings().weight.shape[0])
+    found = f"{tokens:,} tokens, {named}; the model embeds {'?' if model is None else f'{rows:,}'}"
     outside = [
         token for token in special.values() if token and tokenizer.convert_tokens_to_ids(token) >= rows
     ]
@@ -445,11 +421,6 @@ def check_tokenizer(tokenizer: Any, model: Any) -> Check:
     if tokenizer.eos_token is None:
         return warn("tokenizer", found, "without an end-of-sequence token, answers have no end")
     return ok("tokenizer", found)
-
-
-def embedded_tokens(model: Any) -> int:
-    """How many tokens the model has a row for."""
-    return int(model.get_input_embeddings().weight.shape[0])
 
 
 def check_positions(recipe: Recipe, model: Any) -> Check:
@@ -474,39 +445,11 @@ def check_adapter(recipe: Recipe, block: str) -> Check:
     return ok(f"{block}.lora", f"{readable_count(trained)} parameters in the adapter")
 
 
-def check_forward(
-    recipe: Recipe, tokenizer: Any, pairs: Sequence[Pair], sizes: Architecture, device: Device
-) -> Check:
-    """A forward pass of the first pairs, where the weights are a local folder's and fit into memory.
-
-    Raises:
-        ModelError: no pair has finite log-probabilities.
-    """
-    name, size = "forward pass", sizes.parameters * BYTES[recipe.model.dtype]
-    if not Path(recipe.model.path).is_dir():
-        return ok(name, "not tried with a model of the hub; a run tries it before its reference")
-    if device.memory and size > device.memory / 2:
-        return ok(name, f"not tried with {readable_bytes(size)} of weights; a run tries it first")
-    data, rows = recipe.data, []
-    tokens = tokenize_pairs(pairs, tokenizer, empty_system_message=data.empty_system_message)
-    for pair, item in zip(pairs, tokens, strict=True):
-        if isinstance(item, PairTokens) and (fitted := fit_length(item, data)).drop is None:
-            ids = {
-                name: getattr(fitted.tokens, name) for name in ("prompt_ids", "chosen_ids", "rejected_ids")
-            }
-            rows.append({"pair_id": pair.pair_id, "prompt_id": pair.prompt_id, **ids})
-    if not rows:
-        return ok(name, "not tried: none of the first rows is short enough")
-    model = load_policy(recipe.model).to(this_process().device)
-    require_finite_start(model, Dataset.from_list(rows), pad_token_id=tokenizer.pad_token_id)
-    return ok(name, f"log-probabilities of {min(TRIED, len(rows))} pairs are finite")
-
-
 def check_memory(recipe: Recipe, models: Models, device: Device) -> Check:
     """The plan's largest estimate, at the longest sequences that the recipe allows, against the device."""
     need, name = max((job_memory(recipe, models, kind).total, kind) for kind in job_kinds(recipe))
     found = f"{name} needs about {readable_bytes(need)} of {readable_bytes(device.memory)}"
-    if device.memory and need > _NEARLY_FULL * device.memory:
+    if device.memory and need > MAX_MEMORY_SHARE * device.memory:
         remedy = "lower per_device_train_batch_size or tokens_per_batch, use LoRA, or shard over processes"
         return warn("memory", found, remedy)
     return ok("memory", found)
@@ -538,15 +481,7 @@ def check_judge(recipe: Recipe) -> Check:
     return ok("judge", "none: no answers are compared" if judge is None else judge.name)
 
 
-# ----------------------------------------------------------------------------------------------------
-# Checks of the data: each source's first rows, the template on them, their lengths; all of few rows.
-
-
-ROWS = 100
-"""Rows that are looked at in each source."""
-
-FEW_ROWS = 2_000
-"""So many rows are prepared whole. More leave enough updates to scorers with any usual batch size."""
+# --- the data -----------------------------------------------------------------------------------------------
 
 
 class FirstRows(NamedTuple):
@@ -563,10 +498,14 @@ def check_source(source: SourceConfig) -> FirstRows:
     """Read and parse the first rows of a source."""
     name = f"data {source_label(source)}"
     try:
-        rows = list(islice(open_source(source).rows(), FEW_ROWS + 1))
+        opened = open_source(source)
+        rows = list(islice(opened.rows(), FEW_ROWS + 1))
+        parsed = [
+            row.problem if isinstance(row, Malformed) else parse_row(row, opened.adapter)
+            for row in rows[:FIRST_ROWS]
+        ]
     except SelectiveDPOError as error:
-        return FirstRows(refused(name, error), (), 0)
-    parsed = [row.problem if isinstance(row, Malformed) else parse_row(row) for row in rows[:ROWS]]
+        return FirstRows(fail(name, str(error)), (), 0)
     pairs = tuple(row for row in parsed if isinstance(row, Pair))
     statuses = Counter(KEPT if isinstance(row, Pair) else str(row) for row in parsed)
     counts = ", ".join(f"{count} {status}" for status, count in statuses.most_common())
@@ -614,23 +553,18 @@ def check_curriculum(path: str, pairs: Sequence[Pair]) -> Check:
     return ok("curriculum", f"{found}; {len(pairs) - without:,} of the first {len(pairs):,} pairs have one")
 
 
-def check_template(
-    recipe: Recipe, tokenizer: Any, pairs: list[Pair], embedded: int | None
+def check_tokens(
+    recipe: Recipe, pairs: Sequence[Pair], tokens: Sequence[PairTokens | DropReason], embedded: int | None
 ) -> Iterator[Check]:
-    """Render and tokenize pairs: the template, the prompt's boundary, the length limits, and whether the
-    model, with `embedded` rows (None: not known), has one for every token.
-
-    Raises:
-        SelectiveDPOError: as for a run: no template for conversations, an option without effect ...
-    """
+    """What the template made of the first pairs: the prompt's boundary, the length limits, and whether the
+    model, with `embedded` rows (None: not known), has one for every token."""
     data = recipe.data
-    tokens = tokenize_pairs(pairs, tokenizer, empty_system_message=data.empty_system_message)
     kept = [item for item in tokens if isinstance(item, PairTokens)]
     chats = sum(pair.is_conversational for pair in pairs)
     found = f"{chats} conversations and {len(pairs) - chats} plain texts rendered"
     if len(kept) < len(pairs):
-        refused = f"{found}, {len(pairs) - len(kept)} refused by the template"
-        yield warn("template", refused, "these rows would be dropped; see model.chat_template")
+        found += f", {len(pairs) - len(kept)} refused by the template"
+        yield warn("template", found, "these rows would be dropped; see model.chat_template")
     else:
         yield ok("template", found)
     if not kept:
@@ -639,22 +573,48 @@ def check_template(
     if embedded is not None and largest >= embedded:
         remedy = "use the tokenizer the model was trained with (model.tokenizer)"
         yield fail("token ids", f"up to {largest:,}, the model embeds {embedded:,} tokens", remedy)
-    yield _boundary(kept, data.max_boundary_mismatch)
-    yield _lengths([str(fit_length(item, data).drop or KEPT) for item in kept])
-
-
-def _boundary(tokens: list[PairTokens], most: float) -> Check:
-    mismatches = sum(item.boundary_mismatch for item in tokens)
-    found = f"prompt is no token prefix in {mismatches} of {len(tokens)} pairs"
-    if mismatches / len(tokens) > most:
+    mismatches, limit = sum(item.boundary_mismatch for item in kept), data.max_boundary_mismatch
+    found = f"prompt is no token prefix in {mismatches} of {len(kept)} pairs"
+    if mismatches / len(kept) > limit:
         remedy = "use a template that writes the prompt alike in both, or raise data.max_boundary_mismatch"
-        return fail("boundary", f"{found}, more than {most:.0%}", remedy)
-    return ok("boundary", found)
+        yield fail("boundary", f"{found}, more than {limit:.0%}", remedy)
+    else:
+        yield ok("boundary", found)
+    statuses = Counter(str(fit_length(item, data).drop or KEPT) for item in kept)
+    found = ", ".join(f"{count} {status}" for status, count in statuses.most_common())
+    if statuses[KEPT] < len(kept) / 2:
+        yield warn("lengths", found, "raise data.max_length, or set data.overlong: truncate")
+    else:
+        yield ok("lengths", found)
 
 
-def _lengths(statuses: list[str]) -> Check:
-    counts = Counter(statuses)
-    found = ", ".join(f"{count} {status}" for status, count in counts.most_common())
-    if counts[KEPT] < len(statuses) / 2:
-        return warn("lengths", found, "raise data.max_length, or set data.overlong: truncate")
-    return ok("lengths", found)
+def check_forward(
+    recipe: Recipe,
+    tokenizer: Any,
+    pairs: Sequence[Pair],
+    tokens: Sequence[PairTokens | DropReason],
+    size: float,
+    device: Device,
+) -> Check:
+    """A forward pass of the first pairs, where the weights, `size` bytes, are a local folder's and fit into
+    memory.
+
+    Raises:
+        ModelError: no pair has finite log-probabilities.
+    """
+    name, rows = "forward pass", []
+    if not Path(recipe.model.path).is_dir():
+        return ok(name, "not tried with a model of the hub; a run tries it before its reference")
+    if device.memory and size > device.memory / 2:
+        return ok(name, f"not tried with {readable_bytes(size)} of weights; a run tries it first")
+    for pair, item in zip(pairs, tokens, strict=True):
+        if isinstance(item, PairTokens) and (fitted := fit_length(item, recipe.data)).drop is None:
+            ids = {
+                side: getattr(fitted.tokens, side) for side in ("prompt_ids", "chosen_ids", "rejected_ids")
+            }
+            rows.append({"pair_id": pair.pair_id, "prompt_id": pair.prompt_id, **ids})
+    if not rows:
+        return ok(name, "not tried: none of the first rows is short enough")
+    model = load_policy(recipe.model).to(this_process().device)
+    require_finite_start(model, Dataset.from_list(rows), pad_token_id=tokenizer.pad_token_id)
+    return ok(name, f"log-probabilities of {min(TRIED, len(rows))} pairs are finite")

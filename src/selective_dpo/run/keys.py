@@ -29,6 +29,7 @@ from selective_dpo.config import (
     TrainConfig,
 )
 from selective_dpo.config.load import dump_config
+from selective_dpo.criteria import criterion_source
 from selective_dpo.curriculum.build import rule_of
 from selective_dpo.curriculum.import_ import Outside, read_outside
 from selective_dpo.curriculum.table import TABLE, Curriculum
@@ -218,6 +219,7 @@ def certificate_key(run: Run, scorers: Sequence[ScorerRun]) -> str:
     return content_key(
         records=record_digests([scorer_job(run, scorer) for scorer in scorers]),
         aggregate=select.aggregate,
+        **criterion_source(select.aggregate),
         rule=asdict(rule_of(select)),
         target=target_overlap(run),
         decides="lower end",
@@ -252,7 +254,9 @@ def imported_inputs(run: Run, digest: str) -> dict[str, str]:
 
 def curriculum_key(records: Mapping[str, str], select: SelectConfig) -> str:
     """Key of the curriculum made from these records (see `record_digests` and `imported_inputs`)."""
-    return content_key(stage="curriculum", records=dict(records), select=select.model_dump(mode="json"))
+    chosen = select.model_dump(mode="json")
+    source = criterion_source(select.aggregate)
+    return content_key(stage="curriculum", records=dict(records), select=chosen, **source)
 
 
 def has_curriculum(folder: Path, key: str) -> bool:
@@ -409,6 +413,7 @@ _SHOWN = 12
 def input_digests(run: Run) -> dict[str, str]:
     """SHA-256 of the content that the recipe names, by the key that names it."""
     recipe = run.recipe
+    how = recipe.select.aggregate
     evaluate, prompts = recipe.evaluate, recipe.evaluate.generation.source
     has_judge = evaluate.judge != "none"
     sources = {"data.train": recipe.data.train, "data.test": recipe.data.test}
@@ -422,6 +427,7 @@ def input_digests(run: Run) -> dict[str, str]:
             for number, source in enumerate(listed)
         },
         **({f"curriculum {recipe.curriculum}": run.outside.digest} if run.outside else {}),
+        **{f"{kind} {how}": source for kind, source in criterion_source(how).items()},
         **({f"{JUDGE} {evaluate.reward_model or evaluate.judge}": run.judge_digest} if has_judge else {}),
         **({f"evaluate.generation.source {prompts}": file_digest(Path(prompts))} if prompts else {}),
     }

@@ -452,7 +452,9 @@ def _curricula(run: Run) -> Iterator[Sequence[Result]]:
     @cache
     def losses() -> LossTable:
         # All arms accept partial records, or none does.
-        return collect_losses(folders, allow_partial=run.recipe.select.allow_partial)
+        criteria = {select.aggregate for select, _ in run.arms.values()}
+        partial = run.recipe.select.allow_partial
+        return collect_losses(folders, allow_partial=partial, criteria=criteria)
 
     def build(select: SelectConfig, origin: dict[str, Any], key: str) -> Curriculum:
         made = build_curriculum(

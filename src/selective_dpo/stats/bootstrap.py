@@ -70,16 +70,16 @@ def cluster_bootstrap(
     replicates: int = REPLICATES,
     seed: int = 0,
     resampled: RowsStatistic | None = None,
-    most_rows: int | None = None,
+    max_rows: int | None = None,
 ) -> Draws:
     """Evaluate `statistic` with every weight one, and under `replicates` resamples of the clusters.
 
     Shapes: clusters_P [P], labels of any sortable kind. `resampled` may stand in for `statistic` in the
     resamples where a cheaper form of it is good enough for an interval. Of a table of more than
-    `most_rows` pairs, resamples have about so many. Deterministic given `seed`.
+    `max_rows` pairs, resamples have about so many. Deterministic given `seed`.
     """
     groups = _Groups.of(cluster_codes(clusters_P))
-    drawn = groups.to_draw(most_rows)
+    drawn = groups.to_draw(max_rows)
     of_rows = resampled or _by_rows(statistic, groups.pairs)
     value_K = statistic(np.ones(groups.pairs))
     draws_RK = np.empty((replicates, len(value_K)))
@@ -114,11 +114,11 @@ class _Groups(NamedTuple):
     def clusters(self) -> int:
         return len(self.size_G)
 
-    def to_draw(self, most_rows: int | None) -> int:
-        """How many clusters make a resample of about `most_rows` pairs; all, where there are no more."""
-        if most_rows is None or self.pairs <= most_rows:
+    def to_draw(self, max_rows: int | None) -> int:
+        """How many clusters make a resample of about `max_rows` pairs; all, where there are no more."""
+        if max_rows is None or self.pairs <= max_rows:
             return self.clusters
-        return max(2, round(self.clusters * most_rows / self.pairs))
+        return max(2, round(self.clusters * max_rows / self.pairs))
 
     def resample(
         self, drawn: int, generator: np.random.Generator

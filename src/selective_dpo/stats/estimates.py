@@ -24,6 +24,15 @@ class Estimate(NamedTuple):
     low: float
     high: float
 
+    def as_json(self) -> dict[str, float | None]:
+        """JSON values, NaN as null."""
+        return {name: null_if_undefined(number) for name, number in self._asdict().items()}
+
+
+def null_if_undefined(number: float) -> float | None:
+    """`number` for JSON, which has no NaN and no infinity."""
+    return number if math.isfinite(number) else None
+
 
 def clustered_mean(values_N: ArrayLike, clusters_N: ArrayLike) -> Estimate:
     """Mean of `values_N` with a standard error that allows correlation within clusters.

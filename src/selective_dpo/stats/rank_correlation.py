@@ -1,4 +1,4 @@
-"""Spearman's rank correlation between many columns at once, with weights."""
+"""Rank correlations: of many weighted columns at once, and of two with its interval; medians by bin."""
 
 from __future__ import annotations
 
@@ -30,10 +30,6 @@ def weighted_spearman(codes_CP: NDArray[np.intp], weights_P: NDArray[np.float64]
     norm_C = np.sqrt(np.diagonal(product_CC))
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.asarray(product_CC / np.outer(norm_C, norm_C))
-
-
-# ----------------------------------------------------------------------------------------------------
-# Difficulty against length: a rank correlation with its interval, and medians by bin.
 
 
 class BinnedMedians(NamedTuple):

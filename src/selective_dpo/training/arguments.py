@@ -24,7 +24,7 @@ ORIGINAL_DEFAULTS: Settings = {
 
 
 PURE = "full fine-tuning in pure {dtype} loses the updates that are smaller than its rounding: nearly all"
-"""What there is to say of `model.master_weights: false`."""
+"""The warning about `model.master_weights: false`."""
 
 
 def dpo_arguments(
@@ -48,7 +48,7 @@ def dpo_arguments(
     # A deep copy: transformers fills in what `fsdp_config` lacks, and keys are made of the recipe.
     given: dict[str, Any] = copy.deepcopy({**ORIGINAL_DEFAULTS, **settings})
     given.setdefault("bf16", mixed_precision(settings, model) == "bfloat16")
-    # transformers takes bfloat16 on a CPU only where it is told that the CPU is meant.
+    # transformers takes bfloat16 on a CPU only where `use_cpu` says that the CPU is meant.
     given.setdefault("use_cpu", not torch.accelerator.is_available())
     given.setdefault("report_to", "none")
     given.setdefault("save_strategy", "no")

@@ -1,4 +1,4 @@
-"""Checkpoints: trainings that survive being killed go on from the newest whole one.
+"""Checkpoints: a training that was killed resumes from the newest whole one.
 
     RUN/checkpoints/JOB/step-000123/
       manifest.json            digests of all files, written last; the key of the job it belongs to
@@ -348,7 +348,7 @@ class Checkpoints(TrainerCallback):
     # --- resuming ------------------------------------------------------------------------------------
 
     def find(self) -> Found:
-        """What to go on from; the main process looks, and says so.
+        """What to resume from; the main process looks, and says so.
 
         Raises:
             ConfigError: on all processes; see `require_layout`.
@@ -468,7 +468,7 @@ class Checkpoints(TrainerCallback):
             )
 
     def _only_weights(self) -> bool:
-        # After the last step only the result is needed; sharded trainings save weights in their own way.
+        # After the last step only the result is needed; sharded trainings save weights in files of their own.
         sharded = self._trainer.is_fsdp_enabled or self._trainer.is_deepspeed_enabled
         return _is_last(self._trainer.state) and not sharded
 

@@ -22,7 +22,7 @@ from selective_dpo.identity import ids_digest
 from selective_dpo.logprobs.padded import pair_lengths
 from selective_dpo.models import require_full_model
 from selective_dpo.storage.artifacts import read_json, write_atomic
-from selective_dpo.training.batching import ROW, is_tokenized
+from selective_dpo.training.batching import PairBatch, is_tokenized
 from selective_dpo.training.trainer import PairTrainer, has_reference
 
 logger = logging.getLogger(__name__)
@@ -91,6 +91,7 @@ class SelectiveDPOTrainer(PairTrainer):
             )
         ids: list[str] = ordered[PAIR_ID][:]
         self._order_log = OrderLog(ids)
+        self._position = {name: position for position, name in enumerate(ids)}
         self._order_starts = _OrderLogStarts(self._order_log)
         self._difficulty_P = np.asarray(ordered[DIFFICULTY][:], dtype=np.float64)
         super().__init__(
@@ -145,23 +146,24 @@ class SelectiveDPOTrainer(PairTrainer):
             folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             self._order_log.write_state(folder)
 
-    def _note_update(self, batches: list[dict[str, Any]]) -> None:
-        # Before the update's pairs are dealt by length: their order within it is the curriculum's. The
-        # training rows are in the curriculum's order.
+    def _note_update(self, batches: list[PairBatch]) -> None:
+        # Before the update's pairs are grouped by length: their order within it is the curriculum's.
         for batch in batches:
-            own = self._order_log.add(self.accelerator.gather(batch[ROW]).tolist())
+            positions = torch.tensor([self._position[name] for name in batch.ids])
+            everyones = self.accelerator.gather(positions.to(self.accelerator.device))
+            own = self._order_log.add(everyones.tolist())
             # TRL logs the mean of this list, so one entry a pair gives the mean over pairs, whatever the
             # sizes of the batches.
             self._metrics["train"][DIFFICULTY].extend(self._difficulty_P[own].tolist())
 
 
 class _OrderLogStarts(TrainerCallback):
-    """Tells the order log when a training, and when the data loader, begins."""
+    """Notes in the order log when a training, and when the data loader, begins."""
 
     def __init__(self, log: OrderLog) -> None:
         self._log = log
         self.checkpoint: Path | None = None
-        """What the training goes on from, if the log has to be told."""
+        """What the training resumes from, if it says what was consumed before."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._log.start_training()
@@ -241,8 +243,7 @@ def _check_lengths(rows: Any, max_length: int | None) -> None:
     logger.warning("%s: TRL cuts their completions", what)
 
 
-# ----------------------------------------------------------------------------------------------------
-# Which pairs a training really consumed, in which order.
+# --- which pairs a training consumed, in which order --------------------------------------------------------
 
 
 STATE = "curriculum_order.json"
@@ -264,7 +265,7 @@ class ConsumedOrder(NamedTuple):
     """SHA-256 of the order consumed."""
     unrecorded: int = 0
     """Rows consumed before a checkpoint that does not say which: one of another trainer. The other numbers
-    and digests are about what came after it, where the curriculum had to be gone on with."""
+    and digests are about what came after it, where the curriculum had to be continued."""
 
     @property
     def matches(self) -> bool:
@@ -284,7 +285,7 @@ class ConsumedOrder(NamedTuple):
 class OrderLog:
     """Collects the rows of each batch, in the order that optimizer steps see them.
 
-    A data loader that deals batches to several processes completes the last round of an epoch with
+    A data loader that divides batches among several processes completes the last round of an epoch with
     rows from the epoch's beginning. They are recognised, since an epoch has exactly P rows, and
     counted apart.
     """

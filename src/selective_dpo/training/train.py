@@ -158,14 +158,13 @@ def _held_out(job: TrainingJob) -> Any:
     return with_reference(tokens, load_reference(job.test_reference))
 
 
-# ----------------------------------------------------------------------------------------------------
-# Sending a finished policy to the hub. The local result is complete before, and stays whatever happens.
+# --- the hub ------------------------------------------------------------------------------------------------
 
 
 def push_policy(policy: Path, receipt: Path, config: TrainConfig) -> bool:
     """Upload the folder `policy` to `config.hub_id`, unless `receipt` says that was done with these files.
 
-    Returns whether it was uploaded now.
+    The local result is complete before, and stays whatever happens. Returns whether it was uploaded now.
 
     Raises:
         PublishError: the hub refused or could not be reached; running the command again tries again.
@@ -190,8 +189,7 @@ def push_policy(policy: Path, receipt: Path, config: TrainConfig) -> bool:
     return True
 
 
-# ----------------------------------------------------------------------------------------------------
-# Experiment trackers (`report_to`): which ones a training has, and where their local files stay.
+# --- experiment trackers ------------------------------------------------------------------------------------
 
 
 def tracker_names(settings: Settings) -> tuple[str, ...]:
@@ -225,8 +223,7 @@ def training_folder(settings: Settings, tracking: Path | None) -> Iterator[Path]
         sys.modules["wandb"].finish()
 
 
-# ----------------------------------------------------------------------------------------------------
-# A training's progress, in this package's own way.
+# --- progress -----------------------------------------------------------------------------------------------
 
 
 class TrainingProgress(TrainerCallback):

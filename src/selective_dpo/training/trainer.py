@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from accelerate.utils import gather_object
@@ -15,32 +14,31 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import hash_module
 from typing_extensions import override
 
 from selective_dpo.curriculum.table import PAIR_ID
 from selective_dpo.data.adapters import DropReason, read_pair
 from selective_dpo.errors import ConfigError, DataError, NotFiniteError, name_some
-from selective_dpo.logprobs.packing_support import PathName, choose_path
+from selective_dpo.logprobs.packing_support import PathName
 from selective_dpo.logprobs.reference import CHOSEN_COLUMN, REJECTED_COLUMN
 from selective_dpo.losses import LOSSES, chance_loss
 from selective_dpo.models import attention_of
 from selective_dpo.training.batching import (
-    BLANK,
-    ROW,
-    WEIGHT,
-    Batch,
+    PAIRS,
+    CollatedRows,
     LoggedMeans,
-    SharedModel,
+    PairBatch,
+    PairCollator,
+    RowCollator,
+    RowModel,
     WithinMemory,
-    can_deal_by_length,
-    can_part,
-    deal_by_length,
+    can_group,
     disable_dropout,
+    group_batches,
     is_tokenized,
-    pairs_in,
-    shares_rows,
-    take_pairs,
+    row_collator,
     weigh_equally,
 )
 
@@ -94,21 +92,7 @@ def as_scored(row: Mapping[str, Any]) -> dict[str, Any]:
     return {} if isinstance(pair, DropReason) else {part: getattr(pair, part) for part in PARTS}
 
 
-class RowCollator:
-    """A collator's batch plus which rows of the training data it holds."""
-
-    def __init__(self, inner: Any, ids_P: list[str]) -> None:
-        self._inner = inner
-        self._row_of = {name: row for row, name in enumerate(ids_P)}
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Collate `examples`."""
-        batch: dict[str, Any] = self._inner(examples)
-        batch[ROW] = torch.tensor([self._row_of[example[PAIR_ID]] for example in examples])
-        return batch
-
-
-def named_missing(before: Dataset, after: Dataset) -> str:
+def _named_missing(before: Dataset, after: Dataset) -> str:
     """The pairs that `after` lacks, where they have ids."""
     if "pair_id" not in before.column_names:
         return ""
@@ -116,26 +100,20 @@ def named_missing(before: Dataset, after: Dataset) -> str:
     return f" ({name_some(pair for pair in before['pair_id'] if pair not in left)})"
 
 
-# ----------------------------------------------------------------------------------------------------
-# Losses and gradients that are not finite stop a training before it learns from them.
+# --- losses and gradients that are not finite ---------------------------------------------------------------
 
 
 _NAMED = 20
 
 
 def require_finite_loss(
-    trainer: Any,
-    loss: Tensor,
-    batch: Batch,
-    ids_of: Callable[[Tensor], list[str]],
-    loss_of: Callable[[Batch], Tensor],
+    trainer: Any, loss: Tensor, batch: PairBatch, loss_of: Callable[[PairBatch], Tensor]
 ) -> None:
     """Stop a training whose loss of `batch` is NaN or infinite on any process; all must call this together.
 
     Only then is each pair computed by itself, to name those at fault.
 
     Args:
-        ids_of: the pair ids of the training rows `batch[ROW]`.
         loss_of: the loss of a batch, as the training computes it.
 
     Raises:
@@ -145,11 +123,10 @@ def require_finite_loss(
     if _nowhere(trainer, is_bad):
         return
     # Computed on every process, since the others wait for it; named where the loss is.
-    bad = _pairs_not_finite(batch, loss_of)
-    bad = bad if is_bad else []
-    named = sorted(set(gather_object(ids_of(batch[ROW][bad]) if ROW in batch else [])))
+    bad = _not_finite(batch, loss_of)
+    named = sorted(set(gather_object(bad.ids if is_bad else [])))
     # The same on all processes, blank and repeated pairs included.
-    pairs = pairs_in(batch) * trainer.accelerator.num_processes
+    pairs = len(batch.pairs) * trainer.accelerator.num_processes
     which = name_some(named, limit=_NAMED) if named else "their ids are not known: the rows have no pair_id"
     raise NotFiniteError(
         f"the loss of {len(named) or 'some'} of {pairs:,} pairs is not finite, and the training stopped "
@@ -157,6 +134,16 @@ def require_finite_loss(
         "(data.exclude), or, if it is most of them, lower learning_rate or use bfloat16 or float32 instead "
         "of float16"
     )
+
+
+def _not_finite(batch: PairBatch, loss_of: Callable[[PairBatch], Tensor]) -> PairBatch:
+    """The pairs whose own loss is not finite; all of the batch where no pair is at fault alone."""
+    if not batch.is_text:
+        return batch
+    places = range(len(batch.pairs))
+    with torch.no_grad():
+        at_fault = [place for place in places if not loss_of(batch.take([place])).isfinite()]
+    return batch.take(at_fault) if at_fault else batch
 
 
 class FiniteGradients(TrainerCallback):
@@ -205,19 +192,7 @@ def _any_not_finite(parts: list[Tensor], device: torch.device) -> Tensor:
     return torch.tensor(not all(bool(part.isfinite().all()) for part in parts), device=device)
 
 
-def _pairs_not_finite(batch: Batch, loss_of: Callable[[Batch], Tensor]) -> list[int]:
-    """Places in the batch; all of it where no pair is at fault alone."""
-    everyone = list(range(pairs_in(batch)))
-    if not can_part(batch):
-        return everyone
-    with torch.no_grad():
-        losses = [float(loss_of(take_pairs(batch, [pair]))) for pair in everyone]
-    at_fault = [pair for pair, loss in enumerate(losses) if not torch.tensor(loss).isfinite()]
-    return at_fault or everyone
-
-
-# ----------------------------------------------------------------------------------------------------
-# TRL's DPO trainer on rows that this package has already tokenized, counted and referenced.
+# --- the trainer --------------------------------------------------------------------------------------------
 
 
 _IN_ROWS = object()
@@ -228,20 +203,20 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
     """`DPOTrainer` that takes token and reference columns as they are, and sends no telemetry.
 
     Rows without these columns are tokenized by TRL, except that it may drop none of them in silence. Each
-    pair of an update weighs the same, also in the last update of an epoch (see `equal_weights`), and
-    `disable_dropout` disables attention's dropout, too. Where memory runs out an update is made in smaller
-    passes (see `micro_batches`). A loss or gradient that is not finite ends the training before the update,
-    with a `NotFiniteError` that names the pairs.
+    pair of an update weighs the same, also in the last update of an epoch, and `disable_dropout` disables
+    attention's dropout, too. Where memory runs out an update is made in smaller passes. A loss or gradient
+    that is not finite ends the training before the update, with a `NotFiniteError` that names the pairs.
+    See `batching`.
 
     What TRL logs as means over the pairs of a batch are means over those of an update. `logits/*`, `entropy`
     and `mean_token_accuracy` stay TRL's means over tokens, batch by batch, so with accumulation they depend
     on which pairs share a batch.
 
     Args:
-        path: `auto` computes the loss in one row a pair where the model's attention and the settings
-            allow it (see `shared_step`), and deals the pairs of an update to its batches by length (see
-            `update_batches`); both leave each update's pairs, weights and gradient what they are.
-            `padded` leaves all that to TRL; `shared` refuses what rules shared rows out.
+        path: `auto` computes the loss in one row a pair, or one a completion, whichever costs less, where the
+            model's attention and the settings allow it, and groups the pairs of an update in batches of
+            similar length; both leave each update's pairs, weights and gradient what they are. `padded`
+            leaves all that to TRL; `shared` takes one row a pair and refuses what rules that out.
         Others: as for `DPOTrainer`.
 
     Raises:
@@ -261,7 +236,7 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
         **others: Any,
     ) -> None:
         self._path: PathName = path
-        self._shares_rows: bool | None = None
+        self._rows: RowCollator | Literal["unknown"] | None = "unknown"
         in_rows = args is not None and ref_model is None and has_reference(train_dataset)
         if in_rows:
             args, in_rows = with_reference_in_rows(args, eval_dataset)
@@ -279,12 +254,15 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
             raise ConfigError("flex_attention cannot be trained on a CPU: use sdpa (model.attention)")
         self._logged = LoggedMeans(self)
         self._memory = WithinMemory(
-            obstacle=self._obstacle_to_parts,
+            obstacle=self._obstacle_to_smaller_passes,
             logged=self._logged,
-            zero_gradients=lambda: self.model.zero_grad(),
+            zero_gradients=self.model.zero_grad,
         )
-        self._rows_of_update: list[torch.Tensor] = []
+        self._update: list[PairBatch] = []
         self.add_callback(FiniteGradients(self, self._ids_of_update))
+
+    def _ids_of_update(self) -> list[str]:
+        return [name for batch in self._update for name in batch.ids]
 
     @property
     def ref_model(self) -> Any:
@@ -297,28 +275,34 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
         self._ref_model = None if model is _IN_ROWS else model
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """TRL's data loader; where the rows have pair ids, its batches also say which rows they hold."""
-        collator: Any = self.data_collator
-        if self._ids_P:
-            self.data_collator: Any = RowCollator(collator, self._ids_P)
-        try:
+        """TRL's data loader, whose batches are pairs; see `batching`."""
+        with self._collating_pairs(self.train_dataset):
             loader: DataLoader[Any] = super().get_train_dataloader()
-        finally:
-            self.data_collator = collator
         return loader
 
-    @functools.cached_property
-    def _ids_P(self) -> list[str]:
-        """The pair ids of the training rows; none if they have no ids."""
-        rows = self.train_dataset
-        has_ids = isinstance(rows, Dataset) and PAIR_ID in rows.column_names
-        return list(rows[PAIR_ID]) if has_ids else []
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """TRL's data loader, whose batches are pairs unless metrics are computed from the model's outputs."""
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        rows = self.eval_dataset[rows] if isinstance(rows, str) else rows
+        with self._collating_pairs(None if self.compute_metrics is not None else rows):
+            loader: DataLoader[Any] = super().get_eval_dataloader(eval_dataset)
+        return loader
 
-    def _ids_of(self, rows: torch.Tensor) -> list[str]:
-        return [self._ids_P[row] for row in rows.tolist()]
-
-    def _ids_of_update(self) -> list[str]:
-        return [name for rows in self._rows_of_update for name in self._ids_of(rows)]
+    @contextlib.contextmanager
+    def _collating_pairs(self, rows: Any) -> Iterator[None]:
+        """Inside, data loaders of `rows` are made with a `PairCollator` where that can be done."""
+        collator: Any = self.data_collator
+        loading = self.args.accelerator_config
+        # These cut or join batches of tensors.
+        if isinstance(rows, Dataset) and not (loading.split_batches or loading.dispatch_batches):
+            is_text = type(collator) is DataCollatorForPreference and is_tokenized(rows)
+            self.data_collator: Any = PairCollator(
+                self.args.max_length, self.args.truncation_mode, has_tokens=is_text
+            )
+        try:
+            yield
+        finally:
+            self.data_collator = collator
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -337,7 +321,7 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
         if isinstance(dataset, Dataset) and len(prepared) != len(dataset):
             raise DataError(
                 f"{dataset_name} data: the prompt alone fills max_length {args.max_length} in "
-                f"{len(dataset) - len(prepared):,} pairs{named_missing(dataset, prepared)}; raise "
+                f"{len(dataset) - len(prepared):,} pairs{_named_missing(dataset, prepared)}; raise "
                 "max_length, or leave them out"
             )
         return prepared
@@ -353,38 +337,39 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
     ) -> tuple[list[Any], Any]:
         """The batches of the next update."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._note_update(batches)
-        self._rows_of_update = [batch[ROW] for batch in batches if ROW in batch]
-        self._memory.start_update()
-        if batches and self._can_weigh_equally():
+        if not all(PAIRS in batch for batch in batches):
+            return batches, items
+        update = [batch[PAIRS] for batch in batches]
+        self._note_update(update)
+        self._memory.start_update()  # what is logged from here on is forgotten where the update is repeated
+        if update and self._can_weigh_equally():
             pairs, size = len(self.train_dataset), self._train_batch_size
             processes, accumulated = self.accelerator.num_processes, self.args.gradient_accumulation_steps
             updates = -(-pairs // (size * processes * accumulated))
-            weigh_equally(
-                batches,
+            update = weigh_equally(
+                update,
                 first=self.state.global_step % updates * accumulated,
                 pairs=pairs,
                 batch_size=size,
                 processes=processes,
                 process=self.accelerator.process_index,
             )
-        if self._can_deal_by_length() and can_deal_by_length(batches):
-            multiple = getattr(self.data_collator, "pad_to_multiple_of", None)
-            batches = deal_by_length(batches, multiple_of=multiple or 1)
-        return batches, items
+        if self._path != "padded" and self._means_over_pairs() and can_group(update):
+            update = group_batches(update)
+        self._update = update
+        return [{**batch, PAIRS: own} for batch, own in zip(batches, update, strict=True)], items
 
-    def _note_update(self, batches: list[dict[str, Any]]) -> None:
-        """Called with the batches of each update as the data loader deals them."""
+    def _note_update(self, batches: list[PairBatch]) -> None:
+        """Called with the batches of each update as the data loader gives them."""
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
         """Forward and backward of one batch, in as many passes as memory allows."""
         step = super().training_step
-        return self._memory.step(inputs, lambda part: step(model, part, num_items_in_batch))
+        if PAIRS not in inputs:
+            return step(model, inputs, num_items_in_batch)
+        return self._memory.step(inputs[PAIRS], lambda part: step(model, {PAIRS: part}, num_items_in_batch))
 
-    def _can_deal_by_length(self) -> bool:
-        return self._path != "padded" and self._means_over_pairs()
-
-    def _obstacle_to_parts(self) -> str:
+    def _obstacle_to_smaller_passes(self) -> str:
         processes = self.accelerator.num_processes
         obstacles = [
             (not self._means_over_pairs(), "its loss is more than the mean over its pairs"),
@@ -402,69 +387,70 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
         )
 
     def _can_weigh_equally(self) -> bool:
-        # The loss of a blank pair must be known and its gradient zero; and the data loader must deal rows to
-        # processes in the plain way.
+        # The loss of a blank pair must be known and its gradient zero; and each process must get its
+        # batches in the plain way.
         return (
             self._means_over_pairs()
-            and isinstance(self.train_dataset, Dataset)
             and self.args.train_sampling_strategy in ("random", "sequential")
             and not self.args.dataloader_drop_last
-            and self._deals_evenly()
+            and self.args.accelerator_config.even_batches
         )
-
-    def _deals_evenly(self) -> bool:
-        """Whether the batches that the processes have at the same time are of the same size."""
-        loading = self.args.accelerator_config
-        return loading.even_batches and not (loading.split_batches or loading.dispatch_batches)
 
     @override
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        weight, blank = inputs.pop(WEIGHT, 1.0), inputs.pop(BLANK, 0)
-        rows = inputs.pop(ROW, None)
-        if return_outputs:  # Whoever asks for the model's outputs means those of plain rows.
+        batch = inputs.get(PAIRS)
+        if batch is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss = self._mean_loss(model, inputs)
+        loss = self._mean_loss(model, batch)
         if model.training:
-            batch = inputs if rows is None else {**inputs, ROW: rows}
-            require_finite_loss(self, loss, batch, self._ids_of, lambda pairs: self._mean_loss(model, pairs))
-        if weight == 1.0 and not blank:
+            require_finite_loss(self, loss, batch, lambda pairs: self._mean_loss(model, pairs))
+        if batch.weight == 1.0 and not batch.blanks:
             return loss
-        self._logged.weigh(weight)
-        if blank:  # A pair whose log-probs are all 0, as an unmoved policy's log-ratios: not the update's.
-            share = blank / (inputs["completion_mask"].shape[0] // 2)
-            loss = loss - share * chance_loss(vars(self.args))
-        return weight * loss
+        self._logged.weigh(batch.weight)
+        if batch.blanks:  # A blank pair's log-probs are all 0, as an unmoved policy's log-ratios.
+            loss = loss - batch.blanks / len(batch.pairs) * chance_loss(vars(self.args))
+        return batch.weight * loss
 
-    def _mean_loss(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    def _mean_loss(self, model: Any, batch: PairBatch) -> Tensor:
         """TRL's loss of the pairs in `batch`, the blank ones included."""
-        inputs = {name: part for name, part in batch.items() if name not in (WEIGHT, BLANK, ROW)}
-        if not self._takes_shared_rows(model):
-            plain: torch.Tensor = super().compute_loss(model, inputs)
+        collator = self._row_collator(model)
+        if collator is None or not batch.is_text:
+            plain: Tensor = super().compute_loss(model, self._plain_inputs(batch))
             return plain
-        with self._reference_shared(inputs):
-            shared: torch.Tensor = super().compute_loss(self._sharing(model), inputs)
-            return shared
+        rows = collator(batch).to(self.accelerator.device)
+        with self._reference_in(rows):
+            loss: Tensor = super().compute_loss(RowModel(model, self.accelerator, rows), dict(rows.inputs))
+        return loss
 
-    def _takes_shared_rows(self, model: Any) -> bool:
-        if self._shares_rows is None:
-            self._shares_rows = shares_rows(self, model, self._path)
-        return self._shares_rows
+    def _plain_inputs(self, batch: PairBatch) -> dict[str, Any]:
+        """The batch as TRL collates it, on the device."""
+        inputs: dict[str, Any] = self.data_collator([pair.example for pair in batch.pairs])
+        if batch.blanks:
+            blank = torch.tensor([pair.is_blank for pair in batch.pairs])
+            inputs["completion_mask"][torch.cat([blank, blank])] = 0
+            for name in (CHOSEN_COLUMN, REJECTED_COLUMN):
+                if name in inputs:
+                    inputs[name] = inputs[name].masked_fill(blank, 0.0)
+        prepared: dict[str, Any] = self._prepare_inputs(inputs)
+        return prepared
 
-    def _sharing(self, model: Any) -> SharedModel:
-        return SharedModel(model, self.accelerator, self._tokenizer.pad_token_id)
+    def _row_collator(self, model: Any) -> RowCollator | None:
+        """Made at the first batch, when the model is where it is trained."""
+        if self._rows == "unknown":
+            self._rows = row_collator(self, model, self._path)
+        return self._rows
 
     @contextlib.contextmanager
-    def _reference_shared(self, inputs: dict[str, Any]) -> Iterator[None]:
-        """Inside, `inputs` carry the reference's log-probs, from shared rows where it can take them."""
-        reference_model = self.ref_model or self.model
-        live = not self.precompute_ref_logps
-        if not live or choose_path(reference_model, inputs["input_ids"].shape[1]).name == "padded":
+    def _reference_in(self, rows: CollatedRows) -> Iterator[None]:
+        """Inside, the inputs of TRL's loss carry the reference's log-probs, from the same rows."""
+        if self.precompute_ref_logps:
             yield
             return
-        reference = self._sharing(reference_model)
-        inputs[CHOSEN_COLUMN], inputs[REJECTED_COLUMN] = self.compute_ref_log_probs(reference, inputs)
+        reference = RowModel(self.ref_model or self.model, self.accelerator, rows)
+        chosen_B, rejected_B = self.compute_ref_log_probs(reference, rows.inputs)
+        rows.inputs[CHOSEN_COLUMN], rows.inputs[REJECTED_COLUMN] = chosen_B, rejected_B
         # TRL reads the log-probs from the batch where it believes them computed beforehand.
         self.precompute_ref_logps = True
         try:

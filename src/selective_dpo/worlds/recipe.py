@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from selective_dpo.config import Recipe
-from selective_dpo.worlds.build import World
+from selective_dpo.worlds.world import World
 
 _OPTIMIZER: dict[str, Any] = {
     "adam_beta1": 0.9,

@@ -29,14 +29,6 @@ class Task(NamedTuple):
     operands: tuple[int, ...]
 
 
-def _copy(digits_BN: Digits) -> Digits:
-    return digits_BN.copy()
-
-
-def _reverse(digits_BN: Digits) -> Digits:
-    return digits_BN[:, ::-1].copy()
-
-
 def _swap(digits_BN: Digits) -> Digits:
     """Exchange first and second, third and fourth ...; an odd last one stays."""
     swapped = digits_BN.copy()
@@ -44,20 +36,6 @@ def _swap(digits_BN: Digits) -> Digits:
     swapped[:, 0:even:2] = digits_BN[:, 1:even:2]
     swapped[:, 1:even:2] = digits_BN[:, 0:even:2]
     return swapped
-
-
-def _increment(digits_BN: Digits) -> Digits:
-    return (digits_BN + 1) % BASE
-
-
-def _rotate(digits_BN: Digits) -> Digits:
-    """One place to the left; the first becomes the last."""
-    return np.roll(digits_BN, -1, axis=1)
-
-
-def _sums(digits_BN: Digits) -> Digits:
-    """Running sums modulo 10."""
-    return np.asarray(np.cumsum(digits_BN, axis=1) % BASE, dtype=np.int64)
 
 
 def _product(digits_BN: Digits) -> Digits:
@@ -79,12 +57,14 @@ def _number(digits_BN: Digits) -> Digits:
 
 OPERATIONS: Mapping[str, Callable[[Digits], Digits]] = MappingProxyType(
     {
-        "copy": _copy,
-        "reverse": _reverse,
+        "copy": lambda digits_BN: digits_BN.copy(),
+        "reverse": lambda digits_BN: digits_BN[:, ::-1].copy(),
         "swap": _swap,
-        "increment": _increment,
-        "rotate": _rotate,
-        "sums": _sums,
+        "increment": lambda digits_BN: (digits_BN + 1) % BASE,
+        # One place to the left; the first becomes the last.
+        "rotate": lambda digits_BN: np.roll(digits_BN, -1, axis=1),
+        # Running sums modulo 10.
+        "sums": lambda digits_BN: np.asarray(np.cumsum(digits_BN, axis=1) % BASE, dtype=np.int64),
         "product": _product,
     }
 )

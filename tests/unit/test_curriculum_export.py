@@ -145,8 +145,7 @@ def test_datasets_folder_is_what_trl_reads(tmp_path, chat) -> None:
 
 
 @pytest.mark.parametrize("as_file", [False, True])
-def test_many_texts_are_put_in_order_in_parts(tmp_path, monkeypatch, as_file) -> None:
-    monkeypatch.setattr(texts_module, "_FEWEST_IN_PART", 7)
+def test_many_texts_are_written_in_training_order(tmp_path, monkeypatch, as_file) -> None:
     monkeypatch.setattr(texts_module, "_ROWS_AT_ONCE", 10)
     rows = [
         {"prompt": f"q{i}", "chosen": f" a{i}", "rejected": f" b{i}", "prompt_id": f"p{i}"}

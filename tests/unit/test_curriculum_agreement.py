@@ -226,7 +226,7 @@ def test_undefined_draws_give_no_interval() -> None:
 def test_binned_resamples_agree_with_exact_ones(monkeypatch) -> None:
     table = table_of(noisy(3000, decimals=9))
     exact = agreement(table, replicates=100)
-    monkeypatch.setattr(agreement_module, "_MOST_BINS", 512)
+    monkeypatch.setattr(agreement_module, "_MAX_BINS", 512)
     binned = agreement(table, replicates=100)
     # Point values do not go through the bins at all. A bin moves a rank by up to 1 / 512 of its range, at
     # random over the pairs, so a correlation by about 1 / 512 / sqrt(3000); five of them.
@@ -246,7 +246,7 @@ def test_resamples_of_large_tables_are_bounded() -> None:
         lambda weights: weights.sum(keepdims=True),
         np.repeat(np.arange(5000), 2),
         replicates=20,
-        most_rows=1000,
+        max_rows=1000,
     )
     assert (draws.clusters, draws.drawn) == (5000, 500)
 
@@ -301,7 +301,7 @@ def test_columns_with_few_values_keep_them_in_bins(monkeypatch) -> None:
     # The bins are each column's own: next to 3,000 distinct values two must not become one.
     losses = noisy(3000, seeds=2, evaluations=1, decimals=9)
     losses[:, 1] = np.where(losses[:, 1] > 0.7, 1.0, 0.5)
-    monkeypatch.setattr(agreement_module, "_MOST_BINS", 512)
+    monkeypatch.setattr(agreement_module, "_MAX_BINS", 512)
     result = agreement(table_of(losses), replicates=50)["seeds"][0]["spearman"]
     assert result["low"] < result["value"] < result["high"]
 

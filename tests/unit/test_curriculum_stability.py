@@ -345,7 +345,7 @@ def test_same_seed_same_numbers() -> None:
 def test_binned_resamples_agree_with_exact_ones(monkeypatch) -> None:
     table = table_of(noisy(4000, 2, 0.95))
     exact = predict_overlap(table, replicates=100)
-    monkeypatch.setattr(seed_sets_module, "_MOST_BINS", 1000)
+    monkeypatch.setattr(seed_sets_module, "_MAX_BINS", 1000)
     binned = predict_overlap(table, replicates=100)
     assert binned.rho == exact.rho
     # The edge moves by up to half a bin, 2 pairs of the 2,000 selected.

@@ -1,0 +1,519 @@
+"""The command line: `selective-dpo VERB ...` parses its options, calls one function and prints the result.
+
+From top to bottom: the entry point and its exit codes, how a command line is parsed, each verb, and the table
+of verbs. Each verb imports what it needs when it is called: `--help` must not wait for torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
+
+from selective_dpo import __version__
+from selective_dpo.distributed.signals import REMEDY, end_without_supervisor, stopping_at_once
+from selective_dpo.errors import BusyError, ConfigError, Interrupted, SelectiveDPOError, disk_fault
+
+if TYPE_CHECKING:
+    from selective_dpo.config import Recipe, SelectConfig
+
+Overrides = Sequence[tuple[str, str]]
+"""Recipe keys given as options, with their values as text."""
+
+CTRL_C, CLOSED_PIPE = 130, 141
+"""Exit codes as shells have them: 128 and the number of SIGINT and of SIGPIPE."""
+
+
+def entry_point() -> None:
+    """The installed command."""
+    end_without_supervisor()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as Python has it for standard error
+    code = main(sys.argv[1:])
+    try:
+        print(end="", flush=True)
+    except OSError:  # `main` has met it; Python would print it again when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command line `arguments`; returns the exit code.
+
+    0: done. 2: a mistake that the user can mend, named in one line. 75: stopped by SIGTERM, and 130: by
+    Ctrl-C; the same command goes on later. 141: whoever read the output has closed the pipe. An error of this
+    package is raised.
+    """
+    is_main_process = os.environ.get("RANK", "0") == "0"
+    try:
+        with stopping_at_once(forgetting=True):
+            try:
+                code = _execute(list(arguments))
+            except SystemExit as shown:  # by argparse, after --help or --version
+                code = int(shown.code or 0)
+            print(end="", flush=True)  # an output that cannot be written is an error of this command
+            return code
+    except BrokenPipeError:
+        return CLOSED_PIPE
+    except Interrupted as stop:
+        if is_main_process:
+            print(f"selective-dpo: {stop}", file=sys.stderr)
+        return stop.exit_code
+    except KeyboardInterrupt:
+        if is_main_process:
+            print(f"selective-dpo: interrupted by Ctrl-C: {REMEDY}", file=sys.stderr)
+        return CTRL_C
+    except SelectiveDPOError as error:
+        if isinstance(error, BusyError) and not is_main_process:
+            return 2  # all processes know; the main one says it
+        message, code = " ".join(str(error).split()), error.exit_code
+    except Exception as error:
+        fault = disk_fault(error)
+        if fault is None:
+            raise
+        message, code = fault, 2
+    # Names and values come from other people's files, and some characters are commands to a terminal.
+    escaped = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in message)
+    print(f"selective-dpo: error: {escaped}", file=sys.stderr)
+    return code
+
+
+# --- parsing ----------------------------------------------------------------------------------------------
+
+KEYS_WITHOUT_A_BLOCK = ("name", "output_dir", "curriculum")
+"""Recipe keys that have no dot, by which the others are told from a verb's own options."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Argument errors are this package's own: one line, no usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise `ConfigError`."""
+        raise ConfigError(f"{message}; see {self.prog.split(' VERB')[0]} --help")
+
+
+def _execute(arguments: list[str]) -> int:
+    parser = Parser(
+        prog="selective-dpo",
+        description="How difficult is each preference pair for your model? Train DPO on the easier ones.",
+        epilog="verbs:\n" + "\n".join(f"  {name:<18}{verb.help}" for name, verb in VERBS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="selective-dpo VERB ...   (selective-dpo VERB --help for its options)",
+    )
+    parser.add_argument("--version", action="version", version=f"selective-dpo {__version__}")
+    parser.add_argument("verb", choices=VERBS, metavar="VERB", help="see below")
+    name = parser.parse_args(arguments[:1] or ["--help"]).verb
+    overrides, others = _split_overrides(arguments[1:])
+    if overrides and not VERBS[name].takes_recipe_keys:
+        raise ConfigError(f"{name} takes no recipe keys, so --{overrides[0][0]} would have no effect")
+    options = verb_parser(name).parse_args(others)
+    options.command_line = arguments  # for a verb that starts itself again in several processes
+    return VERBS[name].execute(options, overrides) or 0
+
+
+def verb_parser(name: str) -> Parser:
+    """The parser of one verb's own options; it also gives the verb's name, as `verb`."""
+    verb = VERBS[name]
+    parser = Parser(
+        prog=f"selective-dpo {name}",
+        description=f"{verb.help[0].upper()}{verb.help[1:]}.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(verb=name)
+    verb.add_options(parser)
+    return parser
+
+
+def _split_overrides(arguments: Sequence[str]) -> tuple[Overrides, list[str]]:
+    """Recipe keys (`--select.fraction 0.6` or `--select.fraction=0.6`), and the other arguments."""
+    overrides, others = [], []
+    remaining = iter(arguments)
+    for argument in remaining:
+        key, equals, value = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or ("." not in key and key not in KEYS_WITHOUT_A_BLOCK):
+            others.append(argument)
+            continue
+        if not equals:
+            value = next(remaining, "--")
+            if value.startswith("--"):
+                raise ConfigError(f"--{key} needs a value: --{key} VALUE or --{key}=VALUE")
+        overrides.append((key, value))
+    return overrides, others
+
+
+def path(text: str) -> str:
+    """For `add_argument(type=path)`: `text`, if it can be a path. The rest only the system can say."""
+    if "\0" in text:
+        raise argparse.ArgumentTypeError("is no path: it holds a NUL character")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError("is no path: it cannot be written as UTF-8") from None
+    return text
+
+
+def _recipe_options(parser: argparse.ArgumentParser, *, is_optional: bool = False) -> None:
+    nargs = "?" if is_optional else None
+    parser.add_argument("recipe", metavar="RECIPE", nargs=nargs, default="", help="a recipe's YAML file")
+    parser.epilog = (
+        "Any recipe key can be given as an option: --select.fraction 0.6, --score.seeds '[41, 42]', "
+        "--train.trainer.beta 0.05. Keys: docs/recipe.md."
+    )
+
+
+def read_recipe(options: argparse.Namespace, overrides: Overrides) -> Recipe:
+    """The recipe with its overrides, fully checked; the libraries that a run uses are silenced after that."""
+    from selective_dpo.config.load import load_recipe
+    from selective_dpo.config.trainer_options import check_recipe_options
+    from selective_dpo.distributed.progress import quieten_libraries
+
+    if getattr(options, "allow_partial", False):
+        overrides = [*overrides, ("select.allow_partial", "true")]
+    recipe = load_recipe(options.recipe, overrides)
+    check_recipe_options(recipe)
+    quieten_libraries()
+    return recipe
+
+
+# --- run, score, curriculum, train, evaluate, report --------------------------------------------------------
+
+
+def _stage_options(parser: argparse.ArgumentParser) -> None:
+    _recipe_options(parser)
+    parser.add_argument(
+        "--fresh",
+        action="store_true",
+        help="accept a recipe that differs from the one the run folder was made with; stages that the "
+        "change does not touch are kept",
+    )
+
+
+def _score_options(parser: argparse.ArgumentParser) -> None:
+    _stage_options(parser)
+    parser.add_argument(
+        "--only", default="", metavar="NAMES", help="some scorers, as seed41-fold0,seed41-fold1"
+    )
+
+
+def _curriculum_options(parser: argparse.ArgumentParser) -> None:
+    _stage_options(parser)
+    parser.add_argument(
+        "--allow-partial",
+        action="store_true",
+        help="build it from the records that are there; short for --select.allow_partial true",
+    )
+
+
+def _stage(options: argparse.Namespace, overrides: Overrides) -> int:
+    recipe = read_recipe(options, overrides)
+    from selective_dpo.run import run
+
+    only = tuple(name for name in getattr(options, "only", "").split(",") if name)
+    return run.run_verb(
+        options.verb, recipe, fresh=options.fresh, only=only, command_line=options.command_line
+    )
+
+
+# --- demo, plan, doctor, verify -----------------------------------------------------------------------------
+
+
+def _demo_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--out", type=path, default="runs", metavar="FOLDER", help="where the run folder is made"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the world (default 0)")
+
+
+def _demo(options: argparse.Namespace, overrides: Overrides) -> None:
+    from selective_dpo.distributed.progress import quieten_libraries
+
+    quieten_libraries()
+    from selective_dpo.run.demo import demo
+
+    demo(Path(options.out), seed=options.seed)
+
+
+def _plan_options(parser: argparse.ArgumentParser) -> None:
+    _recipe_options(parser)
+    parser.add_argument("--json", type=path, default="", metavar="PATH", help="also write the plan as JSON")
+
+
+def _plan(options: argparse.Namespace, overrides: Overrides) -> None:
+    recipe = read_recipe(options, overrides)
+    from selective_dpo.run.plan import make_plan, plan_text
+    from selective_dpo.storage.artifacts import write_json
+
+    plan = make_plan(recipe)
+    print(plan_text(plan))
+    if options.json:
+        write_json(Path(options.json), plan.to_json())
+
+
+def _doctor_options(parser: argparse.ArgumentParser) -> None:
+    _recipe_options(parser, is_optional=True)
+
+
+def _doctor(options: argparse.Namespace, overrides: Overrides) -> int:
+    from selective_dpo.distributed.progress import quieten_libraries
+
+    if not options.recipe and overrides:
+        raise ConfigError(f"--{overrides[0][0]} would have no effect without a recipe")
+    quieten_libraries()
+    recipe = read_recipe(options, overrides) if options.recipe else None
+    from selective_dpo.report.tables import printable
+    from selective_dpo.run.doctor import diagnose
+
+    counts = {"ok": 0, "warn": 0, "FAIL": 0}
+    for check in diagnose(recipe):
+        print(printable(check.line()), flush=True)
+        counts[check.status] += 1
+    print(f"{counts['ok']} ok, {counts['warn']} to look at, {counts['FAIL']} to mend")
+    return 2 if counts["FAIL"] else 0
+
+
+def _verify_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=path, metavar="RUN", help="a run's folder, finished or not")
+    parser.add_argument(
+        "--json",
+        type=path,
+        default="",
+        metavar="PATH",
+        help="also write the answer as JSON; -: print it, and no table",
+    )
+
+
+def _verify(options: argparse.Namespace, overrides: Overrides) -> int:
+    from selective_dpo.distributed.progress import quieten_libraries
+
+    quieten_libraries()
+    from selective_dpo.report.tables import printable
+    from selective_dpo.run.verify import verify_run
+    from selective_dpo.storage.artifacts import write_json
+
+    found = verify_run(Path(options.run))
+    if options.json == "-":
+        print(json.dumps(found.to_json(), indent=2))
+    else:
+        print(found.text(), flush=True)
+        if options.json:
+            write_json(Path(options.json), found.to_json())
+    for problem in found.problems:
+        print(f"selective-dpo: {printable(problem)}", file=sys.stderr)
+    return 2 if found.problems else 0
+
+
+# --- import-curriculum, export, inspect ---------------------------------------------------------------------
+
+
+def _import_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source",
+        type=path,
+        metavar="PATH",
+        help="a CSV or Parquet file of ids and difficulties, such as NAME_learning_order.csv[.gz]; a folder "
+        "of the original's seed41_step00.csv[.gz] and the like; another run's folder or curriculum.parquet",
+    )
+    parser.add_argument(
+        "--out", type=path, required=True, metavar="CURRICULUM", help="a .parquet file, or a folder"
+    )
+    parser.add_argument(
+        "--pairs",
+        type=path,
+        default="",
+        metavar="FOLDER",
+        help="a run's pairs folder, whose pairs are given these difficulties; default: ids stand for pairs",
+    )
+    parser.add_argument(
+        "--id-column", default="", metavar="NAME", help="of a file; default: pair_id, else prompt_id"
+    )
+    parser.add_argument(
+        "--difficulty-column",
+        default="",
+        metavar="NAME",
+        help="of a file; default: learning_order, else difficulty",
+    )
+    parser.add_argument(
+        "--names",
+        choices=("pair_id", "prompt_id"),
+        default=None,
+        help="what the ids of a file name; default: as their column says",
+    )
+    parser.add_argument(
+        "--allow-partial",
+        action="store_true",
+        help="accept missing records and ids; short for --select.allow_partial true",
+    )
+    parser.epilog = "Selection keys: --select.rule, --select.fraction, --select.order ... (docs/recipe.md)."
+
+
+def _import(options: argparse.Namespace, overrides: Overrides) -> None:
+    from selective_dpo.curriculum.import_ import (
+        import_curriculum,
+        import_records,
+        imported_in_words,
+        is_records,
+    )
+    from selective_dpo.report.tables import printable
+
+    if options.allow_partial:
+        overrides = [*overrides, ("select.allow_partial", "true")]
+    select = _read_select(overrides)
+    columns = {name: getattr(options, name) for name in ("id_column", "difficulty_column", "names")}
+    if is_records(Path(options.source)) and not options.pairs and not any(columns.values()):
+        imported = import_records(options.source, select)
+        curriculum, summary = imported.curriculum, imported.describe()
+    else:
+        curriculum = import_curriculum(options.source, options.pairs or None, select, **columns)
+        facts = curriculum.facts
+        summary = f"{imported_in_words(facts['provenance']['imported'])}; {facts['selected']:,} selected"
+    saved = curriculum.save(options.out)
+    print(printable(summary))
+    print(printable(str(saved)))
+
+
+def _read_select(overrides: Overrides) -> SelectConfig:
+    from selective_dpo.config.load import make_recipe
+
+    for key, _ in overrides:
+        if not key.startswith("select."):
+            raise ConfigError(f"unknown option --{key}; only --select.* keys work here")
+    # A recipe around the block, so that values are read and errors are named as in any recipe.
+    anything = {"name": "selection", "model": {"path": "-"}, "data": {"train": [{"path": "-"}]}}
+    return make_recipe(anything, overrides).select
+
+
+FORMATS_WITH_TEXTS = ("jsonl", "datasets")
+"""Export formats that hold the pairs' texts, and not only their ids."""
+
+
+def _export_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "curriculum", type=path, metavar="CURRICULUM", help="a curriculum.parquet, or a run's folder"
+    )
+    parser.add_argument("--format", required=True, choices=("csv", "parquet", *FORMATS_WITH_TEXTS))
+    parser.add_argument("--out", type=path, required=True, metavar="PATH")
+    parser.add_argument(
+        "--pairs",
+        type=path,
+        default="",
+        metavar="FOLDER",
+        help="the run's pairs folder, for jsonl and datasets; default: pairs beside the curriculum",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace what is at PATH")
+
+
+def _export(options: argparse.Namespace, overrides: Overrides) -> None:
+    from selective_dpo.curriculum.export import export_curriculum
+    from selective_dpo.curriculum.table import Curriculum
+    from selective_dpo.data.store import pairs_file
+    from selective_dpo.report.tables import printable
+    from selective_dpo.storage.artifacts import verify_folder
+
+    has_texts = options.format in FORMATS_WITH_TEXTS
+    if options.pairs and not has_texts:
+        raise ConfigError(f"--pairs has no effect with --format {options.format}; leave it out")
+    source = Path(options.curriculum)
+    curriculum = Curriculum.load(source)
+    beside = (source.parent if source.suffix == ".parquet" else source) / "pairs"
+    folder = Path(options.pairs) if options.pairs else beside
+    pairs = None
+    if has_texts and (options.pairs or folder.is_dir()):
+        pairs = pairs_file(folder)
+        verify_folder(folder)
+    written = export_curriculum(
+        curriculum, Path(options.out), options.format, pairs=pairs, overwrite=options.overwrite
+    )
+    counts = f"{len(curriculum.order):,} selected of {len(curriculum.table):,} pairs"
+    print(f"{printable(str(written))}: {counts}")
+
+
+REGIONS = {
+    "easiest": "of the smallest difficulty",
+    "borderline": "around the edge of the selection",
+    "median": "of median difficulty",
+    "hardest": "of the largest difficulty",
+}
+"""Options of `inspect`, and which pairs they show."""
+
+
+def _inspect_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "curriculum", type=path, metavar="CURRICULUM", help="a curriculum.parquet, or a run's folder"
+    )
+    for name, meaning in REGIONS.items():
+        parser.add_argument(f"--{name}", type=int, default=0, metavar="N", help=f"N pairs {meaning}")
+    parser.add_argument(
+        "--pair",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="ID",
+        help="these pairs, by id or its beginning",
+    )
+    parser.add_argument(
+        "--pairs",
+        type=path,
+        default="",
+        metavar="FOLDER",
+        help="the run's pairs folder; default: beside the curriculum",
+    )
+    parser.add_argument("--full", action="store_true", help="whole texts, not only their beginnings")
+    parser.epilog = "Without any of these: three of the easiest, three of the median, three of the hardest."
+
+
+def _inspect(options: argparse.Namespace, overrides: Overrides) -> None:
+    from selective_dpo.report.inspect import DEFAULT, LONGEST, Wanted, group_text, look_at
+
+    asked = Wanted(**{name: getattr(options, name) for name in REGIONS}, pair_ids=tuple(options.pair))
+    pairs = Path(options.pairs) if options.pairs else None
+    found = look_at(Path(options.curriculum), DEFAULT if asked == Wanted() else asked, pairs)
+    longest = None if options.full else LONGEST
+    print("\n\n\n".join(group_text(group, found.total, longest=longest) for group in found.groups))
+
+
+# --- the table ----------------------------------------------------------------------------------------------
+
+
+class Verb(NamedTuple):
+    """One verb of the command line."""
+
+    help: str
+    add_options: Callable[[argparse.ArgumentParser], None]
+    execute: Callable[[argparse.Namespace, Overrides], int | None]
+    """Returns the exit code; None is 0."""
+    takes_recipe_keys: bool = False
+    """Whether recipe keys can be given as options; else they are refused."""
+
+
+VERBS = {
+    "demo": Verb("the whole method on a small synthetic world, on a CPU, in minutes", _demo_options, _demo),
+    "run": Verb(
+        "all stages of a recipe: score, curriculum, train, evaluate, report", _stage_options, _stage, True
+    ),
+    "score": Verb("measure the difficulty of every pair", _score_options, _stage, True),
+    "curriculum": Verb(
+        "difficulty, agreement, selection and order from the records", _curriculum_options, _stage, True
+    ),
+    "train": Verb("DPO along the curriculum", _stage_options, _stage, True),
+    "evaluate": Verb("held-out pairs, sampled answers, win rates", _stage_options, _stage, True),
+    "report": Verb("write report.html", _stage_options, _stage, True),
+    "plan": Verb("what a run would do and cost; nothing is trained", _plan_options, _plan, True),
+    "doctor": Verb(
+        "check the environment and a recipe before any money is spent", _doctor_options, _doctor, True
+    ),
+    "import-curriculum": Verb(
+        "difficulties from a file, another run, or the original repository", _import_options, _import, True
+    ),
+    "import-records": Verb("the same, by its older name", _import_options, _import, True),
+    "export": Verb("a curriculum as CSV, Parquet, JSON Lines or a datasets folder", _export_options, _export),
+    "inspect": Verb("show the easiest, median, hardest or named pairs", _inspect_options, _inspect),
+    "verify": Verb(
+        "re-check every digest of a run, and every id from input to policy", _verify_options, _verify
+    ),
+}

@@ -1,1 +1,0 @@
-"""What `verify` checks, a module a stage."""
