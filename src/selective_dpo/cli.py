@@ -246,8 +246,7 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
 
 def _plan(options: argparse.Namespace, overrides: Overrides) -> None:
     recipe = read_recipe(options, overrides)
-    from selective_dpo.run.plan import make_plan
-    from selective_dpo.run.planning.words import plan_text
+    from selective_dpo.run.plan import make_plan, plan_text
     from selective_dpo.storage.artifacts import write_json
 
     plan = make_plan(recipe)

@@ -21,10 +21,10 @@ from selective_dpo.config import ModelConfig
 from selective_dpo.errors import ModelError
 from selective_dpo.evaluation.judges import RewardModelJudge
 from selective_dpo.models import load_policy, load_tokenizer
+from selective_dpo.run.costs import build_on_meta
 from selective_dpo.run.doctor import diagnose
 from selective_dpo.run.folder import RunDirectory
 from selective_dpo.run.keys import Run
-from selective_dpo.run.planning.architecture import build_on_meta
 from selective_dpo.run.stages import load_arm
 from tests.fixtures.models import recipe_file, tiny_model_folder, tiny_recipe
 

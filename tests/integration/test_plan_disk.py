@@ -12,10 +12,8 @@ import pytest
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from selective_dpo.config import Recipe
-from selective_dpo.run.plan import make_plan
-from selective_dpo.run.planning.disk import Disk, disk_need
-from selective_dpo.run.planning.pricing import models_of
-from selective_dpo.run.planning.words import plan_text
+from selective_dpo.run.costs import Disk, disk_need, models_of
+from selective_dpo.run.plan import make_plan, plan_text
 from tests.fixtures.fork_server import ForkServer, Moment
 from tests.fixtures.models import TRAINER, recipe_file, tiny_recipe
 from tests.fixtures.tokenizers import END_ID, PAD_ID, VOCABULARY_SIZE, byte_tokenizer

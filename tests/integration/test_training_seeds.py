@@ -13,8 +13,7 @@ from safetensors.numpy import load_file
 from selective_dpo.errors import ConfigError
 from selective_dpo.evaluation.results import ArmResult, EvaluationResults, from_json, training_spread
 from selective_dpo.report.tables import seeds_note
-from selective_dpo.run.plan import make_plan
-from selective_dpo.run.planning.cached import complete_results
+from selective_dpo.run.plan import complete_results, make_plan
 from selective_dpo.run.run import open_run, run_all
 from selective_dpo.run.verify import verify_run
 from selective_dpo.stats.estimates import Estimate

@@ -23,11 +23,10 @@ from selective_dpo.errors import ConfigError
 from selective_dpo.run import doctor
 from selective_dpo.run import run as verbs
 from selective_dpo.run import stages as pairs_stage
+from selective_dpo.run.costs import Device, Disk
 from selective_dpo.run.doctor import Check, check_source, diagnose
 from selective_dpo.run.folder import RunDirectory
 from selective_dpo.run.keys import Run
-from selective_dpo.run.planning.device import Device
-from selective_dpo.run.planning.disk import Disk
 from tests.fixtures.models import TRAINER, recipe_file, tiny_model_folder, tiny_pairs_file, tiny_recipe
 
 CPU = Device("cpu", "CPU", 1, 1 << 30)

@@ -1,56 +1,42 @@
-"""A plan's arithmetic: batches, padded tokens, FLOPs and bytes, against numbers worked out by hand."""
+"""A plan's arithmetic: updates, padded tokens, FLOPs and bytes, against numbers worked out by hand."""
 
 from __future__ import annotations
 
-import itertools
-import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from selective_dpo.config import ModelConfig
-from selective_dpo.data.store import PairsSummary
 from selective_dpo.errors import ConfigError
-from selective_dpo.logprobs.packing_support import RowLayout as RowPath
-from selective_dpo.logprobs.padded import PartLengths
-from selective_dpo.run.planning.architecture import (
+from selective_dpo.run.costs import (
     Architecture,
+    Models,
+    Work,
     adapter_parameters,
     architecture_of,
     build_on_meta,
-)
-from selective_dpo.run.planning.batches import (
-    Epoch,
-    Work,
-    epoch_batches,
-    expected_longest,
-    optimizer_steps,
-    random_work,
-    sequential_work,
-)
-from selective_dpo.run.planning.costs import (
+    fits,
     forward_flops,
-    generation_memory,
-    inference_memory,
-    saved_bytes,
+    forward_work,
+    job_memory,
+    layer_bytes,
+    measured_rate,
+    optimizer_steps,
+    readable,
+    readable_bytes,
+    readable_time,
+    this_device,
     training_flops,
     training_memory,
+    training_settings,
+    training_work,
 )
-from selective_dpo.run.planning.device import measured_rate, this_device
-from selective_dpo.run.planning.forwarding import Forwarding
-from selective_dpo.run.planning.inputs import KeptPairs
-from selective_dpo.run.planning.settings import training_settings
-from selective_dpo.run.planning.words import readable, readable_bytes, readable_time
-from tests.fixtures.models import LORA, tiny_model_folder
+from tests.fixtures.models import LORA, tiny_model_folder, tiny_recipe
 
-# 100 parameters of which 20 are looked up only; 2 layers, attention 4 wide.
+# 100 parameters of which 20 are looked up only; 2 layers, 8 wide, attention 4 wide, 2 heads, 10 words.
 SIZES = Architecture(100, 20, 2, 8, 4, 2, 2, 10)
-PATHS: tuple[Literal["padded"], Literal["shared"]] = ("padded", "shared")
-LENGTHS = st.lists(st.integers(1, 30), min_size=1, max_size=7)
 
 
 def lengths(*values: int) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -60,20 +46,6 @@ def lengths(*values: int) -> np.ndarray[Any, np.dtype[np.int64]]:
 def settings(dtype: str = "float32", **given: Any) -> Any:
     model = ModelConfig.model_validate({"path": "m", "dtype": dtype})
     return training_settings({"per_device_train_batch_size": 1, **given}, model)
-
-
-@given(values=LENGTHS, size=st.integers(1, 7))
-def test_expected_longest_is_the_mean_over_all_subsets(values: list[int], size: int) -> None:
-    size = min(size, len(values))
-    subsets = [max(subset) for subset in itertools.combinations(values, size)]
-    assert math.isclose(expected_longest(lengths(*values), size), sum(subsets) / len(subsets))
-
-
-def test_one_process_ends_with_a_smaller_batch_and_several_fill_it() -> None:
-    assert epoch_batches(10, 4, 1) == Epoch(2, 2)
-    assert epoch_batches(8, 4, 1) == Epoch(2, 0)
-    # 3 batches for 2 processes: 2 rounds, 4 batches, all full.
-    assert epoch_batches(10, 4, 2) == Epoch(4, 0)
 
 
 @pytest.mark.parametrize(
@@ -90,48 +62,30 @@ def test_one_process_ends_with_a_smaller_batch_and_several_fill_it() -> None:
 def test_optimizer_steps(
     pairs: int, batch: int, accumulation: int, processes: int, epochs: float, steps: int
 ) -> None:
-    found = optimizer_steps(
-        pairs, pairs_per_batch=batch, accumulation=accumulation, processes=processes, epochs=epochs
+    given = settings(
+        per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, num_train_epochs=epochs
     )
-    assert found == steps
+    assert optimizer_steps(pairs, given, processes) == steps
 
 
-def test_work_in_a_known_order() -> None:
+def test_work_of_a_training_in_the_given_order() -> None:
+    one = settings(per_device_train_batch_size=2)
     # Batches (5, 3) and (7): 2 pairs are 4 rows of 5, 1 pair is 2 rows of 7.
-    assert sequential_work(lengths(5, 3, 7), 2, 1) == Work(4 * 5 + 2 * 7, 4 * 25 + 2 * 49)
-    # Two processes: (5, 3), (7, 5 again).
-    assert sequential_work(lengths(5, 3, 7), 2, 2) == Work(4 * 5 + 4 * 7, 4 * 25 + 4 * 49)
+    assert training_work(lengths(5, 3, 7), 2, one) == Work(4 * 5 + 2 * 7, 4 * 25 + 2 * 49)
+    # A row a pair.
+    assert training_work(lengths(5, 3, 7), 1, one) == Work(2 * 5 + 7, 2 * 25 + 49)
+    # Updates of two batches are sorted by length: (9, 6), (5, 2) and (7).
+    two = settings(per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    assert training_work(lengths(2, 9, 6, 5, 7), 1, two).tokens == 2 * 9 + 2 * 5 + 7
 
 
-def test_work_in_a_random_order_is_the_mean_over_orders() -> None:
-    values = (5, 3, 7)
-    every = [sequential_work(lengths(*order), 2, 1) for order in itertools.permutations(values)]
-    found = random_work(lengths(*values), 3, 2, 1)
-    assert math.isclose(found.tokens, sum(work.tokens for work in every) / 6)
-    assert math.isclose(found.squares, sum(work.squares for work in every) / 6)
-
-
-def test_work_of_a_random_half_is_the_mean_over_halves() -> None:
-    values = (5, 3, 7, 2)
-    every = [sequential_work(lengths(*order), 2, 1) for order in itertools.permutations(values, 2)]
-    assert math.isclose(random_work(lengths(*values), 2, 2, 1).tokens, sum(w.tokens for w in every) / 12)
-
-
-def test_work_within_a_token_budget() -> None:
-    # Padded: 28 tokens have room for 2 pairs as long as the longest (4 x 7 = 28): (7, 5), then (3).
-    # Shared, without the completions' last tokens: rows of 3 + 3 + 3, 1 + 3 + 3 and 1 + 1 + 1 tokens; 28
-    # tokens have room for 3 of the longest (3 x 9 = 27).
-    summary = PairsSummary(3, 3, 1, {"kept": 3}, {}, 3, 0, 0, 0, 0, 0, "", "")
-    parts = PartLengths(lengths(1, 1, 3), lengths(4, 2, 4), lengths(4, 2, 4))
-    pairs = KeptPairs(summary, ["a", "b", "c"], ["p"] * 3, parts)
-    padded, shared = (Forwarding(RowPath(name, ""), None) for name in PATHS)
-    assert padded.work(pairs, 28) == Work(4 * 7 + 2 * 3, 4 * 49 + 2 * 9)
-    assert shared.work(pairs, 28) == Work(3 * 9, 3 * 81)
-    assert shared.work(pairs.rows(np.array([1])), 28) == Work(3, 9)
-    # On a GPU the 9 become 16.
-    assert shared._replace(device="cuda").work(pairs, 28) == Work(3 * 16, 3 * 256)
-    assert pairs.longest_row(1) == 9
-    assert pairs.longest_row(2) == 7
+def test_work_of_a_forward_pass_within_a_token_budget() -> None:
+    # 28 tokens hold 2 pairs as long as the longest (4 x 7 = 28): (7, 5), then (3).
+    assert forward_work(lengths(3, 7, 5), 2, 28) == Work(4 * 7 + 2 * 3, 4 * 49 + 2 * 9)
+    # A row a pair: 4 would fit.
+    assert forward_work(lengths(3, 7, 5), 1, 28) == Work(3 * 7, 3 * 49)
+    # A pair that exceeds the budget is a batch of its own.
+    assert forward_work(lengths(3, 7), 1, 5) == Work(7 + 3, 49 + 9)
 
 
 def test_forward_flops_count_matrices_and_attention() -> None:
@@ -216,19 +170,26 @@ def test_memory_with_an_adapter_and_without_training() -> None:
     assert trained.activations == 2 * 10 * 8 * 2 + 10 * 8 * 17 * 2 + 5 * 2 * 100
     # The adapter is float32: 5 x 4 weights, as many gradients, twice as many states.
     assert trained[:3] == (200 + 20, 20, 40)
-    flat = inference_memory(
-        SIZES, adapter=0, dtype="float32", compute_dtype="float32", eager=False, rows=2, longest=10
-    )
-    eager = inference_memory(
-        SIZES, adapter=0, dtype="float32", compute_dtype="float32", eager=True, rows=2, longest=10
-    )
-    # Written-out attention: 5 bytes x 2 heads x 2 rows x 10 x 10.
-    assert eager.activations - flat.activations == 5 * 2 * 2 * 100
-    answers = generation_memory(SIZES, adapter=0, dtype="bfloat16", rows=3, longest=10)
-    # Keys and values of 2 layers, 2 wide, 2 bytes; logits of 10 words in float32.
-    assert answers.total == 200 + 2 * 2 * 3 * 10 * 2 * 2 + 3 * 10 * 4
-    assert saved_bytes(SIZES, adapter=5, dtype="bfloat16") == 20
-    assert saved_bytes(SIZES, adapter=0, dtype="bfloat16") == 200
+    flat, eager = (layer_bytes(SIZES, 2, 10, "float32", eager=eager) for eager in (False, True))
+    # Eager attention: 5 bytes x 2 heads x 2 rows x 10 x 10.
+    assert (flat, eager - flat) == (17 * 4 * 2 * 10 * 8, 5 * 2 * 2 * 100)
+
+
+def test_memory_of_each_kind_of_job(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, evaluate={"generation": {"prompts": 3, "batch_size": 3}})
+    models = Models(SIZES, scorer_adapter=5, policy_adapter=7, rows_per_pair=1)
+    # float32; 512 tokens a batch are 51 rows of 10, one layer at a time.
+    forward = 17 * 4 * 51 * 10 * 8
+    assert job_memory(recipe, models, "reference", 10) == (400, 0, 0, forward)
+    # Keys and values of 2 layers, 2 wide, for 3 rows of 10 tokens; logits of 10 words in float32.
+    answers = 2 * 2 * 3 * 10 * 2 * 4 + 3 * 10 * 4
+    assert job_memory(recipe, models, "answers", 10) == (400 + 7 * 4, 0, 0, answers)
+    # Training keeps both layers of 4 rows; a scorer also measures, which takes more here.
+    trained = 2 * 17 * 4 * 4 * 10 * 8
+    assert job_memory(recipe, models, "policy", 10) == (428, 28, 56, trained)
+    assert job_memory(recipe, models, "scorer", 10) == (420, 20, 40, forward)
+    # Without lengths: rows of twice max_length, 64.
+    assert job_memory(recipe, models, "policy").activations == 2 * 17 * 4 * 4 * 128 * 8
 
 
 def test_settings_are_those_that_trl_would_use() -> None:
@@ -243,11 +204,15 @@ def test_settings_are_those_that_trl_would_use() -> None:
     assert settings(fsdp="full_shard").shards == "weights"
 
 
-def test_the_rate_is_measured_on_this_machine() -> None:
-    device = this_device()
-    assert device.number >= 1
-    assert device.memory > 0
-    assert 1e8 < measured_rate(device, "float32") < 1e18
+def test_the_speed_of_the_model_is_measured(tmp_path: Path) -> None:
+    config = ModelConfig(path=str(tiny_model_folder(tmp_path / "model")), dtype="float32")
+    sizes, device = architecture_of(build_on_meta(config)), this_device()
+    assert device.number >= 1 and device.memory > 0
+    assert fits(config, sizes, device)
+    assert not fits(config, sizes, device._replace(memory=2 * sizes.parameters * 4 - 1))
+    assert not fits(config.model_copy(update={"path": "some/model-of-the-hub"}), sizes, device)
+    for dtype in ("float32", "bfloat16"):
+        assert 1e6 < measured_rate(config, sizes, device, longest=8, compute_dtype=dtype) < 1e18
 
 
 def test_quantities_read_well() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,20 +18,18 @@ from selective_dpo.curriculum.records import LossTable
 from selective_dpo.curriculum.select import Rule, select
 from selective_dpo.curriculum.table import curriculum_losses
 from selective_dpo.data.store import PairsSummary
-from selective_dpo.logprobs.packing_support import RowLayout as RowPath
 from selective_dpo.logprobs.padded import PartLengths
-from selective_dpo.run.planning.architecture import Architecture
-from selective_dpo.run.planning.forwarding import Forwarding
-from selective_dpo.run.planning.inputs import KeptPairs
-from selective_dpo.run.planning.measured import MEASURED, Range, expected_agreement
-from selective_dpo.run.planning.pricing import Models
-from selective_dpo.run.planning.protocol_words import protocols_text
-from selective_dpo.run.planning.protocols import (
+from selective_dpo.run.costs import Architecture, Models
+from selective_dpo.run.plan import (
+    MEASURED_OVERLAP,
+    MEASURED_SPEARMAN,
+    KeptPairs,
     PlannedProtocol,
-    Scoring,
-    compared,
     easiest_fraction,
+    expected_agreement,
+    make_plan,
     planned_protocols,
+    protocols_text,
 )
 from tests.fixtures.models import tiny_recipe
 
@@ -39,19 +38,18 @@ MODELS = ("qwen-2.5-1.5b-argilla", "qwen-2.5-7b-argilla", "qwen-2.5-14b-argilla"
 
 # 100 parameters of which 20 are looked up only; 2 layers, attention 4 wide.
 SIZES = Architecture(100, 20, 2, 8, 4, 2, 2, 10)
-SHARED = Forwarding(RowPath("shared", ""), None)
-PADDED = Forwarding(RowPath("padded", ""), None)
+MODELS_OF = Models(SIZES, scorer_adapter=5, policy_adapter=0, rows_per_pair=1)
 
 
 def even_pairs(count: int = 24) -> KeptPairs:
-    """Pairs of 2, 3 and 3 tokens, each with a prompt of its own: rows of 5, or a shared one of 2 + 2 + 2."""
+    """Pairs of 2, 3 and 3 tokens, each with a prompt of its own: packed rows of 2 + 2 + 2."""
     summary = PairsSummary(count, count, count, {"kept": count}, {}, count, 0, 0, 0, 0, 0, "", "")
     names = [f"{number:032x}" for number in range(count)]
     return KeptPairs(summary, names, names, PartLengths(*np.tile([[2], [3], [3]], (1, count))))
 
 
-def by_name(planned: tuple[PlannedProtocol, ...]) -> dict[str, PlannedProtocol]:
-    return {f"{each.scoring.protocol} {each.scoring.part}".strip(): each for each in planned}
+def by_name(planned: Iterable[PlannedProtocol]) -> dict[str, PlannedProtocol]:
+    return {f"{each.protocol} {each.part}".strip(): each for each in planned}
 
 
 @pytest.fixture
@@ -59,98 +57,90 @@ def recipe(tmp_path: Path) -> Recipe:
     return tiny_recipe(tmp_path, score={"seeds": [41, 42, 7], "evaluations": 1}, train={"lora": None})
 
 
-def test_passes_tokens_and_flops(recipe: Recipe) -> None:
-    models = Models(SIZES, scorer_adapter=5, policy_adapter=0, forwarding=SHARED)
-    found = by_name(planned_protocols(recipe, even_pairs(), models, SHARED))
+def test_passes_arithmetic_tokens_and_flops(recipe: Recipe) -> None:
+    found = by_name(planned_protocols(recipe, even_pairs(), MODELS_OF))
     # The reference once, one epoch for each seed, all pairs once for each seed and evaluation.
-    passes = {name: each.per_pair for name, each in found.items()}
-    assert passes == {
+    assert {name: (each.forward_passes, each.backward_passes) for name, each in found.items()} == {
         "paper": (1 + 3 + 15, 3),
         "fast": (1 + 1 + 2, 1),
         "certified least": (1 + 2 + 4, 2),
         "certified most": (1 + 6 + 12, 6),
         "custom": (1 + 3 + 3, 3),
     }
-    assert [name for name, each in found.items() if each.scoring.is_own] == ["custom"]
-    fast, paper = found["fast"].costs, found["paper"].costs
-    assert fast is not None and paper is not None
-    assert (fast.passes, paper.passes) == ((24 * 4, 24 * 1), (24 * 19, 24 * 3))
+    assert [name for name, each in found.items() if each.own] == ["custom"]
+    fast, paper = found["fast"], found["paper"]
+    # 2 a forward pass, 2 a backward pass with LoRA. All weights are trained in `train`: with its reference a
+    # DPO epoch is 2 + 2 + 4.
+    assert (fast.nt, fast.dpo_epochs) == (10, 10 / 8)
+    assert (paper.nt, found["certified least"].nt) == (44, 18)
     # All rows are as long: nothing is padded. 24 x 6 tokens a pass.
     assert (fast.tokens, paper.tokens) == (144 * 4, 144 * 19)
-    # Plain: two rows of 5 a pair, policy and reference; no reference beforehand.
-    assert (fast.plain_tokens, paper.plain_tokens) == (24 * 20 * (1 + 2), 24 * 20 * (3 + 15))
     # A forward pass: 2 x 80 parameters x 144 tokens = 23,040; attention 4 x 2 x 4 x (144 x 6) = 27,648.
     reference = 23_040 + 27_648
     # The adapter's 5 parameters: 2 x 5 x 144 = 1,440, three times in training, the base weights twice.
     training = 2 * 23_040 + 3 * 1_440 + 3 * 27_648
     evaluations = 2 * (reference + 1_440)
     assert fast.flops == reference + training + evaluations
-    # The plain epoch trains all weights: 240 tokens, 38,400 + 38,400 forward, three times that to train, and
-    # the reference's.
-    assert fast.plain_epochs == fast.flops / (4 * 76_800)
 
 
-def test_one_long_pair(recipe: Recipe) -> None:
-    # Of 24 pairs one has rows of 1 + 99 tokens (shared: 1 + 98 + 98 = 197), the others of 1 + 2 (shared: 3).
+def test_the_arithmetic_of_the_documentation(tmp_path: Path) -> None:
+    # docs/protocols.md: with gradient checkpointing 50, 22 and 12 NT, and a full DPO epoch of 10.
+    again = {"activation_checkpointing": True}
+    blocks: dict[str, Any] = {"score": {"trainer": again}, "train": {"lora": None, "trainer": again}}
+    found = by_name(planned_protocols(tiny_recipe(tmp_path, **blocks), None, None))
+    assert [found[name].nt for name in ("paper", "certified least", "fast")] == [50, 22, 12]
+    assert found["fast"].dpo_epochs == 12 / 10
+    # Two epochs of all weights: 1 + 2 + 2 passes, and 2 x (4 + 2).
+    blocks["score"] = {"lora": None, "trainer": {**again, "num_train_epochs": 2}}
+    assert by_name(planned_protocols(tiny_recipe(tmp_path, **blocks), None, None))["fast"].nt == 10 + 12
+
+
+def test_padding_of_one_long_pair(recipe: Recipe) -> None:
+    # Of 24 pairs one has a row of 1 + 98 + 98 = 197 tokens, the others of 1 + 1 + 1.
     columns = np.repeat([[1], [2], [2]], 24, axis=1)
     columns[1:, 5] = 99
     pairs = even_pairs()._replace(parts=PartLengths(*columns))
-    fast = by_name(planned_protocols(recipe, pairs, None, SHARED))["fast"].costs
-    assert fast is not None
-    assert fast.flops is None and fast.plain_epochs is None
-    # 512 tokens at a time: 2 x 197 in the first batch. So for the reference, and for each evaluation of both
-    # scorers. In training, 4 pairs a batch, a pass of its own (256) for the long pair saves 3 x 194 tokens.
-    reference, evaluation, training = 2 * 197 + 22 * 3, 2 * 197 + (10 + 12) * 3, 197 + 23 * 3
-    assert fast.tokens == reference + 2 * evaluation + training
-    # Plain: 4 pairs a batch in training, one batch with rows of 100. In evaluation 8 and 4 of the 12 pairs;
-    # the split decides with how many the long pair stands. All of it twice, for the reference.
-    trained = 8 * 100 + 40 * 3
-    measured = [2 * many * 100 + 2 * (24 - many) * 3 for many in (8, 4)]
-    assert fast.plain_tokens in [2 * (trained + 2 * each) for each in measured]
+    fast = by_name(planned_protocols(recipe, pairs, MODELS_OF))["fast"]
+    # 512 tokens at a time: 2 x 197 in the first batch. In training, 4 pairs a batch, one batch is as wide.
+    assert fast.tokens == 3 * (2 * 197 + 22 * 3) + (4 * 197 + 20 * 3)
 
 
 def test_without_pairs_or_sizes(recipe: Recipe) -> None:
-    found = by_name(planned_protocols(recipe, None, None, SHARED))
-    assert found["paper"].per_pair == (19, 3)
-    assert found["certified most"].per_pair == (19, 6)
-    assert {each.costs for each in found.values()} == {None}
-    text = protocols_text(tuple(found.values()), recipe.select, None)
-    assert "19 P" in text and "P pairs through the model" in text
-    assert found["fast"].to_json()["costs"] is None
-
-
-def test_epochs_are_trained_again(tmp_path: Path) -> None:
-    twice = tiny_recipe(tmp_path, score={"trainer": {"num_train_epochs": 2}})
-    for pairs in (None, even_pairs()):
-        assert by_name(planned_protocols(twice, pairs, None, SHARED))["fast"].per_pair == (1 + 2 + 2, 2)
+    found = by_name(planned_protocols(recipe, None, None))
+    assert found["paper"].forward_passes == 19 and found["paper"].nt == 44
+    assert {each.tokens for each in found.values()} == {each.flops for each in found.values()} == {None}
 
 
 def test_which_protocols_are_compared(tmp_path: Path) -> None:
-    def scorings(**score: Any) -> tuple[Scoring, ...]:
+    def compared(**score: Any) -> list[tuple[str, tuple[int, ...], int, bool]]:
         config = ScoreConfig.model_validate(score)
-        return compared(tiny_recipe(tmp_path).model_copy(update={"score": config}))
+        planned = planned_protocols(tiny_recipe(tmp_path).model_copy(update={"score": config}), None, None)
+        return [
+            (f"{each.protocol} {each.part}".strip(), each.seeds, each.evaluations, each.own)
+            for each in planned
+        ]
 
-    paper = Scoring("paper", (41, 42, 43), 5)
-    fast = Scoring("fast", (41,), 2)
-    least = Scoring("certified", (41, 42), 2, "least")
-    most = Scoring("certified", (41, 42, 43, 44, 45, 46), 2, "most")
-    assert scorings(protocol="paper") == (paper._replace(is_own=True), fast, least, most)
-    assert scorings(protocol="fast") == (paper, fast._replace(is_own=True), least, most)
-    # The recipe's own seeds and evaluations.
-    assert scorings(protocol="certified", seeds=[1, 2, 3], evaluations=4)[2:] == (
-        Scoring("certified", (1, 2), 4, "least", True),
-        Scoring("certified", (1, 2, 3), 4, "most", True),
+    least, most = (
+        ("certified least", (41, 42), 2, False),
+        ("certified most", (41, 42, 43, 44, 45, 46), 2, False),
     )
-    assert scorings(protocol="custom", seeds=[9], evaluations=3)[-1] == Scoring("custom", (9,), 3, "", True)
+    assert compared(protocol="paper") == [
+        ("paper", (41, 42, 43), 5, True), ("fast", (41,), 2, False), least, most
+    ]  # fmt: skip
+    # The recipe's own seeds and evaluations.
+    assert compared(protocol="certified", seeds=[1, 2, 3], evaluations=4)[2:] == [
+        ("certified least", (1, 2), 4, True), ("certified most", (1, 2, 3), 4, True)
+    ]  # fmt: skip
+    assert compared(protocol="custom", seeds=[9], evaluations=3)[-1] == ("custom", (9,), 3, True)
 
 
 def test_agreement_is_claimed_only_where_it_was_measured() -> None:
     half = expected_agreement(1, 2, 0.5)
     assert half is not None
-    assert half.overlap == Range(0.977, 0.988)
+    assert half.overlap == (0.977, 0.988)
     near = expected_agreement(1, 2, 0.64)
     assert near is not None
-    assert (near.fraction, near.overlap) == (0.6, MEASURED[1, 2].overlap[0.6])
+    assert (near.fraction, near.overlap) == (0.6, MEASURED_OVERLAP[1, 2][0.6])
     edge = expected_agreement(2, 2, 0.01)
     assert edge is not None and edge.fraction == 0.1
     other_rule = expected_agreement(1, 2, None)
@@ -172,17 +162,14 @@ def test_the_fraction_of_a_selection() -> None:
     assert fraction(rule="below", threshold=0.7) is None
 
 
-def test_the_words(tmp_path: Path, recipe: Recipe) -> None:
+def test_the_table_as_text(tmp_path: Path) -> None:
     def text(**select: Any) -> str:
-        own = recipe.model_copy(update={"select": SelectConfig.model_validate(select)})
-        return protocols_text(planned_protocols(own, even_pairs(), None, SHARED), own.select, 24)
+        return protocols_text(make_plan(tiny_recipe(tmp_path, score={"evaluations": 1}, select=select)))
 
     lines = {line.split("  ")[0]: line for line in text().splitlines()}
     assert lines["paper"].split()[-2:] == ["itself", "itself"]
     assert lines["fast"].endswith("0.9969 .. 0.9981  0.977 .. 0.988")
-    # 456 forward passes of 24 pairs; 2,736 tokens against 8,640.
-    assert "456 = 19 P" in lines["paper"] and "72 = 3 P" in lines["paper"]
-    assert "2.74 k  8.64 k    32%" in lines["paper"]
+    assert "19 P" in lines["paper"] and "44 NT" in lines["paper"]
     assert lines["certified, at most"].split()[-2:] == ["?", "?"]
     assert lines["custom (this recipe)"].split()[-2:] == ["?", "?"]
     assert "overlap of the easiest 50%;" in text()
@@ -190,8 +177,8 @@ def test_the_words(tmp_path: Path, recipe: Recipe) -> None:
         fraction=0.64
     )
     assert "the overlap not with the selection of this recipe" in text(rule="hardest")
-    assert "not with the aggregate of this recipe" in text(aggregate="final")
-    assert "0.9969" not in text(aggregate="final")
+    final = text(aggregate="final")
+    assert "not with the aggregate of this recipe" in final and "0.9969" not in final
 
 
 @cache
@@ -202,9 +189,9 @@ def losses_of(model: str) -> LossTable:
 @pytest.mark.skipif(not RECORDS.is_dir(), reason="the authors' records (../shared/data) are not here")
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_the_constants_are_those_of_the_records(seeds: int) -> None:
-    kept = MEASURED[seeds, 2]
+    measured = MEASURED_OVERLAP[seeds, 2]
     spearman: list[float] = []
-    overlaps: dict[float, list[float]] = {fraction: [] for fraction in kept.overlap}
+    overlaps: dict[float, list[float]] = {fraction: [] for fraction in measured}
     for model, some in itertools.product(MODELS, itertools.combinations(range(3), seeds)):
         table = losses_of(model)
         # Of five evaluations the third and the last stand for the middle and the end.
@@ -216,8 +203,8 @@ def test_the_constants_are_those_of_the_records(seeds: int) -> None:
             cheap, paper = (select(all_P, table.pair_ids_P, rule).selected_P for all_P in (cheap_P, paper_P))
             found.append((cheap & paper).sum() / paper.sum())
     assert len(spearman) == 9
-    assert kept.spearman == (round(min(spearman), 4), round(max(spearman), 4))
-    assert kept.overlap == {
+    assert MEASURED_SPEARMAN[seeds, 2] == (round(min(spearman), 4), round(max(spearman), 4))
+    assert measured == {
         fraction: (round(float(min(found)), 3), round(float(max(found)), 3))
         for fraction, found in overlaps.items()
     }

@@ -39,15 +39,23 @@ from selective_dpo.evaluation.evaluate import check_evaluation, policy_names
 from selective_dpo.evaluation.judges import judge_for
 from selective_dpo.logprobs.reference import TRIED, require_finite_start
 from selective_dpo.models import damaged_weights, load_policy, load_tokenizer
+from selective_dpo.run.costs import (
+    BYTES,
+    Device,
+    Disk,
+    Models,
+    adapter_parameters,
+    build_on_meta,
+    disk_need,
+    job_kinds,
+    job_memory,
+    models_of,
+    readable_bytes,
+    readable_count,
+    this_device,
+)
 from selective_dpo.run.folder import RunDirectory
 from selective_dpo.run.keys import Run
-from selective_dpo.run.planning.architecture import adapter_parameters, build_on_meta
-from selective_dpo.run.planning.costs import BYTES
-from selective_dpo.run.planning.device import Device, this_device
-from selective_dpo.run.planning.disk import Disk, disk_need
-from selective_dpo.run.planning.pricing import Models, Pricing, models_of
-from selective_dpo.run.planning.words import readable_bytes, readable_count
-from selective_dpo.run.planning.workload import workloads
 from selective_dpo.run.stages import prepare
 from selective_dpo.training.arguments import PURE, dpo_arguments
 from selective_dpo.training.train import tracker_names
@@ -439,10 +447,7 @@ def check_adapter(recipe: Recipe, block: str) -> Check:
 
 def check_memory(recipe: Recipe, models: Models, device: Device) -> Check:
     """The plan's largest estimate, at the longest sequences that the recipe allows, against the device."""
-    pricing = Pricing(recipe, models, device)
-    run = Run(recipe, RunDirectory.of(recipe), say=lambda line: None)
-    jobs = [pricing.priced(load, run.folder.root) for load in workloads(run, None, (), models.forwarding)]
-    need, name = max((job.memory.total, job.name) for job in jobs if job.memory is not None)
+    need, name = max((job_memory(recipe, models, kind).total, kind) for kind in job_kinds(recipe))
     found = f"{name} needs about {readable_bytes(need)} of {readable_bytes(device.memory)}"
     if device.memory and need > MAX_MEMORY_SHARE * device.memory:
         remedy = "lower per_device_train_batch_size or tokens_per_batch, use LoRA, or shard over processes"

@@ -11,7 +11,6 @@ result is looked up, locked, made, published and announced is written once, in `
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
@@ -21,7 +20,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import peft
 import pyarrow.parquet as pq
-from trl import DPOConfig
 from trl.trainer.utils import add_fused_lm_head
 
 from selective_dpo.config import Recipe, SelectConfig, SourceConfig
@@ -72,6 +70,7 @@ from selective_dpo.losses import chance_loss
 from selective_dpo.models import load_policy, loading
 from selective_dpo.report.tables import label_for, seeds_note
 from selective_dpo.run.certified import certificate, scorers_until_stable
+from selective_dpo.run.costs import optimizer_steps, training_settings
 from selective_dpo.run.keys import (
     Run,
     curriculum_key,
@@ -316,21 +315,14 @@ def scorer_steps(recipe: Recipe, scorer: ScorerRun, pairs: int, processes: int) 
     Raises:
         ConfigError: it makes fewer steps than it is to be measured.
     """
-    settings = {**ORIGINAL_DEFAULTS, **recipe.score.trainer}
-
-    def value(name: str) -> Any:
-        return settings.get(name, getattr(DPOConfig, name))
-
-    batch, accumulation = value("per_device_train_batch_size"), value("gradient_accumulation_steps")
-    # Several processes get as many batches each: the last round is filled from the epoch's beginning.
-    batches = math.ceil(math.ceil(pairs / batch) / processes)
-    updates = math.ceil(value("num_train_epochs") * max(1, math.ceil(batches / accumulation)))
+    settings = training_settings(recipe.score.trainer, recipe.model)
+    updates = optimizer_steps(pairs, settings, processes)
     try:
         return ScorerSteps(updates, evaluation_steps(updates, recipe.score.evaluations))
     except ValueError as error:
         raise ConfigError(
             f"{scorer.name}: {error}: lower score.evaluations or the batch size "
-            f"({batch} x {accumulation} x {processes} process(es))"
+            f"({settings.pairs_per_batch} x {settings.accumulation} x {processes} process(es))"
         ) from error
 
 
