@@ -6,6 +6,7 @@ get the function as it is, and do not run the caller's script again.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -113,6 +114,7 @@ def _tokenizers_on_one_core() -> Iterator[None]:
 def _start(work: Callable[[Any], Any], parent: int) -> None:
     global _work
     _work = work
+    gc.freeze()  # else each collection goes through, and so copies, all that the parent has loaded
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the parent gets them as well, and ends this process
     end_without_parent(parent)
