@@ -19,7 +19,7 @@ from selective_dpo.data.store import load_tokens
 from selective_dpo.difficulty import scorer as scorer_module
 from selective_dpo.difficulty.scorer import collect_records
 from selective_dpo.identity import pair_id, positions_of
-from selective_dpo.logprobs.reference import load_reference, with_reference
+from selective_dpo.logprobs.reference import CHOSEN_COLUMN, REJECTED_COLUMN, load_reference, with_reference
 from selective_dpo.models import load_policy, load_tokenizer
 from selective_dpo.run import stages
 from selective_dpo.run.keys import Run
@@ -27,6 +27,7 @@ from selective_dpo.run.run import open_run, train
 from selective_dpo.run.stages import bring_up
 from selective_dpo.training import train as train_module
 from selective_dpo.training.arguments import dpo_arguments, lora_config
+from selective_dpo.training.batching import PAIRS as BATCH
 from selective_dpo.training.trainer import PairTrainer
 from tests.fixtures.models import LORA, tiny_model_folder, tiny_pairs_file, tiny_recipe
 
@@ -162,11 +163,10 @@ def test_one_reference_pass_serves_scorers_evaluations_and_the_final_training(
                 events.append(trainer_class.__name__)
 
             def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **others: Any) -> Any:
-                columns = [
-                    inputs[name].tolist() for name in ("input_ids", "ref_chosen_logps", "ref_rejected_logps")
-                ]
-                for row, *reference in zip(*columns, strict=False):
-                    trained_on[json.dumps([token for token in row if token != 256])] = tuple(reference)
+                for pair in inputs[BATCH].pairs:
+                    prompt, chosen, _ = pair.tokens
+                    reference = (pair.example[name] for name in (CHOSEN_COLUMN, REJECTED_COLUMN))
+                    trained_on[json.dumps([*prompt, *chosen])] = tuple(reference)
                 return super().compute_loss(model, inputs, *args, **others)
 
         return Spy

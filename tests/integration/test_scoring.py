@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +24,7 @@ from selective_dpo.run.keys import Run
 from selective_dpo.run.run import curriculum, open_run, score
 from selective_dpo.run.verify import verify_run
 from selective_dpo.storage.artifacts import read_json, verify_folder
+from selective_dpo.training.batching import PAIRS as BATCH
 from tests.fixtures.by_hand import dpo_loss, dpo_margin, sequence_logp
 from tests.fixtures.models import tiny_model_folder, tiny_pairs_file, tiny_recipe
 from tests.fixtures.tokenizers import END
@@ -83,7 +83,7 @@ def files_of(run: Run) -> dict[str, bytes]:
 
 @pytest.fixture
 def consumed(monkeypatch: pytest.MonkeyPatch, inputs: Path) -> list[Consumed]:
-    """Filled with what each scorer's trainer consumes, read off the tensors that the loss is computed on."""
+    """Filled with what each scorer's trainer consumes, read off the batches that the loss is computed on."""
     pair_of: dict[tuple[tuple[int, ...], tuple[int, ...]], str] = {}
     trainings: list[Consumed] = []
 
@@ -97,25 +97,13 @@ def consumed(monkeypatch: pytest.MonkeyPatch, inputs: Path) -> list[Consumed]:
 
         def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **others: Any) -> Any:
             assert model.training
-            chosen = slice(0, len(inputs["input_ids"]) // 2)
-            columns = (
-                inputs[name][chosen].tolist() for name in ("input_ids", "attention_mask", "completion_mask")
-            )
-            self.consumed.batches.append([pair_of[_parted(*row)] for row in zip(*columns, strict=True)])
+            tokens = [pair.tokens for pair in inputs[BATCH].pairs]
+            names = [pair_of[tuple(prompt), tuple(chosen)] for prompt, chosen, _ in tokens]
+            self.consumed.batches.append(names)
             return super().compute_loss(model, inputs, *args, **others)
 
     monkeypatch.setattr(scorer_module, "_Scorer", Spy)
     return trainings
-
-
-def _parted(
-    ids: Sequence[int], present: Sequence[int], is_completion: Sequence[int]
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    prompt = [
-        token for token, here, late in zip(ids, present, is_completion, strict=True) if here and not late
-    ]
-    completion = [token for token, late in zip(ids, is_completion, strict=True) if late]
-    return tuple(prompt), tuple(completion)
 
 
 class TestWhatIsTrainedOn:

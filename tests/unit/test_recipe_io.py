@@ -231,7 +231,7 @@ def test_recipes_differ_by_named_fields(tmp_path: Path) -> None:
     assert diff_config(old, new) == [
         'data.train.0.split: "train" -> "test"',
         'data.train.1: (absent) -> {"path": "x.csv", "split": "", "subset": "", "revision": "", '
-        '"fraction": 1.0, "columns": {}}',
+        '"fraction": 1.0, "columns": {}, "adapter": ""}',
         'score.protocol: "paper" -> "custom"',
         "score.seeds: [41, 42, 43] -> [41]",
         "select.fraction: 0.5 -> 0.6",

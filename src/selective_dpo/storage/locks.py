@@ -78,17 +78,28 @@ def holding(lock: Path, *, what: str, shared: bool = False) -> Iterator[None]:
     Raises:
         BusyError: another process, or another thread of this one, holds it.
     """
-    if not shared:
-        with _held(lock, what):
+    with _without_empty_folders(lock), contextlib.ExitStack() as stack:
+        if shared:
+            with _held(lock, what):
+                stack.enter_context(_held(lock.parent / f"{lock.name}-shared-{uuid.uuid4().hex[:8]}", what))
+        else:
+            stack.enter_context(_held(lock, what))
             for other in _shared_locks(lock):
                 with _held(other, what):  # left by a killed process: leaving removes it
                     pass
-            yield
-        return
-    with contextlib.ExitStack() as stack:
-        with _held(lock, what):
-            stack.enter_context(_held(lock.parent / f"{lock.name}-shared-{uuid.uuid4().hex[:8]}", what))
         yield
+
+
+@contextlib.contextmanager
+def _without_empty_folders(lock: Path) -> Iterator[None]:
+    """Remove the folders above the lock that were made meanwhile, if nothing else is in them."""
+    made = [folder for folder in lock.parents if not folder.exists()]
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # there is something else in them
+            for folder in made:
+                folder.rmdir()
 
 
 def _shared_locks(lock: Path) -> list[Path]:
@@ -101,7 +112,6 @@ def _held(lock: Path, what: str) -> Iterator[None]:
     if lock.parent.is_dir() and not os.access(lock.parent, os.W_OK):
         yield
         return
-    made = [folder for folder in lock.parents if not folder.exists()]
     path = Path(os.path.realpath(lock.parent)) / lock.name  # one folder by two names is one
     # One object a path, which counts how often its thread has entered.
     file_lock = FileLock(path, timeout=_PATIENCE, is_singleton=True, fallback_to_soft=False)
@@ -135,10 +145,6 @@ def _held(lock: Path, what: str) -> Iterator[None]:
             with contextlib.suppress(OSError):  # a file that nobody has locked stops nobody
                 path.unlink()
         file_lock.release()
-        if is_outermost:
-            with contextlib.suppress(OSError):  # there is something else in them
-                for folder in made:
-                    folder.rmdir()
 
 
 def _acquire(file_lock: FileLock, path: Path) -> None:
