@@ -283,9 +283,12 @@ def test_a_disk_that_is_full_at_any_moment_is_one_line_and_no_loss(killed: Kille
     """Row 5. The run's disk has a random size below what the run needs: the command ends with 2 and one clear
     line, or with 0 where only checkpoints did not fit; every folder that is there is whole; with room again,
     the same command comes to the same end."""
+    config = (killed.run / "config.json").read_bytes()
     shutil.rmtree(killed.run)
     kilobytes = random.Random(SEED + trial).randint(20, 400)
     with small_disk(killed.run.parent, kilobytes):
+        killed.run.mkdir()  # begun already: else so small a disk is refused before anything is written
+        (killed.run / "config.json").write_bytes(config)
         outcome = killed.go_on()
         assert outcome.code in (0, 2), outcome.output
         assert "Traceback" not in outcome.output

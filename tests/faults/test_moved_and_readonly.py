@@ -17,7 +17,7 @@ import pytest
 from selective_dpo.artifacts import folder_digests, verify_folder
 from selective_dpo.cli.main import main
 from selective_dpo.curriculum.table import Curriculum
-from selective_dpo.pipeline import pairs_stage, stages
+from selective_dpo.pipeline import curriculum_stage, pairs_stage, stages
 from selective_dpo.scoring import score as score_module
 from tests.fixtures.models import recipe_file, tiny_model_folder, tiny_pairs_file, tiny_recipe
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 MAKERS = (
     (pairs_stage, "prepare_pairs"),
     (stages, "publish_reference"),
-    (stages, "build_curriculum"),
+    (curriculum_stage, "build_curriculum"),
     (stages, "train_policy"),
     (score_module, "run_scorer"),
 )

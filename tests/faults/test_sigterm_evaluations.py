@@ -55,17 +55,20 @@ def test_a_scorers_evaluation_ends_after_a_batch(
     run, batches = tmp_path / "runs" / "tiny", Batches(monkeypatch)
     assert main(command) == 0
     undisturbed, of_each = results_of(run), batches.of_each
-    assert len(of_each) == 1 + 2 * 2 and min(of_each) > 1  # the reference's, and two of each scorer
+    assert (
+        len(of_each) == 2 + 2 * 2 and min(of_each) > 1
+    )  # some pairs tried, the reference's, two of each scorer
+    before = measurement + 1
     shutil.rmtree(run)
 
-    batches.of_each, batches.last = [], sum(of_each[:measurement]) + 1
+    batches.of_each, batches.last = [], sum(of_each[:before]) + 1
     assert main(command) == EXIT_CODE
-    assert batches.of_each == [*of_each[:measurement], 1]
+    assert batches.of_each == [*of_each[:before], 1]
     assert "seed41-fold0: interrupted by SIGTERM at step" in capsys.readouterr().err
     assert list((run / "checkpoints" / "seed41-fold0").glob("step-*"))
     assert main(command) == 0
     # That measurement was begun anew, and nothing of what there was before it.
-    assert batches.of_each == [*of_each[:measurement], 1, *of_each[measurement:]]
+    assert batches.of_each == [*of_each[:before], 1, *of_each[before:]]
     assert not differences(run, undisturbed)
 
 

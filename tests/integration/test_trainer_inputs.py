@@ -95,7 +95,14 @@ def test_what_is_scored_is_trained_on(model_folder: Path, tmp_path: Path, shape:
         model_folder,
         data,
         output_dir=tmp_path / "scoring",
-        score={"protocol": "custom", "seeds": [1], "evaluations": 1, "lora": LORA, "trainer": TRAINER},
+        score={
+            "protocol": "custom",
+            "seeds": [1],
+            "evaluations": 1,
+            "min_fold_prompts": 1,
+            "lora": LORA,
+            "trainer": TRAINER,
+        },
         data={"max_length": 64, "max_prompt_length": 32},
         dtype="float32",
     )

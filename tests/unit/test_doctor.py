@@ -149,7 +149,10 @@ def test_the_shipped_template_with_too_few_pairs(things: Path, tmp_path: Path) -
 def test_all_of_few_rows_are_prepared(things: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first hundred rows may be sound, and the share of them that a recipe takes too small."""
     pairs = {"train": [{"path": str(tiny_pairs_file(tmp_path / "p.jsonl", 300)), "fraction": 0.02}]}
-    assert "no room for" in failures(tiny_recipe(things, data=pairs, score={"evaluations": 4}))["pairs"]
+    assert (
+        "no room for"
+        in failures(tiny_recipe(things, data=pairs, score={"evaluations": 4, "min_fold_prompts": 1}))["pairs"]
+    )
     monkeypatch.setattr(data, "FEW_ROWS", 299)
     monkeypatch.setattr(doctor, "FEW_ROWS", 299)
     assert "pairs" not in found(tiny_recipe(things, data=pairs))
