@@ -81,6 +81,8 @@ def quieten_libraries() -> None:
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # DeepSpeed sets its logger's level itself, when transformers imports it, and writes to standard output.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     # What they will change in their next versions is for this package to follow, not for its users.
     warnings.filterwarnings("ignore", category=FutureWarning, module=_LIBRARIES)
     from datasets.utils import logging as datasets_logging
