@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
 from selective_dpo.criteria import CRITERIA
+from selective_dpo.losses import OPTIONS
 
 _MAX_NAME_BYTES, _MAX_PATH_CHARACTERS = 255, 4096
 
@@ -187,6 +188,7 @@ class Protocol(NamedTuple):
 
 
 PROTOCOLS = {
+    "one-step": Protocol((41,), 1),
     "paper": Protocol((41, 42, 43), 5),
     "fast": Protocol((41,), 2),
     "certified": Protocol((41, 42, 43, 44, 45, 46), 2),
@@ -200,7 +202,7 @@ DEFAULT_TARGET = 0.95
 class ScoreConfig(Block):
     """Difficulty: held-out loss from cross-fitted scorers, DPO's own or the one that `trainer` names."""
 
-    protocol: Literal["paper", "fast", "certified", "custom"] = "paper"
+    protocol: Literal["one-step", "paper", "fast", "certified", "custom"] = "paper"
     """`paper`: seeds 41, 42, 43 and five evaluations; `fast`: seed 41, measured in the middle and at the
     end; `certified`: seeds are added, two at least, until the selected set is stable enough;
     `custom`: as `seeds` and `evaluations` say. docs/protocols.md has what each costs and keeps."""
@@ -210,6 +212,8 @@ class ScoreConfig(Block):
     evaluations: Count = PROTOCOLS["paper"].evaluations
     """Held-out evaluations per scorer, evenly spaced, the last one at the end of training; the protocol's
     number where none is given."""
+    splits: Count = 1
+    """How often `one-step` is repeated with other folds, which shows how well the splits agree."""
     target_overlap: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """`certified` stops where the lower end of the 95% interval of the selected set's overlap with that of a
     fresh repetition reaches this; 0.95 when none is given."""
@@ -224,6 +228,8 @@ class ScoreConfig(Block):
     tokens_per_batch: TokenBudget = "auto"
     """Padded tokens in one forward pass of the reference and of an evaluation, per process; `auto`: the power
     of two that free memory allows, at most 4,096 on a CPU and 65,536 on a GPU."""
+    gradient_pairs: Annotated[int, Field(ge=0)] = 0
+    """`one-step` takes the gradient of so many pairs, drawn at random; 0: of all."""
     keep_scorers: bool = False
     """Publish each scorer's adapter or weights beside its records."""
 
@@ -233,13 +239,38 @@ class ScoreConfig(Block):
         protocol = given.get("protocol") if isinstance(given, dict) else None
         if not isinstance(protocol, str) or protocol not in PROTOCOLS:
             return given  # a list, say, is for the validation of the field to name
-        return {**PROTOCOLS[protocol]._asdict(), **given}
+        means = PROTOCOLS[protocol]._asdict()
+        if protocol == "one-step" and isinstance(splits := given.get("splits", 1), int):
+            means["seeds"] = tuple(range(means["seeds"][0], means["seeds"][0] + splits))
+        return {**means, **given}
+
+    def _one_step_is_what_it_says(self) -> None:
+        first = PROTOCOLS["one-step"].seeds[0]
+        if self.seeds != tuple(range(first, first + self.splits)) or self.evaluations != 1:
+            raise ValueError(
+                "protocol 'one-step' measures each pair once a split: give splits, and leave seeds and "
+                "evaluations out"
+            )
+        if unread := sorted(set(self.trainer) - ONE_STEP_OPTIONS):
+            raise ValueError(
+                f"trainer.{unread[0]} has no effect with protocol 'one-step', which trains no scorer: leave "
+                "it out"
+            )
+        if (self.lora or {}).get("init_lora_weights", True) not in (True, "gaussian"):
+            raise ValueError(
+                "protocol 'one-step' needs an adapter that starts as none: leave init_lora_weights out"
+            )
 
     @model_validator(mode="after")
     def _protocol_is_what_it_says(self) -> Self:
         if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
             raise ValueError("seeds must be distinct, and at least one")
         means = PROTOCOLS[self.protocol]
+        if self.protocol == "one-step":
+            self._one_step_is_what_it_says()
+        elif self.splits != 1 or self.gradient_pairs:
+            name = "splits" if self.splits != 1 else "gradient_pairs"
+            raise ValueError(f"{name} works only with protocol 'one-step'")
         if self.protocol in ("paper", "fast") and (self.seeds, self.evaluations) != means:
             raise ValueError(
                 f"protocol '{self.protocol}' is seeds {list(means.seeds)} with {means.evaluations} "
@@ -250,6 +281,13 @@ class ScoreConfig(Block):
         if self.protocol != "certified" and self.target_overlap is not None:
             raise ValueError("target_overlap works only with protocol 'certified'")
         return self
+
+
+ONE_STEP_OPTIONS = OPTIONS | {
+    *("beta", "loss_type", "loss_weights", "bf16", "fp16", "per_device_train_batch_size"),
+    *("activation_checkpointing", "gradient_checkpointing"),
+}
+"""What `score.trainer` may say where no scorer is trained: the loss, the precision and the memory."""
 
 
 def _criterion_name(name: str) -> str:

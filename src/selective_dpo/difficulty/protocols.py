@@ -1,4 +1,4 @@
-"""Which scorers a protocol trains, and which pairs each one may see."""
+"""Which scorers a protocol makes, and which pairs each one may see."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selective_dpo.config import ScoreConfig
+from selective_dpo.difficulty import one_step
 from selective_dpo.difficulty.folds import FOLDS, assign_folds
 from selective_dpo.errors import DataError
 
@@ -18,6 +19,8 @@ class ScorerRun(NamedTuple):
 
     seed: int
     fold: int
+    folds: int = len(FOLDS)
+    """Into how many the pairs are split."""
 
     @property
     def name(self) -> str:
@@ -26,22 +29,23 @@ class ScorerRun(NamedTuple):
 
 
 class Split(NamedTuple):
-    """Row numbers of one scorer's two halves."""
+    """Row numbers of the pairs that one scorer learns from, and of those that it measures."""
 
     train: NDArray[np.int64]
     held_out: NDArray[np.int64]
 
 
 def planned_runs(config: ScoreConfig) -> tuple[ScorerRun, ...]:
-    """All scorers, in the order they are run: both folds of a seed before the next seed."""
-    return tuple(ScorerRun(seed, fold) for seed in config.seeds for fold in FOLDS)
+    """All scorers, in the order they are run: all folds of a seed before the next seed."""
+    folds = one_step.FOLDS if config.protocol == "one-step" else len(FOLDS)
+    return tuple(ScorerRun(seed, fold, folds) for seed in config.seeds for fold in range(folds))
 
 
 def require_fold_sizes(prompt_ids_P: Sequence[str], run: ScorerRun, fewest: int) -> None:
     """Refuse a fold of fewer than `fewest` prompts; pairs of one prompt are not independent of each other.
 
     Raises:
-        DataError: `run` would measure such a fold; or there are too few prompts to halve.
+        DataError: `run` would measure such a fold; or there are fewer prompts than folds.
     """
     held_out = split_pairs(prompt_ids_P, run).held_out
     prompts = len({prompt_ids_P[row] for row in held_out})
@@ -54,13 +58,13 @@ def require_fold_sizes(prompt_ids_P: Sequence[str], run: ScorerRun, fewest: int)
 
 
 def split_pairs(prompt_ids_P: Sequence[str], run: ScorerRun) -> Split:
-    """The halves of `run`: no prompt has pairs in both.
+    """The pairs outside the fold of `run`, and those in it: no prompt has pairs in both.
 
     Raises:
-        DataError: there are too few prompts to halve.
+        DataError: there are fewer prompts than folds.
     """
     try:
-        folds_P = assign_folds(prompt_ids_P, seed=run.seed)
+        folds_P = assign_folds(prompt_ids_P, seed=run.seed, folds=run.folds)
     except ValueError as error:
         raise DataError(f"{error}; give more pairs") from error
     return Split(np.flatnonzero(folds_P != run.fold), np.flatnonzero(folds_P == run.fold))

@@ -46,19 +46,18 @@ def publish_reference(
     pad_token_id: int,
     autocast_dtype: torch.dtype | None,
 ) -> None:
-    """Compute the reference's log-probs of all pairs and publish them as float32.
+    """Compute the reference's log-probs of all pairs and publish them (see `publish_logps`).
 
     `model` is the starting policy as loaded; it is moved to this process's device and given TRL's
-    fused head. Pairs whose log-probs are not finite are set aside (see `nonfinite`): without
-    a reference they have no loss, so nothing is trained on them or measured of them.
+    fused head.
 
     Raises:
-        ModelError: a token that the model has no row for. As `require_finite_start`.
-        RecordsError: more than 1% of the pairs are not finite.
+        ModelError: as `require_embedded` and `require_finite_start`.
+        RecordsError: as `publish_logps`.
     """
     add_fused_lm_head(model)
     model.to(this_process().device)
-    _require_embedded(model, tokens)
+    require_embedded(model, tokens)
     require_finite_start(model, tokens, pad_token_id=pad_token_id, autocast_dtype=autocast_dtype)
     logps = pair_logps(
         model,
@@ -68,6 +67,18 @@ def publish_reference(
         autocast_dtype=autocast_dtype,
         what="reference",
     )
+    publish_logps(folder, key=key, logps=logps, tokens=tokens)
+
+
+def publish_logps(folder: Path, *, key: str, logps: PairLogps, tokens: Dataset) -> None:
+    """Publish the reference's log-probs of `tokens` as float32.
+
+    Pairs whose log-probs are not finite are set aside (see `nonfinite`): without a reference they have no
+    loss, so nothing is trained on them or measured of them.
+
+    Raises:
+        RecordsError: more than 1% of the pairs are not finite.
+    """
     quarantined = _not_finite(logps, tokens)
     require_few(
         quarantined,
@@ -87,7 +98,8 @@ def publish_reference(
         write_quarantine(partial, quarantined, pairs=len(tokens))
 
 
-def _require_embedded(model: Any, tokens: Dataset) -> None:
+def require_embedded(model: Any, tokens: Dataset) -> None:
+    """Raise `ModelError` where the model has no row for a token of the pairs, which are named."""
     rows, table = model.get_input_embeddings().weight.shape[0], tokens.with_format("arrow")[:]
     beyond: set[int] = set()
     for name in ("prompt_ids", "chosen_ids", "rejected_ids"):

@@ -40,6 +40,7 @@ from selective_dpo.data.templates import template_digest
 from selective_dpo.data.tokenize import tokenizer_digest
 from selective_dpo.difficulty.protocols import ScorerRun, planned_runs
 from selective_dpo.difficulty.scorer import RECORDS, ScorerJob
+from selective_dpo.difficulty.step_scorers import GradientJob, OneStepJob
 from selective_dpo.distributed.processes import this_process
 from selective_dpo.errors import ArtifactError, RunChangedError, name_some
 from selective_dpo.evaluation.generate import Prompt
@@ -185,11 +186,13 @@ def reference_block(run: Run) -> ScoreConfig | TrainConfig:
 # Scorers, and the certificate of their stability.
 
 
-def scorer_job(run: Run, scorer: ScorerRun) -> ScorerJob:
+def scorer_job(run: Run, scorer: ScorerRun) -> ScorerJob | OneStepJob:
     """One scorer's work and key. `ArtifactError` while pairs or reference are not complete."""
     recipe = run.recipe
+    if recipe.score.protocol == "one-step":
+        return one_step_job(run, scorer)
     # Not which scorers there are: adding one must not throw away the others' records.
-    which = {"protocol", "seeds", "target_overlap", "min_fold_prompts"}
+    which = {"protocol", "seeds", "splits", "gradient_pairs", "target_overlap", "min_fold_prompts"}
     settings = recipe.score.model_dump(mode="json", exclude=which)
     key = content_key(
         stage="records",
@@ -208,7 +211,33 @@ def scorer_job(run: Run, scorer: ScorerRun) -> ScorerJob:
     )
 
 
-def record_digests(jobs: Sequence[ScorerJob]) -> dict[str, str]:
+def gradient_job(run: Run, seed: int) -> GradientJob:
+    """The gradient pass of one split. `ArtifactError` while the pairs are not complete."""
+    recipe = run.recipe
+    key = content_key(
+        stage="gradients",
+        seed=seed,
+        score=recipe.score.model_dump(
+            mode="json", include={"lora", "trainer", "gradient_pairs", "tokens_per_batch", "keep_scorers"}
+        ),
+        max_length=recipe.data.max_length,
+        **_model_key(run, recipe.score),
+        tokens=read_manifest(run.folder.pairs).files[TOKENS],
+    )
+    return GradientJob(recipe, seed, run.folder.pairs, run.folder.checkpoints(f"one-step-{seed}"), key)
+
+
+def one_step_job(run: Run, scorer: ScorerRun) -> OneStepJob:
+    """One fold's work and key. `ArtifactError` while pairs or reference are not complete."""
+    gradients = gradient_job(run, scorer.seed)
+    reference = read_manifest(run.folder.reference).files
+    key = content_key(
+        stage="one-step records", gradients=gradients.key, fold=scorer.fold, reference=reference
+    )
+    return OneStepJob(gradients, scorer, run.folder.reference, run.folder.scores(scorer), key)
+
+
+def record_digests(jobs: Sequence[ScorerJob | OneStepJob]) -> dict[str, str]:
     """SHA-256 of the records of each finished scorer, by its name."""
     return {job.run.name: read_manifest(job.folder).files[RECORDS] for job in jobs}
 

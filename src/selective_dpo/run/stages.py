@@ -37,6 +37,7 @@ from selective_dpo.data.store import TOKENS, load_ids, load_summary, load_tokens
 from selective_dpo.difficulty.held_out import evaluation_steps
 from selective_dpo.difficulty.protocols import ScorerRun, planned_runs, require_fold_sizes, split_pairs
 from selective_dpo.difficulty.scorer import COST, ScorerJob, collect_losses, run_scorer
+from selective_dpo.difficulty.step_scorers import OneStepJob, gradient_pass, run_step_scorer
 from selective_dpo.distributed.processes import (
     making,
     publish_from_main,
@@ -62,6 +63,7 @@ from selective_dpo.logprobs.nonfinite import read_quarantine
 from selective_dpo.logprobs.padded import part_lengths
 from selective_dpo.logprobs.reference import (
     load_reference,
+    publish_logps,
     publish_reference,
     require_finite_reference,
     without_quarantined,
@@ -76,6 +78,7 @@ from selective_dpo.run.keys import (
     curriculum_key,
     evaluation_key,
     excluded_prompts,
+    gradient_job,
     has_curriculum,
     imported_inputs,
     input_digests,
@@ -338,7 +341,8 @@ def _require_enough_pairs(run: Run) -> None:
     prompt_ids = pq.read_table(run.folder.pairs / TOKENS, columns=["prompt_id"])["prompt_id"].to_pylist()
     for scorer in run.scorer_runs:
         require_fold_sizes(prompt_ids, scorer, run.recipe.score.min_fold_prompts)
-        scorer_steps(run.recipe, scorer, len(split_pairs(prompt_ids, scorer).train), processes)
+        if run.recipe.score.protocol != "one-step":
+            scorer_steps(run.recipe, scorer, len(split_pairs(prompt_ids, scorer).train), processes)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -358,6 +362,11 @@ def _reference(run: Run, pairs: Path, folder: Path) -> Result:
 
     def make() -> None:
         tokens = load_tokens(pairs)
+        if recipe.score.protocol == "one-step" and pairs == run.folder.pairs and not recipe.curriculum:
+            # The forward passes that the gradients need anyway.
+            logps = gradient_pass(gradient_job(run, run.scorer_runs[0].seed))
+            publish_logps(folder, key=key, logps=logps, tokens=tokens)
+            return
         trained = trained_ids(run) if pairs == run.folder.pairs else None
         if trained is not None:
             tokens = tokens.select(positions_of(trained, list(tokens["pair_id"]), what="reference"))
@@ -396,25 +405,27 @@ def _scores(run: Run) -> Iterator[Sequence[Result]]:
     certified = run.recipe.score.protocol == "certified"
     for scorers in scorers_until_stable(run) if certified else [planned_runs(run.recipe.score)]:
         yield scorer_results(run, scorers)
+    if run.recipe.score.protocol == "one-step" and this_process().is_main_process:
+        for scorer in run.scorer_runs:
+            discard_checkpoints(gradient_job(run, scorer.seed).work)
 
 
 def scorer_results(run: Run, scorers: Sequence[ScorerRun]) -> list[Result]:
     """The records of these scorers; the reference is complete."""
-    jobs = [scorer_job(run, scorer) for scorer in scorers]
-    return [
-        Result(
-            job.run.name,
-            job.folder,
-            job.key,
-            partial(run_scorer, job),
-            partial(_measured, job),
-            job.checkpoints,
-        )
-        for job in jobs
-    ]
+    results = []
+    for job in (scorer_job(run, scorer) for scorer in scorers):
+        describe = partial(_measured, job)
+        if isinstance(job, OneStepJob):
+            made = Result(job.run.name, job.folder, job.key, partial(run_step_scorer, job), describe)
+        else:
+            made = Result(
+                job.run.name, job.folder, job.key, partial(run_scorer, job), describe, job.checkpoints
+            )
+        results.append(made)
+    return results
 
 
-def _measured(job: ScorerJob) -> str:
+def _measured(job: ScorerJob | OneStepJob) -> str:
     cost = read_json(job.folder / COST)
     return (
         f"{job.run.name}: {cost['train_pairs']:,} pairs trained, {cost['held_out_pairs']:,} measured "
