@@ -165,8 +165,8 @@ class StepScorer:
             # Of an adapter's two matrices one is zero, so that the other one's gradient is.
             if ".lora_A." in name or ".lora_embedding_B." in name:
                 weight.requires_grad_(False)
-        self._weights = [weight for weight in self.model.parameters() if weight.requires_grad]
-        self._start_W = self._flat([weight.detach() for weight in self._weights])
+        self.weights = [weight for weight in self.model.parameters() if weight.requires_grad]
+        self.start_W = self._flat([weight.detach() for weight in self.weights])
         self._slopes_P2 = torch.from_numpy(one_step.loss_slopes(self.tokens_P2, self._settings)).float()
 
     def require_computable(self) -> None:
@@ -191,7 +191,7 @@ class StepScorer:
         """
         process, ids = this_process(), np.asarray(self.tokens["pair_id"])
         logps_P2, done_P = np.zeros((len(ids), 2)), np.zeros(len(ids), dtype=np.bool_)
-        sums = GradientSums(torch.zeros_like(self._start_W), torch.zeros_like(self._start_W), 0, 0)
+        sums = GradientSums(torch.zeros_like(self.start_W), torch.zeros_like(self.start_W), 0, 0)
         with log_probs_only(self.model), self._autocast():
             self.model.eval()
             with torch.no_grad():
@@ -223,7 +223,7 @@ class StepScorer:
         self, plan: RowPlan, budget: Budget, pairs: NDArray[np.int64], logps_P2: NDArray[np.float64]
     ) -> Tensor:
         """Sum of the gradients of the pairs' losses: [W]."""
-        total_W = torch.zeros_like(self._start_W)
+        total_W = torch.zeros_like(self.start_W)
 
         def add(batch: NDArray[np.int64]) -> None:
             rows = pairs[batch]
@@ -235,7 +235,7 @@ class StepScorer:
                     add(batch[is_finite])
                 return
             loss = (logps_B2 * self._slopes_P2[rows].to(logps_B2.device)).sum()
-            found = torch.autograd.grad(loss, self._weights, allow_unused=True, materialize_grads=True)
+            found = torch.autograd.grad(loss, self.weights, allow_unused=True, materialize_grads=True)
             total_W.add_(self._flat(found))
 
         lengths_P = plan.lengths_P[pairs]
@@ -258,16 +258,16 @@ class StepScorer:
     @contextlib.contextmanager
     def moved(self, step_W: NDArray[np.float32]) -> Iterator[None]:
         """Inside, the model's weights are moved by `step_W`."""
-        self._set(self._start_W + torch.from_numpy(step_W).to(self._start_W.device))
+        self._set(self.start_W + torch.from_numpy(step_W).to(self.start_W.device))
         try:
             yield
         finally:
-            self._set(self._start_W)
+            self._set(self.start_W)
 
     def _set(self, values_W: Tensor) -> None:
         with torch.no_grad():
-            parts = torch.split(values_W, [weight.numel() for weight in self._weights])
-            for weight, part in zip(self._weights, parts, strict=True):
+            parts = torch.split(values_W, [weight.numel() for weight in self.weights])
+            for weight, part in zip(self.weights, parts, strict=True):
                 weight.copy_(part.view_as(weight))
 
     def _flat(self, parts: Sequence[Tensor]) -> Tensor:
