@@ -12,6 +12,8 @@ from protocol_trl import HeldOut
 from selective_dpo.curriculum.agreement import agreement
 from selective_dpo.curriculum.records import LossTable, Records
 from selective_dpo.curriculum.select import Rule
+from selective_dpo.identity import positions_of
+from selective_dpo.logprobs.compute import PairLogps
 
 COMPARED = ("spearman", "overlap")
 
@@ -44,6 +46,13 @@ def compare(ours: Records, theirs: Sequence[HeldOut]) -> Difference:
         raise SystemExit("no loss was measured by both sides")
     kept_wrongly = max(abs(float(each.loss_P.mean()) - each.mean_loss) for each in theirs)
     return Difference(max(*differences, kept_wrongly), len(differences))
+
+
+def compare_reference(one: PairLogps, other: PairLogps) -> Difference:
+    """Two tables of the reference's log-probs, joined by pair: where no loss is measured by both sides."""
+    at = positions_of(one.pair_ids, other.pair_ids, what="reference log-probs")
+    differences = [one.chosen_P - other.chosen_P[at], one.rejected_P - other.rejected_P[at]]
+    return Difference(float(np.abs(differences).max()), 2 * len(one.pair_ids))
 
 
 def agreement_with(paper: LossTable, other: LossTable) -> dict[str, Any]:

@@ -16,14 +16,18 @@ from unittest import mock
 from datasets import Dataset
 
 import selective_dpo.difficulty.scorer
+import selective_dpo.difficulty.step_scorers
 import selective_dpo.run.stages
 import selective_dpo.training.train
 from protocol_pairs import Start
 from selective_dpo.config.load import make_recipe
+from selective_dpo.config.schema import ONE_STEP_OPTIONS
 from selective_dpo.curriculum.records import LossTable, Records
 from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.data.store import load_tokens
 from selective_dpo.difficulty.scorer import collect_losses, collect_records
+from selective_dpo.logprobs.compute import PairLogps
+from selective_dpo.logprobs.reference import load_reference
 from selective_dpo.run import run as verbs
 from selective_dpo.run.keys import Run
 from selective_dpo.run.stages import bring_up
@@ -31,8 +35,15 @@ from selective_dpo.storage.artifacts import read_json
 from selective_dpo.training.batching import TOKEN_COLUMNS
 from workload import MAX_LENGTH
 
-PROTOCOLS = ("paper", "certified", "fast")
-LOADERS = (selective_dpo.run.stages, selective_dpo.difficulty.scorer, selective_dpo.training.train)
+PROTOCOLS = ("paper", "certified", "fast", "one-step")
+CHEAP = ("fast", "one-step")
+"""Protocols whose whole Selective DPO is compared with an epoch on all pairs."""
+LOADERS = (
+    selective_dpo.run.stages,
+    selective_dpo.difficulty.scorer,
+    selective_dpo.difficulty.step_scorers,
+    selective_dpo.training.train,
+)
 """Modules that load the starting policy."""
 
 
@@ -52,15 +63,16 @@ class Ours:
             # Nor does the other side save any.
             "launch": {"checkpoint_minutes": 0},
         }
-        scoring = {"trainer": settings, "lora": lora}
-        recipes: dict[str, dict[str, Any]] = {
-            name: {"score": {"protocol": name, **scoring}} for name in PROTOCOLS
-        }
+        scoring = {name: {"protocol": name, "trainer": settings, "lora": lora} for name in PROTOCOLS}
+        one_step = {name: value for name, value in settings.items() if name in ONE_STEP_OPTIONS}
+        scoring["one-step"]["trainer"] = one_step
+        recipes: dict[str, dict[str, Any]] = {name: {"score": scoring[name]} for name in PROTOCOLS}
         # Of so few pairs the interval is wide, and more seeds would be asked for than of thousands.
         recipes["certified"]["score"]["seeds"] = [41, 42]
         for name, train_lora in self.trainings.items():
             train = {"trainer": settings, "lora": train_lora}
-            recipes[_training(name)] = {"score": {"protocol": "fast", **scoring}, "train": train}
+            for protocol in CHEAP:
+                recipes[_training(protocol, name)] = {"score": scoring[protocol], "train": train}
         self._recipes = {
             name: make_recipe({"name": name, **everything, **given}) for name, given in recipes.items()
         }
@@ -76,9 +88,9 @@ class Ours:
         with self._anew(name) as run:
             verbs.score(run)
 
-    def train(self, name: str) -> None:
-        """The reference, the scorers of `fast`, the curriculum, and the policy on the easy half."""
-        with self._anew(_training(name)) as run:
+    def train(self, protocol: str, name: str) -> None:
+        """The reference, the scorers of a protocol, the curriculum, and the policy on the easy half."""
+        with self._anew(_training(protocol, name)) as run:
             verbs.train(run)
 
     def run(self, name: str) -> Run:
@@ -95,14 +107,18 @@ class Ours:
         run = self.run(name)
         return collect_losses([run.folder.scores(scorer) for scorer in run.scorer_runs])
 
+    def reference(self, name: str) -> PairLogps:
+        """The reference's log-probs."""
+        return load_reference(self.run(name).folder.reference)
+
     def certificate(self) -> dict[str, Any]:
         """How many seeds `certified` took, and what was predicted."""
         found = read_json(self.run("certified").folder.certificate)
         return {name: found[name] for name in ("seeds", "target", "reached", "prediction")}
 
-    def selected_tokens(self, name: str) -> float:
+    def selected_tokens(self, protocol: str, name: str) -> float:
         """Share of all tokens that the pairs hold on which the policy was trained."""
-        run = self.run(_training(name))
+        run = self.run(_training(protocol, name))
         table = Curriculum.load(run.folder.curriculum).table
         selected = set(table.filter(table["selected"])["pair_id"].to_pylist())
         tokens = {
@@ -130,5 +146,5 @@ class Ours:
             yield run
 
 
-def _training(name: str) -> str:
-    return f"selective-{name}"
+def _training(protocol: str, name: str) -> str:
+    return f"selective-{protocol}-{name}"

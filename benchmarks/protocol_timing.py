@@ -62,13 +62,16 @@ class Amounts(NamedTuple):
         cost = FORWARD + seeds * (TRAINING + evaluations * FORWARD)
         return Work(passes * self.plain, cost * self.weights * self.shared)
 
+    def one_step(self) -> Work:
+        """One pass with gradients, which is the reference, too, and one forward pass."""
+        return Work(2 * self.shared, (TRAINING + FORWARD) * self.weights * self.shared)
+
     def epoch(self) -> Work:
         """Training on all pairs, the reference live; of adapters."""
         return Work(self.plain, (TRAINING + FORWARD) * self.weights * self.plain)
 
-    def selective(self, seeds: int, evaluations: int) -> Work:
+    def selective(self, scoring: Work) -> Work:
         """A protocol, and training on half of the pairs: on half of the tokens, since which half is open."""
-        scoring = self.protocol(seeds, evaluations)
         training = TRAINING * self.weights * self.shared // 2
         return Work(scoring.tokens + self.plain // 2, scoring.flops + training)
 

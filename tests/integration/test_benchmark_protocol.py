@@ -29,8 +29,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 
 def test_every_comparison_is_there_and_has_the_fields(results: Results) -> None:
-    protocols = {"protocol paper", "protocol certified", "protocol fast"}
-    assert set(results) == protocols | {"selective lora", "selective full"}
+    protocols = {"protocol paper", "protocol certified", "protocol fast", "protocol one-step"}
+    fast, one_step = ({f"selective {each}{name}" for name in ("lora", "full")} for each in ("", "one-step "))
+    assert set(results) == protocols | fast | one_step
     for each in results.values():
         assert set(each) == FIELDS
         assert each["rounds"] == 1
@@ -44,6 +45,8 @@ def test_both_sides_measured_the_same_losses(results: Results) -> None:
     compared = {name: each["details"]["losses_compared"] for name, each in results.items()}
     assert compared["protocol paper"] == 20 * 3 * 5
     assert compared["protocol fast"] == 20 * 1 * 2
+    # Of `one-step` the reference's log-probs are compared: of both completions of each pair.
+    assert compared["protocol one-step"] == 20 * 2
     # `certified` takes 2 to 6 seeds, of which theirs has the first three.
     seeds = results["protocol certified"]["details"]["seeds"]
     assert seeds == list(range(41, 41 + len(seeds)))
@@ -54,14 +57,14 @@ def test_both_sides_measured_the_same_losses(results: Results) -> None:
 
 def test_what_cheaper_protocols_keep_has_intervals(results: Results) -> None:
     assert "agreement" not in results["protocol paper"]["details"]
-    for name in ("protocol fast", "protocol certified"):
+    for name in ("protocol fast", "protocol certified", "protocol one-step"):
         for estimate in results[name]["details"]["agreement"]["paper"].values():
             assert estimate["low"] <= estimate["value"] <= estimate["high"]
     assert results["protocol certified"]["details"]["certificate"]["seeds"] >= 2
 
 
 def test_selective_dpo_is_given_as_a_share_of_an_epoch(results: Results) -> None:
-    for name in ("selective lora", "selective full"):
+    for name in ("selective lora", "selective full", "selective one-step lora", "selective one-step full"):
         (seconds,) = results[name]["details"]["seconds"]
         assert results[name]["ratio_median"] == pytest.approx(seconds["ours"] / seconds["theirs"])
         assert 0 < results[name]["details"]["selected_tokens"] < 1

@@ -46,7 +46,6 @@ def one_step_recipe(inputs: Path, name: str, *, pairs: str = "pairs.jsonl", **bl
     base = tiny_recipe(inputs, name=name).model_dump(mode="json")
     block = {
         "protocol": "one-step",
-        "min_fold_prompts": 1,
         "lora": LORA,
         "trainer": {"beta": 0.1, "bf16": False, "activation_checkpointing": False},
         "tokens_per_batch": 512,
@@ -297,15 +296,22 @@ def test_kept_scorers_give_the_log_ratios_that_were_measured(inputs: Path) -> No
         ({"lora": {**LORA, "init_lora_weights": False}}, "an adapter that starts as none"),
         ({"protocol": "fast", "splits": 2}, "splits works only with protocol 'one-step'"),
         ({"protocol": "fast", "gradient_pairs": 5}, "gradient_pairs works only with protocol 'one-step'"),
-        ({"min_fold_prompts": 5}, "fewer than score.min_fold_prompts = 5"),
+        ({"min_fold_prompts": 6}, "min_fold_prompts has no effect with protocol 'one-step'"),
     ],
 )
-def test_options_without_effect_and_too_little_data_are_refused(
+def test_options_without_effect_are_refused(
     inputs: Path, tmp_path: Path, block: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     raw = json.loads(one_step_recipe(inputs, "refused").model_dump_json(exclude_defaults=True))
-    raw["score"] = {"protocol": "one-step", "min_fold_prompts": 1, **block}
+    raw["score"] = {"protocol": "one-step", **block}
     raw["output_dir"] = str(tmp_path / "runs")
     (tmp_path / "recipe.json").write_text(json.dumps(raw), "utf-8")
     assert main(["score", str(tmp_path / "recipe.json")]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_fewer_prompts_than_folds_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_pairs_file(tmp_path / "pairs.jsonl", 20, prompts=7)
+    recipe = one_step_recipe(tmp_path, "few")
+    assert main(["score", str(recipe_file(recipe, tmp_path / "few.yaml"))]) == 2
+    assert "cannot split 7 prompt(s) into 8 folds" in capsys.readouterr().err

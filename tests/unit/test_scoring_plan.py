@@ -46,6 +46,6 @@ def test_a_fold_of_too_few_prompts_is_refused_however_many_pairs_it_has() -> Non
 
 def test_too_few_prompts_are_the_users_to_mend() -> None:
     with pytest.raises(
-        DataError, match=r"cannot halve 1 prompt\(s\): at least two are needed; give more pairs"
+        DataError, match=r"cannot split 1 prompt\(s\) into 2 folds: one each is needed; give more pairs"
     ):
         split_pairs(["a", "a"], ScorerRun(41, 0))

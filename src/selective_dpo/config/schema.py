@@ -251,6 +251,8 @@ class ScoreConfig(Block):
                 "protocol 'one-step' measures each pair once a split: give splits, and leave seeds and "
                 "evaluations out"
             )
+        if self.min_fold_prompts != type(self).model_fields["min_fold_prompts"].default:
+            raise ValueError("min_fold_prompts has no effect with protocol 'one-step': leave it out")
         if unread := sorted(set(self.trainer) - ONE_STEP_OPTIONS):
             raise ValueError(
                 f"trainer.{unread[0]} has no effect with protocol 'one-step', which trains no scorer: leave "

@@ -340,8 +340,10 @@ def _require_enough_pairs(run: Run) -> None:
     processes = max(run.recipe.launch.processes, this_process().num_processes)
     prompt_ids = pq.read_table(run.folder.pairs / TOKENS, columns=["prompt_id"])["prompt_id"].to_pylist()
     for scorer in run.scorer_runs:
-        require_fold_sizes(prompt_ids, scorer, run.recipe.score.min_fold_prompts)
-        if run.recipe.score.protocol != "one-step":
+        if run.recipe.score.protocol == "one-step":
+            split_pairs(prompt_ids, scorer)
+        else:
+            require_fold_sizes(prompt_ids, scorer, run.recipe.score.min_fold_prompts)
             scorer_steps(run.recipe, scorer, len(split_pairs(prompt_ids, scorer).train), processes)
 
 
