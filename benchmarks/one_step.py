@@ -30,6 +30,10 @@ from selective_dpo.distributed.workers import run_in_workers
 from selective_dpo.storage.artifacts import read_json, write_json
 
 PROTOCOLS = ("paper", "fast", "one-step")
+CALIBRATED = {
+    "fresh": "a fresh label of the same annotator contradicts the pair's",
+    "flipped": "the label contradicts the truth, ties left out",
+}
 
 
 def main() -> None:
@@ -81,16 +85,15 @@ def summarize(worlds: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "spread_between_orders": float(np.sqrt(np.mean(np.square(by_order)))),
         "away": _means(worlds, "away"),
         "sizes": _means(worlds, "sizes"),
-        "calibration": {
-            name: np.mean([world["calibration"][name] for world in worlds], axis=0).tolist()
-            for name in ("predicted", "observed")
-        }
-        | {
-            name: _mean([world["calibration"][name] for world in worlds])
-            for name in ("brier", "brier_of_constant")
-        },
+        "calibration": {name: _calibration(worlds, name) for name in ("fresh", "flipped")},
         "per_world": list(worlds),
     }
+
+
+def _calibration(worlds: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
+    found = [world["calibration"][name] for world in worlds]
+    bins = {key: np.mean([each[key] for each in found], axis=0).tolist() for key in ("predicted", "observed")}
+    return bins | {key: _mean(each[key] for each in found) for key in ("brier", "brier_of_constant")}
 
 
 def _means(worlds: Sequence[dict[str, Any]], part: str) -> dict[str, Any]:
@@ -123,12 +126,12 @@ def as_text(summary: dict[str, Any]) -> str:
     lines += [f"  standard deviation between orders: {summary['spread_between_orders']:.3f}", ""]
     lines += _table(summary["away"], "scorers trained otherwise")
     lines += _table(summary["sizes"], "few pairs: Spearman of two splits, of two seeds")
-    calibration = summary["calibration"]
-    lines.append("p_wrong by tenths: predicted, and observed share of flipped labels, ties left out")
-    both = zip(calibration["predicted"], calibration["observed"], strict=True)
-    lines += [f"  {predicted:.3f} {observed:.3f}" for predicted, observed in both]
-    brier = (_show(calibration[name]) for name in ("brier", "brier_of_constant"))
-    lines.append("Brier score {}, a constant's {}".format(*brier))
+    for name, found in summary["calibration"].items():
+        lines.append(f"p_wrong by tenths, predicted and true: {CALIBRATED[name]}")
+        both = zip(found["predicted"], found["observed"], strict=True)
+        lines += [f"  {predicted:.3f} {observed:.3f}" for predicted, observed in both]
+        errors = (_show(found[key]) for key in ("brier", "brier_of_constant"))
+        lines.append("  mean squared error {}, a constant's {}".format(*errors))
     return "\n".join(lines)
 
 

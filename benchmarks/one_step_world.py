@@ -24,7 +24,7 @@ from selective_dpo.run.run import open_run, score
 from selective_dpo.run.stages import bring_up
 from selective_dpo.storage.artifacts import content_key, read_json, write_json
 from selective_dpo.worlds.recipe import SCORE_TRAINER, world_recipe
-from selective_dpo.worlds.world import World, build_world
+from selective_dpo.worlds.world import PairsConfig, World, build_world
 
 SEEDS, FRESH = (41, 42, 43), (44, 45)
 """Of the protocol `paper`, and of the scorers that no protocol has seen."""
@@ -61,7 +61,7 @@ class WorldJob(NamedTuple):
 
 def measure_world(job: WorldJob) -> None:
     """Build the world, score it in every way, train and judge the arms; a complete result is kept."""
-    key = content_key(seed=job.seed, orders=job.orders, version=1)
+    key = content_key(seed=job.seed, orders=job.orders, version=2)
     if job.result.is_file() and read_json(job.result)["key"] == key:
         return
     quieten_libraries()
@@ -105,9 +105,11 @@ class _Measured:
         }
         truth = pq.read_table(world.truth)
         at = positions_of(self.pair_ids, truth["pair_id"].to_pylist(), what="truth")
-        self.flipped_P, self.tie_P = (
-            truth[name].to_numpy(zero_copy_only=False)[at] for name in ("flipped", "tie")
+        self.flipped_P, self.tie_P, chosen_P, rejected_P = (
+            truth[name].to_numpy(zero_copy_only=False)[at]
+            for name in ("flipped", "tie", "reward_chosen", "reward_rejected")
         )
+        self._reward_gap_P = chosen_P - rejected_P
 
     def _run(self, name: str, block: Mapping[str, Any], controls: dict[str, Any], **data: Any) -> Run:
         base = world_recipe(self._world, name=name, output_dir=self._job.folder, controls=controls)
@@ -149,19 +151,20 @@ class _Measured:
         return found
 
     def calibration(self) -> dict[str, Any]:
-        """sigmoid(-margin) of one-step as the probability of a wrong label, where a label can be wrong."""
+        """sigmoid(-margin) of one-step as a probability, pairs by tenths of it.
+
+        `fresh`: how likely a fresh label of the world's annotator contradicts the pair's. `flipped`: how often
+        the label contradicts the truth, ties left out.
+        """
         run = self._one_step
         records = collect_records([run.folder.scores(scorer) for scorer in run.scorer_runs])
         at = positions_of(self.pair_ids, records.pair_id.tolist(), what="records")
-        wrong_P, kept_P = self.flipped_P.astype(float), ~self.tie_P
         p_P = 1 / (1 + np.exp(records.margin[at]))
-        p_N, wrong_N = p_P[kept_P], wrong_P[kept_P]
-        bins = np.array_split(np.argsort(p_N, kind="stable"), BINS)
+        fresh_P = 1 / (1 + np.exp(self._reward_gap_P / PairsConfig().annotator_temperature))
+        kept_P = ~self.tie_P
         return {
-            "predicted": [float(p_N[rows].mean()) for rows in bins],
-            "observed": [float(wrong_N[rows].mean()) for rows in bins],
-            "brier": float(np.mean((p_N - wrong_N) ** 2)),
-            "brier_of_constant": float(wrong_N.mean() * (1 - wrong_N.mean())),
+            "fresh": _reliability(p_P, fresh_P),
+            "flipped": _reliability(p_P[kept_P], self.flipped_P[kept_P].astype(float)),
         }
 
     def away(self) -> dict[str, dict[str, float]]:
@@ -224,6 +227,17 @@ class _Measured:
                     label = f"{name} {kind}" if kind in ("order", "easiest, sorted") else kind
                     found.setdefault(label.replace(" order", ""), []).append(arm.win_rate.value)
         return found
+
+
+def _reliability(p_N: NDArray[np.float64], truth_N: NDArray[np.float64]) -> dict[str, Any]:
+    """Predicted and true probabilities by tenths, and the mean squared error (Brier score, for outcomes)."""
+    bins = np.array_split(np.argsort(p_N, kind="stable"), BINS)
+    return {
+        "predicted": [float(p_N[rows].mean()) for rows in bins],
+        "observed": [float(truth_N[rows].mean()) for rows in bins],
+        "brier": float(np.mean((p_N - truth_N) ** 2)),
+        "brier_of_constant": float(np.var(truth_N)),
+    }
 
 
 def _trained(**block: Any) -> dict[str, Any]:

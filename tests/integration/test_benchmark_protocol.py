@@ -13,7 +13,7 @@ import pytest
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "protocol.py"
 SMALL = ["--pairs", "20", "--longest", "24", "--width", "16", "--batch", "2", "--accumulation", "1"]
-SMALL += ["--rounds", "1", "--threads", "1", "--epoch-pairs", "20", "--trainings", "lora", "full"]
+SMALL += ["--rounds", "1", "--threads", "1", "--epoch-pairs", "20", "--trainings", "lora"]
 FIELDS = {"name", "ratio_median", "ratio_min", "ratio_max", "rounds", "max_abs_diff", "details"}
 
 Results = dict[str, dict[str, Any]]
@@ -30,8 +30,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 def test_every_comparison_is_there_and_has_the_fields(results: Results) -> None:
     protocols = {"protocol paper", "protocol certified", "protocol fast", "protocol one-step"}
-    fast, one_step = ({f"selective {each}{name}" for name in ("lora", "full")} for each in ("", "one-step "))
-    assert set(results) == protocols | fast | one_step
+    assert set(results) == protocols | {"selective lora", "selective one-step lora"}
     for each in results.values():
         assert set(each) == FIELDS
         assert each["rounds"] == 1
@@ -64,7 +63,7 @@ def test_what_cheaper_protocols_keep_has_intervals(results: Results) -> None:
 
 
 def test_selective_dpo_is_given_as_a_share_of_an_epoch(results: Results) -> None:
-    for name in ("selective lora", "selective full", "selective one-step lora", "selective one-step full"):
+    for name in ("selective lora", "selective one-step lora"):
         (seconds,) = results[name]["details"]["seconds"]
         assert results[name]["ratio_median"] == pytest.approx(seconds["ours"] / seconds["theirs"])
         assert 0 < results[name]["details"]["selected_tokens"] < 1
