@@ -153,7 +153,7 @@ class _Measured:
     def calibration(self) -> dict[str, Any]:
         """sigmoid(-margin) of one-step as a probability, pairs by tenths of it.
 
-        `fresh`: how likely a fresh label of the world's annotator contradicts the pair's. `flipped`: how often
+        `fresh`: how likely a fresh label of the annotator contradicts the pair's. `flipped`: how often
         the label contradicts the truth, ties left out.
         """
         run = self._one_step
