@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,6 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from trl import DPOTrainer
 
-from selective_dpo.distributed.launch import launch_command
 from selective_dpo.errors import ConfigError
 from selective_dpo.logprobs.packed import row_outputs
 from selective_dpo.losses import LOSSES
@@ -27,6 +24,7 @@ from selective_dpo.training import batching
 from selective_dpo.training.batching import PAIRS, PairCollator, weigh_equally
 from selective_dpo.training.trainer import PairTrainer, has_reference
 from tests.fixtures.families import FAMILIES, tiny_family
+from tests.fixtures.fork_server import ForkServer
 from tests.fixtures.models import tiny_model_folder
 from tests.fixtures.processes import make_trainer, trained_weights
 from tests.fixtures.tokenizers import byte_tokenizer
@@ -402,7 +400,9 @@ def test_attention_that_a_cpu_cannot_train_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_that_share_rows_train_as_one_with_padded_rows(tmp_path: Path) -> None:
+def test_two_processes_that_share_rows_train_as_one_with_padded_rows(
+    tmp_path: Path, server: ForkServer
+) -> None:
     # 13 pairs, updates of 8: two processes deal rounds of 2 + 2, and the last update blanks three pairs.
     rows = text_rows(13)
     tiny_model_folder(tmp_path / "model")
@@ -418,12 +418,8 @@ def test_two_processes_that_share_rows_train_as_one_with_padded_rows(tmp_path: P
         "loss_weights": [1.0, 0.01],
     }
     two = {**every, "path": "shared", "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-    command, environment = launch_command(2)
-    arguments = ["-m", "tests.fixtures.processes", str(tmp_path), json.dumps(two)]
-    root = Path(__file__).resolve().parents[2]
-    subprocess.run(
-        [*command, *arguments], cwd=root, env={**os.environ, **environment}, check=True, timeout=300
-    )
+    ended = server.run_ranks(2, "-m", "tests.fixtures.processes", tmp_path, json.dumps(two))
+    assert [each.code for each in ended] == [0, 0], ended
     # Several rows a batch on the one side, and on the other all pairs of an update in one.
     one = make_trainer(tmp_path, {**every, "path": "padded", "per_device_train_batch_size": 8})
     before = {name: weight.clone() for name, weight in trained_weights(one).items()}

@@ -44,7 +44,13 @@ def test_a_run_of_every_stage_killed_ten_times_ends_as_an_undisturbed_one(
     write, flush or rename, and ends with the same bytes as one that nobody killed."""
     world = load_world(finished_demo / "world")
     recipe = world_recipe(world, name="demo", output_dir=tmp_path / "runs")
-    recipe = recipe.model_copy(update={"launch": LaunchConfig(checkpoint_steps=2)})
+    settings = {**recipe.train.trainer, "num_train_epochs": 1}
+    recipe = recipe.model_copy(
+        update={
+            "launch": LaunchConfig(checkpoint_steps=2),
+            "train": recipe.train.model_copy(update={"trainer": settings}),
+        }
+    )
     command = ["run", recipe_file(recipe, tmp_path / "recipe.yaml")]
     run = tmp_path / "runs" / "demo"
     whole = server.run(command)

@@ -13,6 +13,7 @@ import pytest
 
 from selective_dpo.distributed.signals import SECONDS_BETWEEN_LOOKS
 from selective_dpo.storage.locks import holding, lock_beside, run_lock
+from tests.fixtures.fork_server import Forked, ForkServer
 from tests.fixtures.models import recipe_file, tiny_recipe
 from tests.fixtures.process_tree import descendants, is_there, wait_until_gone
 
@@ -42,14 +43,14 @@ def start(words: list[str]) -> subprocess.Popen[bytes]:
     )
 
 
-def wait_for(folder: Path, pattern: str, count: int, command: subprocess.Popen[bytes]) -> None:
+def wait_for(folder: Path, pattern: str, count: int, command: Forked) -> None:
     until = time.monotonic() + 100
     while len({path.parent for path in folder.glob(pattern)}) < count:
         assert command.poll() is None and time.monotonic() < until
         time.sleep(0.05)
 
 
-def kill(command: subprocess.Popen[bytes]) -> set[int]:
+def kill(command: subprocess.Popen[bytes] | Forked) -> set[int]:
     """SIGKILL to the command alone; whom it leaves behind."""
     children = descendants(command.pid)
     os.kill(command.pid, signal.SIGKILL)
@@ -58,13 +59,13 @@ def kill(command: subprocess.Popen[bytes]) -> set[int]:
 
 
 @pytest.mark.fault(row=1)
-def test_scorers_of_a_killed_command_end_and_free_their_locks(tmp_path: Path) -> None:
+def test_scorers_of_a_killed_command_end_and_free_their_locks(tmp_path: Path, server: ForkServer) -> None:
     """Row 1. SIGKILL to the command while two scorers train in its two workers: all processes are gone within
     seconds, nobody holds a lock, and each scorer's checkpoints are there to go on from."""
     recipe = recipe_file(tiny_recipe(tmp_path), tmp_path / "recipe.yaml")
     words = ["score", str(recipe), "--launch.workers", "2", "--launch.checkpoint_steps", "1"]
     # Some minutes, if it were left alone.
-    command = start(["-m", "selective_dpo", *words, "--score.trainer.num_train_epochs", "3000"])
+    command = server.start(*words, "--score.trainer.num_train_epochs", "3000")
     run = tmp_path / "runs" / "tiny"
     wait_for(run / "checkpoints", "*/step-*", 2, command)
     children = kill(command)
@@ -77,11 +78,11 @@ def test_scorers_of_a_killed_command_end_and_free_their_locks(tmp_path: Path) ->
 
 
 @pytest.mark.fault(row=1)
-def test_processes_of_a_killed_command_end_and_free_their_locks(tmp_path: Path) -> None:
+def test_processes_of_a_killed_command_end_and_free_their_locks(tmp_path: Path, server: ForkServer) -> None:
     """Row 1. The same with two data-parallel processes below a launcher, which knows nothing of it."""
     recipe = recipe_file(tiny_recipe(tmp_path), tmp_path / "recipe.yaml")
     words = ["score", str(recipe), "--launch.processes", "2", "--launch.checkpoint_steps", "1"]
-    command = start(["-m", "selective_dpo", *words, "--score.trainer.num_train_epochs", "3000"])
+    command = server.start(*words, "--score.trainer.num_train_epochs", "3000")
     run = tmp_path / "runs" / "tiny"
     wait_for(run / "checkpoints", "*/step-*", 1, command)
     children = kill(command)

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,7 +28,6 @@ from selective_dpo.curriculum.table import curriculum_losses
 from selective_dpo.data.store import load_pairs
 from selective_dpo.difficulty import scorer as scorer_module
 from selective_dpo.difficulty.scorer import collect_records
-from selective_dpo.distributed.launch import launch_command
 from selective_dpo.errors import ArtifactError, IdentityError, NotFiniteError, RecordsError
 from selective_dpo.logprobs.nonfinite import FILE, read_quarantine, require_few
 from selective_dpo.logprobs.reference import load_reference
@@ -42,6 +39,7 @@ from selective_dpo.run.run import open_run
 from selective_dpo.storage.artifacts import read_json, verify_folder
 from selective_dpo.training import train as train_module
 from selective_dpo.training.trainer import FiniteGradients, PairTrainer
+from tests.fixtures.fork_server import ForkServer
 from tests.fixtures.models import LORA, recipe_file, tiny_model_folder, tiny_pairs_file, tiny_recipe
 from tests.fixtures.processes import trained_weights
 from tests.fixtures.tokenizers import byte_tokenizer
@@ -468,26 +466,19 @@ def test_loss_scaling_may_skip_updates_and_a_large_gradient_is_not_infinite() ->
 
 @pytest.mark.slow
 @pytest.mark.fault(row=10)
-def test_of_two_processes_both_stop_and_name_the_pair_of_one(model_folder: Path, tmp_path: Path) -> None:
+def test_of_two_processes_both_stop_and_name_the_pair_of_one(
+    model_folder: Path, tmp_path: Path, server: ForkServer
+) -> None:
     rows, bad = rows_with_poison()
     shutil.copytree(model_folder, tmp_path / "model")
     poison_folder(tmp_path / "model")
     curriculum_of(rows, [0.1 * place for place in range(PAIRS)], rule="all").save(tmp_path)
     (tmp_path / "rows.json").write_text(json.dumps(rows), "utf-8")
-    command, environment = launch_command(2)
-    arguments = ["-m", "tests.fixtures.processes", str(tmp_path), json.dumps({"lora": False})]
-    done = subprocess.run(
-        [*command, *arguments],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode != 0
+    ended = server.run_ranks(2, "-m", "tests.fixtures.processes", tmp_path, json.dumps({"lora": False}))
+    assert all(each.code for each in ended)
     # Two pairs for each process and update: row 7 is the second process's, in the second update.
     message = "the loss of 1 of 4 pairs is not finite, and the training stopped before update 2"
-    assert done.stderr.count(f"NotFiniteError: {message} learned from it: {bad}") >= 2
+    assert all(f"NotFiniteError: {message} learned from it: {bad}" in each.errors for each in ended)
     assert not (tmp_path / "trained.safetensors").exists()
 
 

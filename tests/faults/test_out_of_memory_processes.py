@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from selective_dpo.cli import main
-from selective_dpo.distributed.launch import launch_command
 from tests.fixtures import scarce
-from tests.fixtures.fork_server import REPOSITORY
+from tests.fixtures.fork_server import ForkServer
 from tests.fixtures.models import TRAINER, recipe_file, tiny_recipe
 
 PAIRS, LONG, MOST = 22, 20, 120
@@ -36,7 +33,9 @@ def pairs_file(path: Path) -> None:
 
 @pytest.mark.fault(row=11)
 @pytest.mark.slow
-def test_one_of_two_processes_out_of_memory_is_one_line_and_the_checkpoint_is_kept(tmp_path: Path) -> None:
+def test_one_of_two_processes_out_of_memory_is_one_line_and_the_checkpoint_is_kept(
+    tmp_path: Path, server: ForkServer
+) -> None:
     """The second process runs out of memory in the last update: the line says what to change, nothing
     is published, and the checkpoint of the update before stays."""
     pairs_file(tmp_path / "pairs.jsonl")
@@ -50,18 +49,10 @@ def test_one_of_two_processes_out_of_memory_is_one_line_and_the_checkpoint_is_ke
     )
     path = str(recipe_file(recipe, tmp_path / "recipe.yaml"))
     assert main(["curriculum", path]) == 0
-    command, environment = launch_command(2)
-    done = subprocess.run(
-        [*command, "-m", scarce.MODULE, "train", path],
-        cwd=REPOSITORY,
-        env={**os.environ, **environment, scarce.SETTINGS: json.dumps({"rank": 1, "most": MOST})},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode != 0
-    (line,) = [line for line in done.stderr.splitlines() if "error: selected: out of memory" in line]
+    memory = {scarce.SETTINGS: json.dumps({"rank": 1, "most": MOST})}
+    ended = server.run_ranks(2, "-m", scarce.MODULE, "train", path, environment=memory)
+    assert ended[1].code == 2 and ended[0].code != 0
+    (line,) = [line for line in ended[1].errors.splitlines() if "error: selected: out of memory" in line]
     assert "which cannot be split (2 processes exchange gradients in it)" in line
     assert (
         "lower per_device_train_batch_size and raise gradient_accumulation_steps by the same factor" in line

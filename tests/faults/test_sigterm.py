@@ -7,15 +7,13 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from selective_dpo.errors import Interrupted
-from tests.fixtures.fork_server import REPOSITORY, ForkServer, Moment
+from tests.fixtures.fork_server import ForkServer, Moment
 from tests.fixtures.results import differences, results_of
 from tests.fixtures.resuming import STEPS, resuming_recipe
 
@@ -103,20 +101,14 @@ def test_sigterm_is_passed_on_to_worker_processes(
     command = ["score", str(place / "recipe.yaml"), "--launch.workers", "2", "--launch.checkpoint_steps", "1"]
     # Long enough to be met in the middle by a signal from outside.
     command += ["--score.trainer.num_train_epochs", "8"]
-    started = subprocess.Popen(
-        [sys.executable, "-m", "selective_dpo", *command],
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    started = server.start(*command)
     names = ("seed41-fold0", "seed41-fold1")
     until = time.monotonic() + 100
     while not all(list((run / "checkpoints" / name).glob("step-*")) for name in names):
         assert started.poll() is None and time.monotonic() < until
         time.sleep(0.05)
     started.send_signal(signal.SIGTERM)
-    output, _ = started.communicate(timeout=60)
+    output = "".join(started.communicate(timeout=60))
     assert started.returncode == EXIT_CODE, output
     assert "interrupted by SIGTERM" in output and "Traceback" not in output
     reached = {

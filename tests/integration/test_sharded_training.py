@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ from safetensors.torch import load_file
 
 from selective_dpo.logprobs.reference import load_reference
 from selective_dpo.storage.artifacts import read_json, verify_folder
+from tests.fixtures.fork_server import ForkServer
 from tests.fixtures.models import TRAINER, recipe_file, tiny_model_folder, tiny_pairs_file, tiny_recipe
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -48,6 +46,7 @@ needs_deepspeed = pytest.mark.skipif(
 
 
 def run_of(
+    server: ForkServer,
     folder: Path,
     model: Path,
     trainer: dict[str, Any],
@@ -72,16 +71,14 @@ def run_of(
         train=stage,
         launch={"processes": 2, "checkpoint_steps": 1},
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["-m", "tests.fixtures.sharding", "evaluate", str(recipe_file(recipe, folder / "recipe.yaml"))]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true"} | (launcher or {})
+    environment = dict(launcher or {})
     if "deepspeed" in trainer:
         environment["DS_ACCELERATOR"] = "cpu"
-    done = subprocess.run(
-        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=500
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert (f"sharding: {sharding}" in done.stderr) if sharding else ("sharding:" not in done.stderr)
+    path = recipe_file(recipe, folder / "recipe.yaml")
+    ended = server.run_ranks(2, "-m", "tests.fixtures.sharding", "evaluate", path, environment=environment)
+    assert [each.code for each in ended] == [0, 0], ended
+    for each in ended:
+        assert (f"sharding: {sharding}" in each.errors) if sharding else ("sharding:" not in each.errors)
     run = folder / "runs" / "tiny"
     verify_folder(run / "policy")
     assert not (run / "checkpoints").exists()
@@ -102,9 +99,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
+def plain(tmp_path_factory: pytest.TempPathFactory, model: Path, server: ForkServer) -> Path:
     """The run in plain data parallel."""
-    return run_of(tmp_path_factory.mktemp("plain"), model, {})
+    return run_of(server, tmp_path_factory.mktemp("plain"), model, {})
 
 
 @pytest.mark.slow
@@ -116,9 +113,9 @@ def plain(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
     ],
 )
 def test_sharded_trainings_publish_whole_weights(
-    trainer: dict[str, Any], sharding: str, plain: Path, model: Path, tmp_path: Path
+    trainer: dict[str, Any], sharding: str, plain: Path, model: Path, tmp_path: Path, server: ForkServer
 ) -> None:
-    run = run_of(tmp_path, model, trainer, sharding=sharding)
+    run = run_of(server, tmp_path, model, trainer, sharding=sharding)
     start, expected, found = load_file(model / "model.safetensors"), trained(plain), trained(run)
     for name, weights in found.items():
         assert weights.keys() == start.keys()
@@ -135,7 +132,9 @@ def test_sharded_trainings_publish_whole_weights(
 
 
 @pytest.mark.slow
-def test_a_sharded_bfloat16_policy_is_saved_in_bfloat16(plain: Path, model: Path, tmp_path: Path) -> None:
+def test_a_sharded_bfloat16_policy_is_saved_in_bfloat16(
+    plain: Path, model: Path, tmp_path: Path, server: ForkServer
+) -> None:
     """FSDP's mixed precision holds float32 weights. Here it is the launcher that asks for it, and for models
     that the first process alone loads: which is for the trainings, and not for the reference."""
     launcher = {
@@ -145,7 +144,9 @@ def test_a_sharded_bfloat16_policy_is_saved_in_bfloat16(plain: Path, model: Path
         "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
         "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
     }
-    run = run_of(tmp_path, model, {"bf16": True}, sharding="FSDP", dtype="bfloat16", launcher=launcher)
+    run = run_of(
+        server, tmp_path, model, {"bf16": True}, sharding="FSDP", dtype="bfloat16", launcher=launcher
+    )
     for weights in trained(run).values():
         assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
     assert read_json(run / "policy" / "config.json")["dtype"] == "bfloat16"

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,12 +17,11 @@ from trl import DPOTrainer
 
 from selective_dpo import SelectiveDPOTrainer
 from selective_dpo.curriculum.table import Curriculum
-from selective_dpo.distributed.launch import launch_command
 from selective_dpo.errors import ArtifactError, IdentityError, SelectiveDPOError
 from selective_dpo.identity import ids_digest
 from selective_dpo.storage.artifacts import read_json
 from selective_dpo.training.selective_trainer import STATE
-from tests.fixtures.fork_server import REPOSITORY
+from tests.fixtures.fork_server import ForkServer
 from tests.fixtures.models import tiny_model_folder
 from tests.fixtures.tokenizers import byte_tokenizer
 from tests.fixtures.training import InputSpy, curriculum_of, dpo_config, load_model, text_rows, tokens_of
@@ -231,7 +228,7 @@ def test_rows_that_are_not_skipped_are_consumed_twice(
 
 
 @pytest.mark.slow
-def test_two_processes(model_folder: Path, tmp_path: Path) -> None:
+def test_two_processes(model_folder: Path, tmp_path: Path, server: ForkServer) -> None:
     """7 pairs in batches of one: 4 rounds an epoch, 2 an update; a row fills the last round of each."""
     shutil.copytree(model_folder, tmp_path / "model")
     (tmp_path / "rows.json").write_text(json.dumps(ROWS), "utf-8")
@@ -239,11 +236,9 @@ def test_two_processes(model_folder: Path, tmp_path: Path) -> None:
     settings = {**SETTINGS, "save_steps": 1, "per_device_train_batch_size": 1, "lora": False}
 
     def train(**others: Any) -> dict[str, Any]:
-        command, environment = launch_command(2)
-        words = ["-m", "tests.fixtures.processes", str(tmp_path), json.dumps({**settings, **others})]
-        subprocess.run(
-            [*command, *words], cwd=REPOSITORY, env={**os.environ, **environment}, check=True, timeout=300
-        )
+        words = json.dumps({**settings, **others})
+        ended = server.run_ranks(2, "-m", "tests.fixtures.processes", tmp_path, words)
+        assert [each.code for each in ended] == [0, 0], ended
         return read_json(tmp_path / "order.json")
 
     assert train(max_steps=3)["consumed"] == 11

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +12,9 @@ from safetensors.torch import load_file
 
 from selective_dpo.cli import main
 from selective_dpo.curriculum.table import Curriculum
-from selective_dpo.distributed.launch import launch_command
 from selective_dpo.identity import ids_digest
 from selective_dpo.storage.artifacts import read_json, verify_folder
+from tests.fixtures.fork_server import ForkServer
 from tests.fixtures.models import recipe_file, tiny_model_folder, tiny_recipe
 from tests.fixtures.training import curriculum_of, sequence_names, text_rows, tokens_of
 
@@ -26,15 +23,8 @@ PAIRS = 9
 DIFFICULTIES = [0.3, 0.6, 0.8, 0.1, 0.9, 0.5, 0.7, 0.2, 0.4]
 
 
-def in_two_processes(arguments: list[str]) -> None:
-    command, environment = launch_command(2)
-    subprocess.run(
-        [*command, *arguments], cwd=REPOSITORY, env={**os.environ, **environment}, check=True, timeout=300
-    )
-
-
 @pytest.mark.slow
-def test_the_model_sees_the_curriculum_in_order_on_two_processes(tmp_path: Path) -> None:
+def test_the_model_sees_the_curriculum_in_order_on_two_processes(tmp_path: Path, server: ForkServer) -> None:
     rows = text_rows(PAIRS)
     curriculum = curriculum_of(rows, DIFFICULTIES, count=7)
     tiny_model_folder(tmp_path / "model")
@@ -47,7 +37,8 @@ def test_the_model_sees_the_curriculum_in_order_on_two_processes(tmp_path: Path)
         "num_train_epochs": 2,
         "dataloader_num_workers": 1,
     }
-    in_two_processes(["-m", "tests.fixtures.processes", str(tmp_path), json.dumps(settings)])
+    ended = server.run_ranks(2, "-m", "tests.fixtures.processes", tmp_path, json.dumps(settings))
+    assert [each.code for each in ended] == [0, 0], ended
 
     names = sequence_names(tokens_of(rows))
     seen = [
@@ -87,7 +78,7 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_the_train_stage_on_two_processes_equals_one(
-    scored: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    scored: Path, tmp_path: Path, server: ForkServer
 ) -> None:
     run = scored / "runs" / "tiny"
     shutil.copytree(run, tmp_path / "runs" / "tiny")
@@ -96,8 +87,8 @@ def test_the_train_stage_on_two_processes_equals_one(
     # The same number of pairs in an update: half as many accumulated batches on twice the processes.
     both = ["--launch.processes", "2", "--output_dir", str(scored / "runs")]
     halved = [*both, "--train.trainer.gradient_accumulation_steps", "1"]
-    command = [sys.executable, "-m", "selective_dpo", "train", recipe, *halved, "--fresh"]
-    subprocess.run(command, cwd=REPOSITORY, check=True, timeout=300)
+    started = server.start("train", recipe, *halved, "--fresh")
+    assert started.wait() == 0, started.communicate()
 
     policy = run / "policy"
     verify_folder(policy)
