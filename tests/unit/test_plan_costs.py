@@ -1,4 +1,4 @@
-"""A plan's arithmetic: updates, padded tokens, FLOPs and bytes, against numbers worked out by hand."""
+"""A plan's arithmetic: padded tokens, FLOPs and bytes, against numbers worked out by hand."""
 
 from __future__ import annotations
 
@@ -10,82 +10,90 @@ import pytest
 
 from selective_dpo.config import ModelConfig
 from selective_dpo.errors import ConfigError
+from selective_dpo.logprobs.padded import PartLengths
 from selective_dpo.run.costs import (
     Architecture,
+    Memory,
     Models,
+    RowCounter,
     Work,
     adapter_parameters,
     architecture_of,
     build_on_meta,
     fits,
     forward_flops,
-    forward_work,
     job_memory,
-    layer_bytes,
     measured_rate,
-    optimizer_steps,
     readable,
     readable_bytes,
     readable_time,
     this_device,
     training_flops,
-    training_memory,
-    training_settings,
-    training_work,
 )
+from selective_dpo.training.arguments import training_settings
 from tests.fixtures.models import LORA, tiny_model_folder, tiny_recipe
 
 # 100 parameters of which 20 are looked up only; 2 layers, 8 wide, attention 4 wide, 2 heads, 10 words.
 SIZES = Architecture(100, 20, 2, 8, 4, 2, 2, 10)
 
 
-def lengths(*values: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    return np.array(values, dtype=np.int64)
+def lengths(*pairs: tuple[int, int, int]) -> PartLengths:
+    """Of pairs of (prompt, chosen, rejected)."""
+    return PartLengths(*np.array(pairs, dtype=np.int64).T)
 
 
-def settings(dtype: str = "float32", **given: Any) -> Any:
-    model = ModelConfig.model_validate({"path": "m", "dtype": dtype})
-    return training_settings({"per_device_train_batch_size": 1, **given}, model)
+def padded_counter(tmp_path: Path, **blocks: Any) -> RowCounter:
+    """Of a model whose attention takes no mask: two rows a pair."""
+    recipe = tiny_recipe(tmp_path, **blocks)
+    model = recipe.model.model_copy(update={"attention": "flash_attention_2"})
+    return RowCounter(recipe.model_copy(update={"model": model}), "cpu")
 
 
-@pytest.mark.parametrize(
-    ("pairs", "batch", "accumulation", "processes", "epochs", "steps"),
-    [
-        (10, 4, 1, 1, 1, 3),
-        (10, 4, 2, 1, 1, 2),  # batches 4 4 | 2
-        (10, 4, 2, 1, 3, 6),  # an epoch's last update does not wait for the next epoch
-        (10, 4, 1, 2, 1, 2),
-        (10, 4, 8, 1, 1, 1),
-        (10, 4, 1, 1, 0.5, 2),  # half of three, upwards
-    ],
-)
-def test_optimizer_steps(
-    pairs: int, batch: int, accumulation: int, processes: int, epochs: float, steps: int
-) -> None:
-    given = settings(
-        per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, num_train_epochs=epochs
+def training(**given: Any) -> Any:
+    return training_settings(
+        {"per_device_train_batch_size": 2, **given}, ModelConfig.model_validate({"path": "m"})
     )
-    assert optimizer_steps(pairs, given, processes) == steps
 
 
-def test_work_of_a_training_in_the_given_order() -> None:
-    one = settings(per_device_train_batch_size=2)
-    # Batches (5, 3) and (7): 2 pairs are 4 rows of 5, 1 pair is 2 rows of 7.
-    assert training_work(lengths(5, 3, 7), 2, one) == Work(4 * 5 + 2 * 7, 4 * 25 + 2 * 49)
-    # A row a pair.
-    assert training_work(lengths(5, 3, 7), 1, one) == Work(2 * 5 + 7, 2 * 25 + 49)
-    # Updates of two batches are sorted by length: (9, 6), (5, 2) and (7).
-    two = settings(per_device_train_batch_size=2, gradient_accumulation_steps=2)
-    assert training_work(lengths(2, 9, 6, 5, 7), 1, two).tokens == 2 * 9 + 2 * 5 + 7
+def test_padded_rows_of_a_training_in_the_given_order(tmp_path: Path) -> None:
+    counter = padded_counter(tmp_path)
+    # Padded rows of 5, 3 and 7. Batches (5, 3) and (7): 2 pairs are 4 rows of 5, 1 pair is 2 rows of 7.
+    given = lengths((2, 3, 1), (1, 1, 2), (3, 3, 4))
+    assert counter.training(given, training()) == Work(4 * 5 + 2 * 7, 4 * 25 + 2 * 49)
+    # As an update of two batches they are sorted by length, and the smaller one gets the longest.
+    assert counter.training(given, training(gradient_accumulation_steps=2)).tokens == 2 * 7 + 4 * 5
+    given = lengths((1, 1, 1), (3, 4, 6), (3, 3, 1), (3, 1, 2))  # 2, 9, 6, 5
+    assert counter.training(given, training(gradient_accumulation_steps=2)).tokens == 4 * 9 + 4 * 5
 
 
-def test_work_of_a_forward_pass_within_a_token_budget() -> None:
+def test_rows_of_a_training_are_the_cheaper_ones_on_the_device(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path)
+    # All but a CPU have a GPU's rates: "meta" stands for one here.
+    cpu, gpu = RowCounter(recipe, "cpu"), RowCounter(recipe, "meta")
+    # A prompt that is worth sharing on a CPU: 40 + 1 + 1 packed. For a GPU the mask makes up for it: 2 x 42.
+    shared = lengths((40, 2, 2), (40, 2, 2))
+    assert cpu.training(shared, training()) == Work(2 * 42, 2 * 42**2)
+    assert gpu.training(shared, training()) == Work(4 * 42, 4 * 42**2)
+    # Without a prompt there is nothing to share: 59 + 59 packed, two rows of 60 padded.
+    alone = lengths((0, 60, 60))
+    assert cpu.training(alone, training()) == Work(2 * 60, 2 * 60**2)
+    # On a CPU lengths that differ by more than a pass is worth go through the model one after the other.
+    apart = lengths((300, 2, 2), (10, 2, 2))
+    assert cpu.training(apart, training()).tokens == 302 + 12
+    assert gpu.training(apart, training()).tokens == 4 * 302
+
+
+def test_work_of_a_forward_pass_within_a_token_budget(tmp_path: Path) -> None:
+    padded, packed = padded_counter(tmp_path), RowCounter(tiny_recipe(tmp_path), "cpu")
+    given = lengths((1, 1, 2), (5, 2, 2), (4, 1, 1))  # 3, 7, 5 padded; 2, 7, 4 packed
     # 28 tokens hold 2 pairs as long as the longest (4 x 7 = 28): (7, 5), then (3).
-    assert forward_work(lengths(3, 7, 5), 2, 28) == Work(4 * 7 + 2 * 3, 4 * 49 + 2 * 9)
+    assert padded.forward(given, 28) == Work(4 * 7 + 2 * 3, 4 * 49 + 2 * 9)
     # A row a pair: 4 would fit.
-    assert forward_work(lengths(3, 7, 5), 1, 28) == Work(3 * 7, 3 * 49)
+    assert packed.forward(given, 28) == Work(3 * 7, 3 * 49)
     # A pair that exceeds the budget is a batch of its own.
-    assert forward_work(lengths(3, 7), 1, 5) == Work(7 + 3, 49 + 9)
+    assert packed.forward(given, 5) == Work(7 + 4 + 2, 49 + 16 + 4)
+    # All pairs together cost less in padded rows.
+    assert packed.forward(lengths((0, 60, 60)), 512) == Work(2 * 60, 2 * 60**2)
 
 
 def test_forward_flops_count_matrices_and_attention() -> None:
@@ -120,59 +128,57 @@ def test_sizes_of_a_real_model_and_adapter(tmp_path: Path) -> None:
         adapter_parameters(build_on_meta(config), {"target_modules": ["nope"]}, "score.lora")
 
 
-def test_memory_of_full_fine_tuning() -> None:
-    def memory(trained: Any, dtype: str, processes: int = 1) -> Any:
-        return training_memory(
-            SIZES,
-            trained,
-            adapter=0,
-            dtype=dtype,
-            eager=False,
-            rows_per_pair=2,
-            longest=10,
-            processes=processes,
-        )
-
-    plain = settings(activation_checkpointing=False)
-    # 2 rows x 10 tokens x 8 wide x 17 values x 4 bytes, in 2 layers.
-    assert memory(plain, "float32") == (400, 400, 800, 2 * 2 * 10 * 8 * 17 * 4)
-    kept = settings(activation_checkpointing=True)
-    # One layer, and the input of each.
-    assert memory(kept, "float32").activations == 2 * 10 * 8 * 17 * 4 + 2 * 2 * 10 * 8 * 4
-    assert memory(settings(optim="adamw_bnb_8bit"), "float32").optimizer == 200
-    assert memory(settings("bfloat16", optim="paged_adamw_32bit"), "bfloat16")[:3] == (200, 200, 800)
-    # ZeRO-2: a float32 copy, two states; these and gradients divided by 4.
-    deepspeed = {"zero_optimization": {"stage": 2}}
-    sharded = settings("bfloat16", deepspeed=deepspeed)
-    assert memory(sharded, "bfloat16", 4)[:3] == (200, 200 / 4, 100 * (8 + 4) / 4)
-    everything = settings("bfloat16", deepspeed={"zero_optimization": {"stage": 3}})
-    assert memory(everything, "bfloat16", 4).weights == 200 / 4
-    # Outside of DeepSpeed: weights, gradients and two states of 4 bytes, and a copy of 2 to compute with.
-    assert memory(settings("bfloat16"), "float32")[:3] == (100 * (4 + 2), 400, 800)
-    unread = settings("bfloat16", deepspeed="zero.json")
-    assert unread.unread == "the sharding in zero.json"
-    assert memory(unread, "bfloat16", 4).weights == 200
-
-
-def test_memory_with_an_adapter_and_without_training() -> None:
-    trained = training_memory(
-        SIZES,
-        settings("bfloat16"),
-        adapter=5,
-        dtype="bfloat16",
-        eager=True,
-        rows_per_pair=1,
-        longest=10,
-        processes=1,
+def policy_memory(
+    tmp_path: Path, adapter: int = 0, processes: int = 1, rows: int = 2, model: Any = None, **trainer: Any
+) -> Memory:
+    """Of a training of one pair a batch, with rows of 10 tokens."""
+    given = {"per_device_train_batch_size": 1, "activation_checkpointing": False, **trainer}
+    recipe = tiny_recipe(
+        tmp_path,
+        model={"dtype": "float32", **(model or {})},
+        train={"lora": LORA if adapter else None},
+        launch={"processes": processes},
     )
-    # One row of 10 tokens, 8 wide: the inputs of 2 layers, 2 bytes each; one layer's 17 values, and 5 bytes
-    # for each of 2 heads' 100 scores.
-    assert trained.activations == 2 * 10 * 8 * 2 + 10 * 8 * 17 * 2 + 5 * 2 * 100
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"trainer": given})})
+    models = Models(SIZES, scorer_adapter=5, policy_adapter=adapter, rows_per_pair=rows)
+    return job_memory(recipe, models, "policy", 10)
+
+
+def test_memory_of_full_fine_tuning(tmp_path: Path) -> None:
+    # 2 rows x 10 tokens x 8 wide x 17 values x 4 bytes, in 2 layers.
+    assert policy_memory(tmp_path) == (400, 400, 800, 2 * 2 * 10 * 8 * 17 * 4)
+    # One layer, and the input of each.
+    kept = policy_memory(tmp_path, activation_checkpointing=True).activations
+    assert kept == 2 * 10 * 8 * 17 * 4 + 2 * 2 * 10 * 8 * 4
+    assert policy_memory(tmp_path, optim="adamw_bnb_8bit").optimizer == 200
+    # Weights and gradients of 2 bytes, two states of 4.
+    pure = {"dtype": "bfloat16", "master_weights": False}
+    assert policy_memory(tmp_path, model=pure, optim="paged_adamw_32bit")[:3] == (200, 200, 800)
+    # ZeRO-2: a float32 copy, two states; these and gradients divided by 4.
+    half: Any = {"dtype": "bfloat16"}
+    zero: Any = {"deepspeed": {"zero_optimization": {"stage": 2}}}
+    sharded = policy_memory(tmp_path, model=half, processes=4, **zero)
+    assert sharded[:3] == (200, 200 / 4, 100 * (8 + 4) / 4)
+    zero = {"deepspeed": {"zero_optimization": {"stage": 3}}}
+    assert policy_memory(tmp_path, model=half, processes=4, **zero).weights == 200 / 4
+    # Outside of DeepSpeed: weights, gradients and two states of 4 bytes, and a copy of 2 to compute with.
+    assert policy_memory(tmp_path, model=half)[:3] == (100 * (4 + 2), 400, 800)
+
+
+def test_memory_with_an_adapter(tmp_path: Path) -> None:
+    half: Any = {"dtype": "bfloat16"}
+    flat, eager = (
+        policy_memory(
+            tmp_path, 5, rows=1, model={**half, "attention": attention}, activation_checkpointing=True
+        )
+        for attention in ("sdpa", "eager")
+    )
+    # One row of 10 tokens, 8 wide: the inputs of 2 layers, 2 bytes each; one layer's 17 values.
+    assert flat.activations == 2 * 10 * 8 * 2 + 10 * 8 * 17 * 2
+    # 5 bytes for each of 2 heads' 100 scores.
+    assert eager.activations - flat.activations == 5 * 2 * 100
     # The adapter is float32: 5 x 4 weights, as many gradients, twice as many states.
-    assert trained[:3] == (200 + 20, 20, 40)
-    flat, eager = (layer_bytes(SIZES, 2, 10, "float32", eager=eager) for eager in (False, True))
-    # Eager attention: 5 bytes x 2 heads x 2 rows x 10 x 10.
-    assert (flat, eager - flat) == (17 * 4 * 2 * 10 * 8, 5 * 2 * 2 * 100)
+    assert flat[:3] == (200 + 20, 20, 40)
 
 
 def test_memory_of_each_kind_of_job(tmp_path: Path) -> None:
@@ -190,18 +196,6 @@ def test_memory_of_each_kind_of_job(tmp_path: Path) -> None:
     assert job_memory(recipe, models, "scorer", 10) == (420, 20, 40, forward)
     # Without lengths: rows of twice max_length, 64.
     assert job_memory(recipe, models, "policy").activations == 2 * 17 * 4 * 4 * 128 * 8
-
-
-def test_settings_are_those_that_trl_would_use() -> None:
-    found = settings("bfloat16")
-    # TRL's own batch is given above; the original's beta and epochs; checkpointing is TRL's default.
-    assert (found.accumulation, found.epochs, found.beta, found.recomputes) == (1, 1.0, 0.01, True)
-    assert (found.compute_dtype, found.shards) == ("bfloat16", "")
-    assert not settings(gradient_checkpointing=False).recomputes
-    assert settings(gradient_checkpointing=False, activation_checkpointing=True).recomputes
-    assert settings(bf16=True).compute_dtype == "bfloat16"
-    assert settings("bfloat16", fp16=True).compute_dtype == "float16"
-    assert settings(fsdp="full_shard").shards == "weights"
 
 
 def test_the_speed_of_the_model_is_measured(tmp_path: Path) -> None:

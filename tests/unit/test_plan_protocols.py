@@ -12,28 +12,25 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from selective_dpo.config import Recipe, ScoreConfig, SelectConfig
+from selective_dpo.config import Recipe, ScoreConfig
 from selective_dpo.curriculum.import_ import import_records
 from selective_dpo.curriculum.records import LossTable
 from selective_dpo.curriculum.select import Rule, select
 from selective_dpo.curriculum.table import curriculum_losses
-from selective_dpo.data.store import PairsSummary
 from selective_dpo.logprobs.padded import PartLengths
-from selective_dpo.run.costs import Architecture, Models
+from selective_dpo.run.costs import Architecture, Models, RowCounter
 from selective_dpo.run.plan import (
-    MEASURED_OVERLAP,
-    MEASURED_SPEARMAN,
-    KeptPairs,
+    MEASURED,
     PlannedProtocol,
-    easiest_fraction,
-    expected_agreement,
     make_plan,
     planned_protocols,
     protocols_text,
+    scoring_passes,
 )
 from tests.fixtures.models import tiny_recipe
 
-RECORDS = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "learning_records"
+ROOT = Path(__file__).resolve().parents[2]
+RECORDS = ROOT.parent / "shared" / "data" / "learning_records"
 MODELS = ("qwen-2.5-1.5b-argilla", "qwen-2.5-7b-argilla", "qwen-2.5-14b-argilla")
 
 # 100 parameters of which 20 are looked up only; 2 layers, attention 4 wide.
@@ -41,11 +38,14 @@ SIZES = Architecture(100, 20, 2, 8, 4, 2, 2, 10)
 MODELS_OF = Models(SIZES, scorer_adapter=5, policy_adapter=0, rows_per_pair=1)
 
 
-def even_pairs(count: int = 24) -> KeptPairs:
-    """Pairs of 2, 3 and 3 tokens, each with a prompt of its own: packed rows of 2 + 2 + 2."""
-    summary = PairsSummary(count, count, count, {"kept": count}, {}, count, 0, 0, 0, 0, 0, "", "")
-    names = [f"{number:032x}" for number in range(count)]
-    return KeptPairs(summary, names, names, PartLengths(*np.tile([[2], [3], [3]], (1, count))))
+def planned(recipe: Recipe, lengths: PartLengths) -> dict[str, PlannedProtocol]:
+    work = scoring_passes(recipe, lengths, RowCounter(recipe, "cpu"))
+    return by_name(planned_protocols(recipe, MODELS_OF, work))
+
+
+def even_pairs() -> PartLengths:
+    """24 pairs of 2, 3 and 3 tokens: packed rows of 2 + 2 + 2."""
+    return PartLengths(*np.tile([[2], [3], [3]], (1, 24)))
 
 
 def by_name(planned: Iterable[PlannedProtocol]) -> dict[str, PlannedProtocol]:
@@ -58,7 +58,7 @@ def recipe(tmp_path: Path) -> Recipe:
 
 
 def test_passes_arithmetic_tokens_and_flops(recipe: Recipe) -> None:
-    found = by_name(planned_protocols(recipe, even_pairs(), MODELS_OF))
+    found = planned(recipe, even_pairs())
     # The reference once, one epoch for each seed, all pairs once for each seed and evaluation.
     assert {name: (each.forward_passes, each.backward_passes) for name, each in found.items()} == {
         "paper": (1 + 3 + 15, 3),
@@ -96,13 +96,14 @@ def test_the_arithmetic_of_the_documentation(tmp_path: Path) -> None:
 
 
 def test_padding_of_one_long_pair(recipe: Recipe) -> None:
-    # Of 24 pairs one has a row of 1 + 98 + 98 = 197 tokens, the others of 1 + 1 + 1.
+    # Of 24 pairs one has 1 + 99 + 99 tokens, the others 1 + 2 + 2. The long one costs less in padded rows.
     columns = np.repeat([[1], [2], [2]], 24, axis=1)
     columns[1:, 5] = 99
-    pairs = even_pairs()._replace(parts=PartLengths(*columns))
-    fast = by_name(planned_protocols(recipe, pairs, MODELS_OF))["fast"]
-    # 512 tokens at a time: 2 x 197 in the first batch. In training, 4 pairs a batch, one batch is as wide.
-    assert fast.tokens == 3 * (2 * 197 + 22 * 3) + (4 * 197 + 20 * 3)
+    fast = planned(recipe, PartLengths(*columns))["fast"]
+    # Forward passes compute all pairs alike: 512 tokens hold 2 pairs in 4 rows of 100; then the other 22.
+    forward = 4 * 100 + 2 * 22 * 3
+    # In training the long pair's rows are a group of their own, and the others packed rows of 1 + 1 + 1.
+    assert fast.tokens == 3 * forward + (2 * 100 + 23 * 3)
 
 
 def test_without_pairs_or_sizes(recipe: Recipe) -> None:
@@ -134,34 +135,6 @@ def test_which_protocols_are_compared(tmp_path: Path) -> None:
     assert compared(protocol="custom", seeds=[9], evaluations=3)[-1] == ("custom", (9,), 3, True)
 
 
-def test_agreement_is_claimed_only_where_it_was_measured() -> None:
-    half = expected_agreement(1, 2, 0.5)
-    assert half is not None
-    assert half.overlap == (0.977, 0.988)
-    near = expected_agreement(1, 2, 0.64)
-    assert near is not None
-    assert (near.fraction, near.overlap) == (0.6, MEASURED_OVERLAP[1, 2][0.6])
-    edge = expected_agreement(2, 2, 0.01)
-    assert edge is not None and edge.fraction == 0.1
-    other_rule = expected_agreement(1, 2, None)
-    assert other_rule is not None
-    assert other_rule.overlap is None
-    assert expected_agreement(1, 1, 0.5) is None
-    assert expected_agreement(6, 2, 0.5) is None
-
-
-def test_the_fraction_of_a_selection() -> None:
-    def fraction(pairs: int | None = 24, **select: Any) -> float | None:
-        return easiest_fraction(SelectConfig.model_validate(select), pairs)
-
-    assert fraction() == 0.5
-    assert fraction(fraction=0.3) == 0.3
-    assert fraction(count=6) == 0.25
-    assert fraction(count=6, pairs=None) is None
-    assert fraction(rule="hardest", fraction=0.3) is None
-    assert fraction(rule="below", threshold=0.7) is None
-
-
 def test_the_table_as_text(tmp_path: Path) -> None:
     def text(**select: Any) -> str:
         return protocols_text(make_plan(tiny_recipe(tmp_path, score={"evaluations": 1}, select=select)))
@@ -172,13 +145,8 @@ def test_the_table_as_text(tmp_path: Path) -> None:
     assert "19 P" in lines["paper"] and "44 NT" in lines["paper"]
     assert lines["certified, at most"].split()[-2:] == ["?", "?"]
     assert lines["custom (this recipe)"].split()[-2:] == ["?", "?"]
-    assert "overlap of the easiest 50%;" in text()
-    assert "overlap of the easiest 60%, the nearest that was measured to this recipe's 0.64;" in text(
-        fraction=0.64
-    )
-    assert "the overlap not with the selection of this recipe" in text(rule="hardest")
-    final = text(aggregate="final")
-    assert "not with the aggregate of this recipe" in final and "0.9969" not in final
+    assert "overlap of the easiest half" in text()
+    assert "0.9969" not in text(aggregate="final")
 
 
 @cache
@@ -187,24 +155,25 @@ def losses_of(model: str) -> LossTable:
 
 
 @pytest.mark.skipif(not RECORDS.is_dir(), reason="the authors' records (../shared/data) are not here")
-@pytest.mark.parametrize("seeds", [1, 2])
-def test_the_constants_are_those_of_the_records(seeds: int) -> None:
-    measured = MEASURED_OVERLAP[seeds, 2]
+@pytest.mark.parametrize(("seeds", "name"), [(1, "`fast`"), (2, "two seeds")])
+def test_what_is_claimed_is_in_the_records(seeds: int, name: str) -> None:
+    tenths = range(1, 10)
     spearman: list[float] = []
-    overlaps: dict[float, list[float]] = {fraction: [] for fraction in measured}
+    overlaps: dict[int, list[float]] = {tenth: [] for tenth in tenths}
     for model, some in itertools.product(MODELS, itertools.combinations(range(3), seeds)):
         table = losses_of(model)
         # Of five evaluations the third and the last stand for the middle and the end.
         cheap_P = table.losses_PSE[:, list(some)][:, :, [2, 4]].mean(axis=(1, 2))
         paper_P = table.losses_PSE.mean(axis=(1, 2))
         spearman.append(spearmanr(cheap_P, paper_P).statistic)
-        for fraction, found in overlaps.items():
-            rule = Rule(fraction=fraction)
+        for tenth, found in overlaps.items():
+            rule = Rule(fraction=tenth / 10)
             cheap, paper = (select(all_P, table.pair_ids_P, rule).selected_P for all_P in (cheap_P, paper_P))
             found.append((cheap & paper).sum() / paper.sum())
     assert len(spearman) == 9
-    assert MEASURED_SPEARMAN[seeds, 2] == (round(min(spearman), 4), round(max(spearman), 4))
-    assert measured == {
-        fraction: (round(float(min(found)), 3), round(float(max(found)), 3))
-        for fraction, found in overlaps.items()
-    }
+    measured = MEASURED[seeds, 2]
+    assert measured.spearman == (round(min(spearman), 4), round(max(spearman), 4))
+    assert measured.overlap == (round(min(overlaps[5]), 3), round(max(overlaps[5]), 3))
+    ranges = [f"{min(overlaps[tenth]):.3f}-{max(overlaps[tenth]):.3f}" for tenth in tenths]
+    row = " | ".join([f"| {name}", *ranges]).replace("0.", ".") + " |"
+    assert row in (ROOT / "docs" / "protocols.md").read_text("utf-8")

@@ -16,9 +16,6 @@ Dimension suffixes: P pairs.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import functools
-import math
 import os
 import platform
 import time
@@ -33,13 +30,16 @@ from numpy.typing import NDArray
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from selective_dpo.config import ModelConfig, Recipe, Settings
+from selective_dpo.config import ModelConfig, Recipe, ScoreConfig, Settings, TrainConfig
 from selective_dpo.difficulty.protocols import planned_runs
 from selective_dpo.errors import ConfigError
 from selective_dpo.logprobs.memory import Budget, TokenBudget, bounded_batches, most_tokens
-from selective_dpo.logprobs.packing_support import choose_path
+from selective_dpo.logprobs.packed import shared_lengths, width_multiple
+from selective_dpo.logprobs.packing_support import choose_path, packed_saves, row_costs
+from selective_dpo.logprobs.padded import PartLengths
 from selective_dpo.models import load_model_config, load_policy, loading
-from selective_dpo.training.arguments import ORIGINAL_DEFAULTS, mixed_precision, weights_dtype
+from selective_dpo.training.arguments import TrainingSettings, training_settings, weights_dtype
+from selective_dpo.training.batching import PairBatch, PairRow, RowCollator, group_batches
 from selective_dpo.training.checkpointing import KEPT
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -55,6 +55,25 @@ each (Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Trans
 
 _EAGER_ATTENTION_BYTES = 5
 """Bytes per head and pair of positions that eager attention keeps (the same equation)."""
+
+
+def job_kinds(recipe: Recipe) -> tuple[JobKind, ...]:
+    """The kinds of jobs that a run of this recipe has."""
+    wanted: dict[JobKind, bool] = {
+        "reference": True,
+        "scorer": not recipe.curriculum,
+        "policy": True,
+        "held-out": bool(recipe.data.test),
+        "answers": bool(recipe.evaluate.generation.prompts),
+    }
+    return tuple(kind for kind, is_wanted in wanted.items() if is_wanted)
+
+
+def block_of(recipe: Recipe, kind: JobKind) -> ScoreConfig | TrainConfig:
+    """The block of the recipe that says how a job of this kind computes."""
+    is_scoring = kind == "scorer" or (kind == "reference" and not recipe.curriculum)
+    return recipe.score if is_scoring else recipe.train
+
 
 # ----------------------------------------------------------------------------------------------------
 # The model and its adapters, from the configuration alone: no weights are loaded.
@@ -93,7 +112,11 @@ class Models(NamedTuple):
     """Parameters of a scorer's adapter; 0: full fine-tuning."""
     policy_adapter: int
     rows_per_pair: int
-    """1 where prompt, chosen and rejected share a row; else 2."""
+    """1 where prompt, chosen and rejected can share a row; else 2."""
+
+    def adapter(self, kind: JobKind) -> int:
+        """Parameters of the adapter that a job of this kind computes with; 0: none."""
+        return {"reference": 0, "scorer": self.scorer_adapter}.get(kind, self.policy_adapter)
 
 
 def models_of(recipe: Recipe) -> Models:
@@ -105,14 +128,13 @@ def models_of(recipe: Recipe) -> Models:
     """
     model = build_on_meta(recipe.model)
     sizes = architecture_of(model)
-    model.config._attn_implementation = recipe.model.attention
-    rows_per_pair = 1 if choose_path(model, recipe.data.max_length).name == "shared" else 2
+    layout = choose_path(model, recipe.data.max_length)
     score_lora = None if recipe.curriculum else recipe.score.lora
     return Models(
         sizes,
         adapter_parameters(build_on_meta(recipe.model), score_lora, "score.lora") if score_lora else 0,
         adapter_parameters(model, recipe.train.lora, "train.lora"),
-        rows_per_pair,
+        rows_per_pair=1 if layout.name == "shared" else 2,
     )
 
 
@@ -126,9 +148,11 @@ def build_on_meta(config: ModelConfig) -> Any:
     from_config: Any = AutoModelForCausalLM.from_config
     with loading("model", config.path), torch.device("meta"):
         # Shapes do not depend on the attention implementation, and this one needs no other package.
-        return from_config(
+        model = from_config(
             architecture, attn_implementation="eager", trust_remote_code=config.trust_remote_code
         )
+    model.config._attn_implementation = config.attention
+    return model
 
 
 def architecture_of(model: Any) -> Architecture:
@@ -172,82 +196,6 @@ def adapter_parameters(model: Any, lora: Settings | None, where: str) -> int:
 
 
 # ----------------------------------------------------------------------------------------------------
-# The settings of a training that decide its cost, with the libraries' defaults filled in. They are read from
-# the recipe: to make a `DPOConfig` would set up devices, and needs DeepSpeed where the recipe asks for it.
-
-
-class TrainingSettings(NamedTuple):
-    """One stage's training."""
-
-    pairs_per_batch: int
-    """On each process."""
-    accumulation: int
-    epochs: float
-    learning_rate: float
-    beta: float
-    optimizer: str
-    recomputes: bool
-    """Activation checkpointing: activations are computed again in the backward pass."""
-    compute_dtype: str
-    """The type of matrix multiplications: the mixed precision, else the weights' type."""
-    shards: str
-    """What processes divide among them: "", "optimizer" (ZeRO-1), "gradients" (and optimizer; ZeRO-2), or
-    "weights" (and all; ZeRO-3, FSDP)."""
-    keeps_master_weights: bool
-    """DeepSpeed trains a float32 copy of 16-bit weights."""
-    unread: str
-    """A setting that could not be read; it is counted as if it were not there."""
-
-
-def training_settings(settings: Settings, model: ModelConfig) -> TrainingSettings:
-    """What `score.trainer` or `train.trainer` decide for a model loaded as `model` says."""
-    value = {**_library_defaults(), **ORIGINAL_DEFAULTS, **settings}
-    checkpointing = value["activation_checkpointing"]
-    if checkpointing is None:  # the older name counts only where the newer one is not given
-        checkpointing = value["gradient_checkpointing"]
-    deepspeed, shards, unread = settings.get("deepspeed"), "", ""
-    if settings.get("fsdp"):
-        shards = "weights"
-    elif isinstance(deepspeed, dict):
-        stage = (deepspeed.get("zero_optimization") or {}).get("stage", 0)
-        shards = {1: "optimizer", 2: "gradients", 3: "weights"}.get(stage, "")
-    elif deepspeed:
-        unread = f"the sharding in {deepspeed}"
-    return TrainingSettings(
-        pairs_per_batch=value["per_device_train_batch_size"],
-        accumulation=value["gradient_accumulation_steps"],
-        epochs=float(value["num_train_epochs"]),
-        learning_rate=float(value["learning_rate"]),
-        beta=float(value["beta"]),
-        optimizer=str(value["optim"]),
-        recomputes=bool(checkpointing),
-        compute_dtype=mixed_precision(settings, model) or model.dtype,
-        shards=shards,
-        keeps_master_weights=bool(deepspeed) and model.dtype != "float32",
-        unread=unread,
-    )
-
-
-@functools.cache
-def _library_defaults() -> dict[str, Any]:
-    from trl import DPOConfig
-
-    return {
-        field.name: None if field.default is dataclasses.MISSING else field.default
-        for field in dataclasses.fields(DPOConfig)
-    }
-
-
-def optimizer_steps(pairs: int, settings: TrainingSettings, processes: int) -> int:
-    """Updates of a training: `accumulation` batches of every process make one, the last may have fewer.
-
-    Every process gets as many batches (accelerate's `even_batches`).
-    """
-    batches_per_process = math.ceil(math.ceil(pairs / settings.pairs_per_batch) / processes)
-    return math.ceil(settings.epochs * max(1, math.ceil(batches_per_process / settings.accumulation)))
-
-
-# ----------------------------------------------------------------------------------------------------
 # Tokens, and the FLOPs of passes over them.
 
 
@@ -266,41 +214,88 @@ class Work(NamedTuple):
 NO_WORK = Work(0.0, 0.0)
 
 
-def forward_work(lengths_P: NDArray[np.int64], rows_per_pair: int, budget: TokenBudget) -> Work:
-    """One forward pass over the pairs, in batches of at most `budget` tokens, sorted by length.
+class RowCounter:
+    """Counts what a recipe's model computes on for pairs of given lengths, on a device ("cuda" or "cpu").
 
-    Shapes: lengths_P [P], tokens of the row that a pair takes, or of the longer of its two. Batches that
-    memory makes smaller hold less padding.
+    The rows are those of the engine and of the trainer, made by their own functions. Not counted: the pair
+    that packed rows are tried on, and that a trainer may have to leave them (`batching.row_collator`).
+
+    Raises:
+        ModelError: the model's configuration cannot be had.
     """
-    tokens = tokens_per_batch(budget)
-    unbounded = Budget(tokens, tokens * int(lengths_P.max(initial=1)))
-    return _padded(
-        lengths_P, bounded_batches(lengths_P, unbounded, rows_per_pair=rows_per_pair), rows_per_pair
-    )
+
+    def __init__(self, recipe: Recipe, device: str) -> None:
+        self._model, self._device = build_on_meta(recipe.model), device
+        # What rows cost depends on the device of the first parameter.
+        self._model.register_parameter("placed", torch.nn.Parameter(torch.empty(0, device=device)))
+        self._collator: RowCollator | None = None
+        if choose_path(self._model, recipe.data.max_length).name == "shared":
+            splits = device == "cpu" and recipe.launch.processes == 1
+            self._collator = RowCollator(
+                self._model, pad_token_id=0, multiple_of=1, path="auto", splits=splits
+            )
+
+    def forward(self, lengths: PartLengths, budget: TokenBudget) -> Work:
+        """One forward pass over the pairs, in batches of at most `budget` tokens, sorted by length.
+
+        Batches that memory makes smaller hold less padding.
+        """
+        packed_P, padded_P = shared_lengths(*lengths), padded_lengths(lengths)
+        is_packed = self._collator is not None and packed_saves(row_costs(self._model), lengths)
+        lengths_P, rows = (packed_P, 1) if is_packed else (padded_P, 2)
+        multiple = width_multiple(self._model) if is_packed else 1
+        tokens = most_tokens(self._device) if budget == "auto" else budget
+        unbounded = Budget(tokens, tokens * int(lengths_P.max(initial=1)))
+        batches = bounded_batches(lengths_P, unbounded, rows_per_pair=rows)
+        widths = [-(-int(lengths_P[batch].max()) // multiple) * multiple for batch in batches]
+        return _work((rows * len(batch), width) for batch, width in zip(batches, widths, strict=True))
+
+    def training(self, lengths: PartLengths, settings: TrainingSettings) -> Work:
+        """One epoch of training on the pairs in this order, on one process."""
+        size, per_update = settings.pairs_per_batch, settings.pairs_per_batch * settings.accumulation
+        lengths_P3 = np.stack(lengths, axis=1)
+        shapes: list[tuple[int, int]] = []
+        for start in range(0, len(lengths_P3), per_update):
+            update = [PairRow({}, _blank_tokens(*parts)) for parts in lengths_P3[start : start + per_update]]
+            batches = [PairBatch(update[at : at + size]) for at in range(0, len(update), size)]
+            for batch in group_batches(batches) if len(batches) > 1 else batches:
+                shapes += self._shapes(batch)
+        return _work(shapes)
+
+    def _shapes(self, batch: PairBatch) -> list[tuple[int, int]]:
+        if self._collator is None:
+            rows = 2 * len(batch.pairs)
+            return [(rows, batch.padded_tokens // rows)]
+        return [(len(rows.input_ids), rows.input_ids.shape[1]) for rows in self._collator(batch).groups]
 
 
-def training_work(lengths_P: NDArray[np.int64], rows_per_pair: int, settings: TrainingSettings) -> Work:
-    """One epoch of training in this order, on one process.
-
-    An update's pairs are sorted by length and then cut into its batches. Shapes: as for `forward_work`.
-    """
-    size, per_update = settings.pairs_per_batch, settings.pairs_per_batch * settings.accumulation
-    batches = []
-    for start in range(0, len(lengths_P), per_update):
-        update = np.arange(start, min(start + per_update, len(lengths_P)))
-        update = update[np.argsort(-lengths_P[update], kind="stable")]
-        batches += [update[at : at + size] for at in range(0, len(update), size)]
-    return _padded(lengths_P, batches, rows_per_pair)
+def longest_row(models: Models, lengths: PartLengths) -> int:
+    """Tokens of the longest row, packed where that can be."""
+    lengths_P = shared_lengths(*lengths) if models.rows_per_pair == 1 else padded_lengths(lengths)
+    return int(lengths_P.max())
 
 
-def tokens_per_batch(budget: TokenBudget) -> int:
-    """Tokens of a full batch; for an automatic budget those that it has where memory is plenty."""
-    return most_tokens("cuda" if torch.cuda.is_available() else "cpu") if budget == "auto" else budget
+def padded_lengths(lengths: PartLengths) -> NDArray[np.int64]:
+    """Tokens of the longer of prompt + chosen and prompt + rejected: [P]."""
+    return lengths.prompt_P + np.maximum(lengths.chosen_P, lengths.rejected_P)
 
 
-def _padded(lengths_P: NDArray[np.int64], batches: Iterable[NDArray[np.int64]], rows_per_pair: int) -> Work:
-    shapes = [(len(batch) * rows_per_pair, int(lengths_P[batch].max())) for batch in batches]
-    return Work(float(sum(rows * width for rows, width in shapes)), float(sum(r * w * w for r, w in shapes)))
+def _blank_tokens(prompt: int, chosen: int, rejected: int) -> tuple[list[int], list[int], list[int]]:
+    return [0] * prompt, [0] * chosen, [0] * rejected
+
+
+def _work(shapes: Iterable[tuple[int, int]]) -> Work:
+    """Of batches with so many rows, each of so many tokens."""
+    rows_S, widths_S = np.array([(0, 0), *shapes], dtype=np.float64).T
+    return Work(float(rows_S @ widths_S), float(rows_S @ widths_S**2))
+
+
+def job_flops(recipe: Recipe, models: Models, kind: JobKind, trained: Work, forwarded: Work) -> float:
+    """FLOPs of a job that trains on `trained` and computes `forwarded` without gradients."""
+    recomputes = training_settings(block_of(recipe, kind).trainer, recipe.model).recomputes
+    adapter = models.adapter(kind)
+    training = training_flops(models.sizes, trained, adapter=adapter, recomputes=recomputes)
+    return training + forward_flops(models.sizes, forwarded, adapter)
 
 
 def forward_flops(sizes: Architecture, work: Work, adapter: int = 0) -> float:
@@ -321,7 +316,7 @@ def _attention_flops(sizes: Architecture, work: Work) -> float:
 
 
 # ----------------------------------------------------------------------------------------------------
-# Memory.
+# Memory and disk.
 
 
 class Memory(NamedTuple):
@@ -338,124 +333,64 @@ class Memory(NamedTuple):
         return sum(self)
 
 
-def job_kinds(recipe: Recipe) -> tuple[JobKind, ...]:
-    """The kinds of jobs that a run of this recipe has."""
-    wanted: dict[JobKind, bool] = {
-        "reference": True,
-        "scorer": not recipe.curriculum,
-        "policy": True,
-        "held-out": bool(recipe.data.test),
-        "answers": bool(recipe.evaluate.generation.prompts),
-    }
-    return tuple(kind for kind, is_wanted in wanted.items() if is_wanted)
-
-
 def job_memory(recipe: Recipe, models: Models, kind: JobKind, longest: int | None = None) -> Memory:
     """Memory of a job of this kind whose longest row has `longest` tokens; None: the longest allowed row.
 
     Forward passes keep one layer's activations; answers keep keys and values of all tokens, and logits.
+    Gradients have the trained parameters' type. What is sharded is divided among the processes.
     """
-    sizes, rows_per_pair, generation = models.sizes, models.rows_per_pair, recipe.evaluate.generation
-    is_scoring = kind == "scorer" or (kind == "reference" and not recipe.curriculum)
-    block = recipe.score if is_scoring else recipe.train
-    settings = training_settings(block.trainer, recipe.model)
-    adapter = {"reference": 0, "scorer": models.scorer_adapter}.get(kind, models.policy_adapter)
-    dtype: str = recipe.model.dtype
+    sizes, generation, block = models.sizes, recipe.evaluate.generation, block_of(recipe, kind)
+    settings, adapter = training_settings(block.trainer, recipe.model), models.adapter(kind)
+    held: str = recipe.model.dtype
     if kind in ("reference", "scorer", "policy"):
-        dtype = weights_dtype(recipe.model, block.lora, block.trainer)
-    weights = float(sizes.parameters * BYTES[dtype] + adapter * _ADAPTER_BYTES)
+        held = weights_dtype(recipe.model, block.lora, block.trainer)
+    weights = float(sizes.parameters * BYTES[held] + adapter * _ADAPTER_BYTES)
     if kind == "answers":
         tokens = generation.batch_size * (
             longest or recipe.data.max_prompt_length + generation.max_new_tokens
         )
-        cache = 2 * sizes.layers * tokens * sizes.key_value_width * BYTES[dtype]
+        cache = 2 * sizes.layers * tokens * sizes.key_value_width * BYTES[held]
         return Memory(weights, 0.0, 0.0, cache + 4.0 * generation.batch_size * sizes.vocabulary)
     # A shared row holds one prompt and two completions: at most twice the longest sequence.
-    longest = longest or recipe.data.max_length * (2 if rows_per_pair == 1 else 1)
-    eager = recipe.model.attention == "eager"
+    length = longest or recipe.data.max_length * (2 if models.rows_per_pair == 1 else 1)
+
+    def layer(rows: int) -> float:
+        values = _VALUES_PER_LAYER * BYTES[settings.compute_dtype] * rows * length * sizes.hidden
+        is_eager = recipe.model.attention == "eager"
+        return values + (_EAGER_ATTENTION_BYTES * rows * length**2 * sizes.heads if is_eager else 0.0)
+
     budget = (recipe.evaluate if kind == "held-out" else recipe.score).tokens_per_batch
-    rows = max(rows_per_pair, tokens_per_batch(budget) // longest)
-    forward = layer_bytes(sizes, rows, longest, settings.compute_dtype, eager=eager)
+    tokens = most_tokens(this_device().kind) if budget == "auto" else budget
+    forward = layer(max(models.rows_per_pair, tokens // length))
     if kind in ("reference", "held-out"):
         return Memory(weights, 0.0, 0.0, forward)
-    training = training_memory(
-        sizes,
-        settings,
-        adapter=adapter,
-        dtype=dtype,
-        eager=eager,
-        rows_per_pair=rows_per_pair,
-        longest=longest,
-        processes=recipe.launch.processes,
-    )
-    if kind == "policy":
-        return training
-    return training._replace(activations=max(training.activations, forward))
-
-
-def training_memory(
-    sizes: Architecture,
-    settings: TrainingSettings,
-    *,
-    adapter: int,
-    dtype: str,
-    eager: bool,
-    rows_per_pair: int,
-    longest: int,
-    processes: int,
-) -> Memory:
-    """Memory of a training with `rows_per_pair` rows for a pair, the longest of `longest` tokens.
-
-    `dtype` is the weights' type, `eager` whether attention is computed without a fused kernel. Gradients
-    are kept in the trained parameters' type. What is sharded is divided among `processes`.
-    """
-    trained = adapter or sizes.parameters
-    trained_bytes = _ADAPTER_BYTES if adapter else BYTES[dtype]
-    weights = float(sizes.parameters * BYTES[dtype] + adapter * _ADAPTER_BYTES)
-    if not adapter and settings.compute_dtype != dtype and settings.shards != "weights":
+    rows = models.rows_per_pair * settings.pairs_per_batch
+    activations = sizes.layers * layer(rows)
+    if settings.recomputes:  # each layer keeps its input; one layer at a time has all of its activations
+        kept = rows * length * sizes.hidden * BYTES[settings.compute_dtype]
+        activations = sizes.layers * kept + layer(rows)
+    if kind == "scorer":  # it measures, too
+        activations = max(activations, forward)
+    if not adapter and settings.compute_dtype != held and settings.shards != "weights":
         # Autocast keeps its copy until a forward pass ends.
         weights += sizes.parameters * BYTES[settings.compute_dtype]
-    gradients = trained * trained_bytes
-    optimizer = _states_bytes(settings, trained, trained_bytes)
-    sharded = ("optimizer", "gradients", "weights")
-    shares = [processes if settings.shards in sharded[place:] else 1 for place in range(3)]
-    rows = rows_per_pair * settings.pairs_per_batch
-    layer = layer_bytes(sizes, rows, longest, settings.compute_dtype, eager=eager)
-    if settings.recomputes:
-        # Each layer keeps its input; one layer at a time has all of its activations.
-        kept = sizes.layers * rows * longest * sizes.hidden * BYTES[settings.compute_dtype] + layer
-    else:
-        kept = sizes.layers * layer
-    return Memory(weights / shares[2], gradients / shares[1], optimizer / shares[0], kept)
+    trained, trained_bytes = adapter or sizes.parameters, _ADAPTER_BYTES if adapter else BYTES[held]
+    states = trained * _state_bytes(settings, trained_bytes)
+    parts = (states, trained * trained_bytes, weights)
+    shards = ("optimizer", "gradients", "weights")
+    shared = [recipe.launch.processes if settings.shards in shards[place:] else 1 for place in range(3)]
+    optimizer, gradients, weights = (part / count for part, count in zip(parts, shared, strict=True))
+    return Memory(weights, gradients, optimizer, activations)
 
 
-def layer_bytes(sizes: Architecture, rows: int, longest: int, dtype: str, *, eager: bool) -> float:
-    """Activations of one layer for a batch of `rows` rows of `longest` tokens."""
-    values = _VALUES_PER_LAYER * BYTES[dtype] * rows * longest * sizes.hidden
-    scores = _EAGER_ATTENTION_BYTES * rows * longest**2 * sizes.heads if eager else 0
-    return float(values + scores)
-
-
-def _states_bytes(settings: TrainingSettings, trained: int, trained_bytes: int) -> float:
-    """Of an optimizer over `trained` parameters; all processes together."""
-    if not settings.keeps_master_weights:
-        return trained * _optimizer_bytes(settings.optimizer, trained_bytes)
-    return trained * (4 + _optimizer_bytes(settings.optimizer, 4))
-
-
-def _optimizer_bytes(name: str, state_bytes: int) -> float:
-    """Bytes of optimizer state per trained parameter, by transformers' name of the optimizer."""
-    if "8bit" in name:
-        return 1 if "lion" in name or "rmsprop" in name else 2
-    if "32bit" in name:
-        state_bytes = 4
+def _state_bytes(settings: TrainingSettings, held: int) -> int:
+    """Bytes that the optimizer keeps for a trained parameter of `held` bytes."""
+    name = settings.optimizer
+    master = 4 if settings.keeps_master_weights else 0
     if name == "sgd" or "adafactor" in name:
-        return 0  # Adafactor's states are of the size of rows and columns, not of their product.
-    return state_bytes * (1 if any(one in name for one in ("lion", "rmsprop", "adagrad")) else 2)
-
-
-# ----------------------------------------------------------------------------------------------------
-# Disk.
+        return master  # Adafactor's states are of the size of rows and columns, not of their product.
+    state = 1 if "8bit" in name else 4 if "32bit" in name or master else held
+    return master + state * (1 if any(one in name for one in ("lion", "rmsprop", "adagrad")) else 2)
 
 
 class Disk(NamedTuple):
@@ -493,11 +428,9 @@ def disk_need(recipe: Recipe, models: Models | None) -> Disk | None:
         saved = trained * (_ADAPTER_BYTES if adapter else BYTES[recipe.model.dtype])
         results += jobs * saved if are_kept else 0
         if launch.checkpoint_minutes or launch.checkpoint_steps:
-            held = (
-                _ADAPTER_BYTES if adapter else BYTES[weights_dtype(recipe.model, block.lora, block.trainer)]
-            )
-            settings = training_settings(block.trainer, recipe.model)
-            one = trained * held + _states_bytes(settings, trained, held)
+            full = BYTES[weights_dtype(recipe.model, block.lora, block.trainer)]
+            held = _ADAPTER_BYTES if adapter else full
+            one = trained * (held + _state_bytes(training_settings(block.trainer, recipe.model), held))
             # Of each training under way: those that are kept, and the next one while it is written.
             checkpoints = max(checkpoints, min(launch.workers, jobs) * (KEPT + 1) * one)
     return Disk(results, checkpoints)
@@ -588,11 +521,6 @@ def readable(value: float | None, unit: str = "") -> str:
         return UNKNOWN
     size, prefix = next(((size, prefix) for size, prefix in _PREFIXES if value >= size), (1.0, ""))
     return f"{value / size:.3g} {prefix}{unit}".strip()
-
-
-def readable_count(value: float) -> str:
-    """A number with three digits and a decimal prefix, such as "7.62 G"."""
-    return readable(value)
 
 
 def readable_bytes(value: float | None) -> str:

@@ -1,71 +1,55 @@
 """`plan`: what a recipe's run would do and cost. Nothing is trained, nothing is written.
 
-The pairs are prepared as a run does it, in a temporary folder. All else is counted: how often a pair goes
-through the model, with how many tokens, and what a model of this size costs for them (see `costs`). A time
-is given only where the model itself can be timed here.
+The pairs are prepared as a run does it, in a temporary folder. All else is counted (see `costs`). A time is
+given only where the model itself can be timed here.
 """
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
-from selective_dpo.config import PROTOCOLS, ModelConfig, Recipe, SelectConfig
+from selective_dpo.config import PROTOCOLS, Recipe, SelectConfig
 from selective_dpo.config.load import dump_config
 from selective_dpo.config.trainer_options import check_recipe_options
 from selective_dpo.curriculum.build import rule_of
 from selective_dpo.curriculum.import_ import outside_curriculum
 from selective_dpo.curriculum.select import rank_window, size_of
-from selective_dpo.curriculum.table import Curriculum
+from selective_dpo.curriculum.table import TABLE, Curriculum
 from selective_dpo.data.store import PairsSummary, load_summary, load_tokens
-from selective_dpo.difficulty.protocols import ScorerRun, split_pairs
+from selective_dpo.difficulty.protocols import split_pairs
 from selective_dpo.errors import DataError, ModelError, RunChangedError
-from selective_dpo.evaluation.evaluate import check_evaluation, policy_names
+from selective_dpo.evaluation.evaluate import check_evaluation
 from selective_dpo.evaluation.results import SELECTED
 from selective_dpo.identity import positions_of
-from selective_dpo.logprobs.packed import shared_lengths
 from selective_dpo.logprobs.padded import PartLengths, part_lengths
-from selective_dpo.report.tables import DEFAULT_FRACTION, label_for, text_table
+from selective_dpo.report.tables import label_for, text_table
 from selective_dpo.run import costs
 from selective_dpo.run.costs import (
-    UNKNOWN,
+    NO_WORK,
     Device,
     Disk,
     JobKind,
     Memory,
     Models,
-    TrainingSettings,
+    RowCounter,
     Work,
+    job_flops,
     readable,
     readable_bytes,
     readable_time,
 )
 from selective_dpo.run.folder import RunDirectory
-from selective_dpo.run.keys import (
-    MIN_SEEDS,
-    Run,
-    curriculum_key,
-    evaluation_key,
-    has_curriculum,
-    imported_inputs,
-    prepared_key,
-    record_digests,
-    reference_key,
-    scorer_job,
-    training_job,
-    trainings,
-)
+from selective_dpo.run.keys import MIN_SEEDS, Run, input_digests, require_same_inputs, trainings
 from selective_dpo.run.stages import prepare, scorer_steps
-from selective_dpo.storage.artifacts import MANIFEST, is_complete
+from selective_dpo.storage.artifacts import MANIFEST
+from selective_dpo.training.arguments import TrainingSettings, optimizer_steps, training_settings
 
 Found = TypeVar("Found")
 
@@ -78,7 +62,7 @@ class Job:
     """Where its result goes in the run's folder."""
     kind: JobKind
     cached: bool
-    """Its result is there already, made from the same inputs."""
+    """Its result is there already; the run looks at its key, too."""
     pairs: int | None = None
     """Pairs trained on, or whose log-probs are computed; prompts that are answered."""
     held_out: int | None = None
@@ -135,37 +119,58 @@ def make_plan(recipe: Recipe) -> Plan:
     check_evaluation(recipe.evaluate, has_test=bool(recipe.data.test))
     run = Run(recipe, RunDirectory.of(recipe), say=lambda line: None)
     unknown: list[str] = []
-    has_model, has_data = _has_model(recipe.model), _has_data(recipe)
-    what = "parameters, so FLOPs, memory, disk and time"
-    models = _known(lambda: costs.models_of(recipe), what, unknown, is_here=has_model)
-    what = f"which results in {run.folder.root} can be used again"
-    cached = frozenset[Path]()
-    if (run.folder.pairs / MANIFEST).is_file():
-        found = _known(lambda: complete_results(run), what, unknown, is_here=has_model and has_data)
-        cached = found or cached
-    what = "pairs and tokens, so updates, FLOPs and time"
-    inputs = _known(lambda: _read_inputs(run, cached), what, unknown, is_here=has_model and has_data)
+
+    def known(make: Callable[[], Found], what: str, *needed: str) -> Found | None:
+        """What `make` gives. What is here and does not work is an error; what is not may be elsewhere."""
+        try:
+            return make()
+        except (ModelError, DataError) as error:
+            if all(Path(path).expanduser().exists() for path in needed):
+                raise
+            unknown.append(f"{what}: {error}")
+            return None
+
+    model = (recipe.model.path, recipe.model.tokenizer or recipe.model.path)
+    data = [source.path for source in (*recipe.data.train, *recipe.data.test)]
+    data += [recipe.curriculum] if recipe.curriculum else []
     device = costs.this_device()
+    what = "parameters and pairs, so tokens, FLOPs, memory, disk and time"
+    models = known(lambda: costs.models_of(recipe), what, *model)
+    inputs, notes = None, tuple[str, ...]()
+    if models is not None:
+        what = "pairs and tokens, so updates, FLOPs and time"
+        notes = known(lambda: tuple(_changes(run)), what, *model, *data) or ()
+        inputs = known(lambda: _read_inputs(run, device, is_changed=bool(notes)), what, *model, *data)
     rates = _measured_rates(recipe, models, device, inputs)
-    jobs = tuple(_Jobs(run, inputs, models, cached, device, rates).all())
-    score, train = _settings(recipe)
+    jobs = tuple(_Planner(run, inputs, models, device, rates, is_changed=bool(notes)).jobs())
+    scoring, training = _settings(recipe)
     return Plan(
         recipe=recipe,
         folder=run.folder.root,
         model=models,
-        scoring=None if recipe.curriculum else score,
-        training=train,
-        pairs=inputs.pairs.summary if inputs else None,
+        scoring=None if recipe.curriculum else scoring,
+        training=training,
+        pairs=inputs and inputs.pairs.summary,
         test_pairs=inputs.test.summary if inputs and inputs.test else None,
         jobs=jobs,
-        protocols=tuple(planned_protocols(recipe, inputs.pairs if inputs else None, models)),
+        protocols=tuple(planned_protocols(recipe, models, inputs and inputs.passes)),
         device=device,
         measured_flops_per_second=rates,
         disk_bytes=costs.disk_need(recipe, models),
         seconds=_total_seconds(jobs, recipe, device),
-        unknown=(*unknown, *_unknown_parts(recipe, jobs, inputs, is_timed=bool(rates) or models is None)),
-        notes=tuple(_notes(run)),
+        unknown=(*unknown, *_not_counted(recipe, jobs, is_known=inputs is not None, is_timed=bool(rates))),
+        notes=notes,
     )
+
+
+def _changes(run: Run) -> Iterator[str]:
+    """What a run would refuse of a folder made before: another recipe, or inputs of another content."""
+    try:
+        run.folder.require_same_recipe(run.recipe)
+        if run.folder.is_claimed:
+            require_same_inputs(run, input_digests(run))
+    except RunChangedError as error:
+        yield f"a run would refuse this, and with --fresh makes again what the change touches: {error}"
 
 
 def _json(value: Any) -> Any:
@@ -182,347 +187,9 @@ def _json(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-# ----------------------------------------------------------------------------------------------------
-# What the run would work on, as far as it can be had here.
-
-
-class KeptPairs(NamedTuple):
-    """The prepared pairs of one folder; columns of equal length P."""
-
-    summary: PairsSummary
-    pair_ids: list[str]
-    prompt_ids: list[str]
-    parts: PartLengths
-    """Tokens of prompt, chosen and rejected."""
-
-    def lengths(self, rows_per_pair: int) -> NDArray[np.int64]:
-        """Tokens of each pair's row, or of the longer of its two: [P]."""
-        if rows_per_pair == 1:
-            return shared_lengths(*self.parts)
-        return self.parts.prompt_P + np.maximum(self.parts.chosen_P, self.parts.rejected_P)
-
-
-class Inputs(NamedTuple):
-    """What a run would work on."""
-
-    pairs: KeptPairs
-    test: KeptPairs | None
-    orders: dict[str, list[str]]
-    """The pairs that each policy is trained on, in order, where that is known."""
-
-
-def _known(make: Callable[[], Found], what: str, unknown: list[str], *, is_here: bool) -> Found | None:
-    """What `make` gives. What is here and does not work is an error; what is not may be somewhere else."""
-    try:
-        return make()
-    except (ModelError, DataError) as error:
-        if is_here:
-            raise
-        unknown.append(f"{what}: {error}")
-        return None
-
-
-def _has_model(config: ModelConfig) -> bool:
-    return all(Path(path).is_dir() for path in (config.path, config.tokenizer or config.path))
-
-
-def _has_data(recipe: Recipe) -> bool:
-    paths = [source.path for source in (*recipe.data.train, *recipe.data.test)]
-    paths += [recipe.curriculum] if recipe.curriculum else []
-    return all(Path(path).expanduser().exists() for path in paths)
-
-
-def _read_inputs(run: Run, cached: frozenset[Path]) -> Inputs:
-    """Prepared pairs: the published ones, else made in a temporary folder.
-
-    Raises:
-        ModelError, DataError, TemplateError, ConfigError: as for a run.
-    """
-    published = {run.folder.pairs, run.folder.test_pairs} if run.recipe.data.test else {run.folder.pairs}
-    with tempfile.TemporaryDirectory() as scratch:
-        prepared = run
-        if not published <= cached:
-            prepared = Run(run.recipe, RunDirectory(Path(scratch) / "run"), say=lambda line: None)
-            prepare(prepared)
-        pairs = _kept_pairs(prepared.folder.pairs)
-        test = _kept_pairs(prepared.folder.test_pairs) if run.recipe.data.test else None
-    return Inputs(pairs, test, dict(_known_orders(run, pairs, cached)))
-
-
-def _kept_pairs(folder: Path) -> KeptPairs:
-    tokens = load_tokens(folder)
-    ids = tokens.select_columns(["pair_id", "prompt_id"]).with_format("arrow")[:]
-    pair_ids, prompt_ids = (ids[name].to_pylist() for name in ("pair_id", "prompt_id"))
-    return KeptPairs(load_summary(folder), pair_ids, prompt_ids, part_lengths(tokens))
-
-
-def _known_orders(run: Run, pairs: KeptPairs, cached: frozenset[Path]) -> Iterator[tuple[str, list[str]]]:
-    """Of complete curricula, and of those to be made from an imported difficulty."""
-    for name, training in trainings(run).items():
-        if training.curriculum in cached:
-            yield name, Curriculum.load(training.curriculum).order
-        elif run.outside is not None:
-            select, _ = run.arms[name if training.seed is None else SELECTED]
-            ids, prompt_ids = (pa.chunked_array([names]) for names in (pairs.pair_ids, pairs.prompt_ids))
-            yield name, outside_curriculum(run.outside, ids, prompt_ids, select).order
-
-
-# ----------------------------------------------------------------------------------------------------
-# Which results are there already.
-
-
-class _Result(NamedTuple):
-    """A stage's result."""
-
-    folder: Path
-    inputs: frozenset[Path]
-    """The results that it is made from."""
-    is_complete: Callable[[], bool]
-
-
-def complete_results(run: Run) -> frozenset[Path]:
-    """The folders (for a curriculum, the one that holds it) that the run would use as they are.
-
-    A result whose inputs would be made again is not among them, even if it came out the same. Asking changes
-    nothing.
-
-    Raises:
-        ModelError, DataError: tokenizer or data cannot be had, so their digests are not known.
-    """
-    found: set[Path] = set()
-    for result in _results(run):
-        if result.inputs <= found and result.is_complete():
-            found.add(result.folder)
-    return frozenset(found)
-
-
-def _results(run: Run) -> Iterator[_Result]:
-    """All results of a run, each after what it is made from."""
-    data, folder = run.recipe.data, run.folder
-
-    def result(at: Path, inputs: Iterable[Path], key: Callable[[], str]) -> _Result:
-        # A key is worked out only where there is a manifest.
-        return _Result(
-            at, frozenset(inputs), lambda: (at / MANIFEST).is_file() and is_complete(at, key=key())
-        )
-
-    def scorer_key(scorer: ScorerRun) -> str:
-        return scorer_job(run, scorer).key
-
-    def policy_key(name: str) -> str:
-        return training_job(run, name).key
-
-    def is_built(select: SelectConfig, at: Path) -> bool:
-        digests = record_digests([scorer_job(run, scorer) for scorer in run.scorer_runs])
-        inputs = imported_inputs(run, run.outside.digest) if run.outside else digests
-        return has_curriculum(at, curriculum_key(inputs, select))
-
-    pairs = {folder.pairs: folder.reference}
-    yield result(folder.pairs, (), lambda: prepared_key(run, data.train, exclude=None))
-    if data.test:
-        pairs[folder.test_pairs] = folder.test_reference
-        yield result(
-            folder.test_pairs, [folder.pairs], lambda: prepared_key(run, data.test, exclude=folder.pairs)
-        )
-    scores = [run.folder.scores(scorer) for scorer in run.scorer_runs]
-    curricula = [
-        _Result(at, frozenset([*pairs, *scores]), partial(is_built, select, at))
-        for select, at in run.arms.values()
-    ]
-    # With an imported difficulty the reference is that of the selected pairs.
-    selected = [each.folder for each in curricula] if run.outside is not None else []
-    references = [
-        result(reference, [*pairs, *selected], partial(reference_key, run, at))
-        for at, reference in pairs.items()
-    ]
-    yield from [*curricula, *references] if run.outside is not None else references
-    for scorer in run.scorer_runs:
-        yield result(run.folder.scores(scorer), pairs.values(), partial(scorer_key, scorer))
-    if run.outside is None:
-        yield from curricula
-    policies = trainings(run)
-    for name, training in policies.items():
-        yield result(training.policy, [training.curriculum, *pairs.values()], partial(policy_key, name))
-    trained = [training.policy for training in policies.values()]
-    yield result(folder.evaluation, trained, lambda: evaluation_key(run))
-
-
-# ----------------------------------------------------------------------------------------------------
-# The jobs.
-
-
-class _Jobs:
-    """The jobs of a run, and what each one has to compute."""
-
-    def __init__(
-        self,
-        run: Run,
-        inputs: Inputs | None,
-        models: Models | None,
-        cached: frozenset[Path],
-        device: Device,
-        rates: Mapping[str, float],
-    ) -> None:
-        self._run, self._recipe, self._inputs, self._models = run, run.recipe, inputs, models
-        self._cached, self._device, self._rates = cached, device, rates
-        self._rows = models.rows_per_pair if models else 2
-        self._lengths_P = None if inputs is None else inputs.pairs.lengths(self._rows)
-
-    def all(self) -> Iterator[Job]:
-        """Every job, in the order they are done.
-
-        Raises:
-            ConfigError: too few updates for the evaluations, or a selection that fits no pair.
-            DataError: too few prompts to halve.
-        """
-        recipe, folder, kinds = self._recipe, self._run.folder, costs.job_kinds(self._recipe)
-        test = self._inputs.test.lengths(self._rows) if self._inputs and self._inputs.test else None
-        yield self._forward("reference", folder.reference, self._referenced())
-        if "held-out" in kinds:
-            yield self._forward("reference", folder.test_reference, test)
-        yield from self._scorers()
-        yield from self._policies()
-        policies = len(trainings(self._run)) + 1  # the starting model is evaluated too
-        if "held-out" in kinds:
-            yield self._forward("held-out", folder.evaluation, test, times=policies)
-        if "answers" in kinds:
-            # Every answer at its longest, after the longest prompt.
-            generation = recipe.evaluate.generation
-            longest = recipe.data.max_prompt_length + generation.max_new_tokens
-            answers = generation.prompts * generation.samples * policies
-            work = Work(float(longest), float(longest**2)).times(answers)
-            yield self._job("answers", folder.evaluation, forwarded=work, pairs=generation.prompts)
-
-    def _referenced(self) -> NDArray[np.int64] | None:
-        """Lengths of the pairs whose reference is computed: all, or with an imported difficulty those
-        trained on."""
-        if self._inputs is None or self._lengths_P is None or not self._recipe.curriculum:
-            return self._lengths_P
-        trained = sorted({pair_id for order in self._inputs.orders.values() for pair_id in order})
-        return self._lengths_P[positions_of(trained, self._inputs.pairs.pair_ids, what="plan")]
-
-    def _forward(
-        self, kind: JobKind, folder: Path, lengths_P: NDArray[np.int64] | None, times: int = 1
-    ) -> Job:
-        if lengths_P is None:
-            return self._job(kind, folder)
-        block = self._recipe.evaluate if kind == "held-out" else self._recipe.score
-        work = costs.forward_work(lengths_P, self._rows, block.tokens_per_batch).times(times)
-        return self._job(kind, folder, forwarded=work, longest=lengths_P.max(), pairs=len(lengths_P))
-
-    def _scorers(self) -> Iterator[Job]:
-        recipe, inputs, lengths_P = self._recipe, self._inputs, self._lengths_P
-        passes = None if lengths_P is None else scoring_passes(recipe, lengths_P, self._rows)
-        for scorer in self._run.scorer_runs:
-            folder = self._run.folder.scores(scorer)
-            if inputs is None or lengths_P is None or passes is None:
-                yield self._job("scorer", folder)
-                continue
-            halves = split_pairs(inputs.pairs.prompt_ids, scorer)
-            trained, held_out = len(halves.train), len(halves.held_out)
-            steps = scorer_steps(recipe, scorer, trained, recipe.launch.processes)
-            yield self._job(
-                "scorer",
-                folder,
-                trained=passes.training.times(trained / len(lengths_P)),
-                forwarded=passes.forward.times(recipe.score.evaluations * held_out / len(lengths_P)),
-                longest=lengths_P.max(),
-                pairs=trained,
-                held_out=held_out,
-                updates=steps.updates,
-                evaluated_after=steps.evaluated_after,
-            )
-
-    def _policies(self) -> Iterator[Job]:
-        settings, lengths_P = _settings(self._recipe)[1], self._lengths_P
-        for name, training in trainings(self._run).items():
-            order = self._inputs.orders.get(name) if self._inputs else None
-            count = None if lengths_P is None else selected_count(training.select, len(lengths_P))
-            if self._inputs is None or lengths_P is None or (order is None and count is None):
-                yield self._job("policy", training.policy)
-                continue
-            if order is None:  # as many pairs of an average length
-                work = costs.training_work(_shuffled(lengths_P), self._rows, settings)
-                work = work.times((count or 0) / len(lengths_P))
-            else:
-                at = positions_of(order, self._inputs.pairs.pair_ids, what="curriculum")
-                count, work = len(order), costs.training_work(lengths_P[at], self._rows, settings)
-            yield self._job(
-                "policy",
-                training.policy,
-                trained=work.times(settings.epochs),
-                forwarded=costs.NO_WORK,
-                longest=lengths_P.max(),
-                pairs=count,
-                updates=costs.optimizer_steps(count or 0, settings, self._recipe.launch.processes),
-            )
-
-    def _job(
-        self,
-        kind: JobKind,
-        folder: Path,
-        *,
-        trained: Work = costs.NO_WORK,
-        forwarded: Work | None = None,
-        longest: int | None = None,
-        **counts: Any,
-    ) -> Job:
-        name = folder.relative_to(self._run.folder.root).as_posix()
-        flops = seconds = None
-        if self._models is not None and forwarded is not None:
-            flops = job_flops(self._recipe, self._models, kind, trained, forwarded)
-            # Sampling waits for memory, not for multiplications: its FLOPs say little about its time.
-            if self._rates and kind != "answers":
-                seconds = flops / self._rate(kind)
-        return Job(
-            name=f"{name}: {kind}" if kind in ("held-out", "answers") else name,
-            kind=kind,
-            cached=folder in self._cached,
-            tokens=None if forwarded is None else trained.tokens + forwarded.tokens,
-            flops=flops,
-            memory_bytes=self._models and costs.job_memory(self._recipe, self._models, kind, longest),
-            seconds=seconds,
-            **counts,
-        )
-
-    def _rate(self, kind: JobKind) -> float:
-        """FLOP/s of all processes. Those on one CPU share its cores, so more of them are not faster."""
-        score, train = _settings(self._recipe)
-        is_scoring = kind in ("reference", "scorer") and not self._recipe.curriculum
-        processes = self._recipe.launch.processes if self._device.kind == "cuda" else 1
-        return self._rates[(score if is_scoring else train).compute_dtype] * processes
-
-
-def job_flops(recipe: Recipe, models: Models, kind: JobKind, trained: Work, forwarded: Work) -> float:
-    """FLOPs of a job that trains on `trained` and computes `forwarded` without gradients."""
-    score, train = _settings(recipe)
-    adapter = {"reference": 0, "scorer": models.scorer_adapter}.get(kind, models.policy_adapter)
-    recomputes = (score if kind == "scorer" else train).recomputes
-    training = costs.training_flops(models.sizes, trained, adapter=adapter, recomputes=recomputes)
-    return training + costs.forward_flops(models.sizes, forwarded, adapter)
-
-
-def selected_count(select: SelectConfig, pairs: int) -> int | None:
-    """How many of `pairs` scored pairs a selection keeps; None for a threshold, which needs the scores."""
-    rule = rule_of(select)
-    if select.rule == "below":
-        return None
-    if select.rule == "random":
-        return size_of(pairs, rule)
-    low, high = rank_window(pairs, rule)
-    return high - low
-
-
-def _settings(recipe: Recipe) -> tuple[TrainingSettings, TrainingSettings]:
+def _settings(recipe: Recipe) -> list[TrainingSettings]:
     """Of the scorers and of the policies."""
-    score, train = (
-        costs.training_settings(block.trainer, recipe.model) for block in (recipe.score, recipe.train)
-    )
-    return score, train
-
-
-def _shuffled(lengths_P: NDArray[np.int64]) -> NDArray[np.int64]:
-    return np.random.default_rng(0).permutation(lengths_P)
+    return [training_settings(block.trainer, recipe.model) for block in (recipe.score, recipe.train)]
 
 
 def _measured_rates(
@@ -531,7 +198,7 @@ def _measured_rates(
     """FLOP/s of forward passes by type; empty where the model cannot be timed here."""
     if models is None or inputs is None or not costs.fits(recipe.model, models.sizes, device):
         return {}
-    longest = max(1, int(np.median(inputs.pairs.lengths(models.rows_per_pair))))
+    longest = max(1, int(np.median(costs.padded_lengths(inputs.pairs.lengths))))
     return {
         name: costs.measured_rate(recipe.model, models.sizes, device, longest=longest, compute_dtype=name)
         for name in sorted({settings.compute_dtype for settings in _settings(recipe)})
@@ -551,10 +218,8 @@ def _total_seconds(jobs: Sequence[Job], recipe: Recipe, device: Device) -> float
     return total
 
 
-def _unknown_parts(
-    recipe: Recipe, jobs: Sequence[Job], inputs: Inputs | None, *, is_timed: bool
-) -> Iterator[str]:
-    if inputs is not None:
+def _not_counted(recipe: Recipe, jobs: Sequence[Job], *, is_known: bool, is_timed: bool) -> Iterator[str]:
+    if is_known:
         for job in jobs:
             if job.kind == "policy" and job.pairs is None:
                 yield f"pairs of {job.name}: a threshold selects after scoring"
@@ -566,70 +231,287 @@ def _unknown_parts(
         yield "time of the answers: sampling waits for memory more than for multiplications"
     if recipe.evaluate.judge == "reward-model":
         yield f"cost of the judge {recipe.evaluate.reward_model}"
-    for block, settings in zip(("score", "train"), _settings(recipe), strict=True):
-        if settings.unread and not (block == "score" and recipe.curriculum):
-            yield f"{block}: {settings.unread}; counted as not sharded"
 
 
-def _notes(run: Run) -> Iterator[str]:
-    try:
-        run.folder.require_same_recipe(run.recipe)
-    except RunChangedError as error:
-        yield f"a run would refuse this: {error}"
+# ----------------------------------------------------------------------------------------------------
+# What the run would work on.
+
+
+class KeptPairs(NamedTuple):
+    """The prepared pairs of one folder; columns of equal length P."""
+
+    summary: PairsSummary
+    pair_ids: list[str]
+    prompt_ids: list[str]
+    lengths: PartLengths
+
+    def lengths_of(self, pair_ids: Iterable[str]) -> PartLengths:
+        """Those of some pairs, in their order."""
+        at = positions_of(list(pair_ids), self.pair_ids, what="plan")
+        return PartLengths(*(part_P[at] for part_P in self.lengths))
+
+
+class ScoringPasses(NamedTuple):
+    """What one pass over all pairs takes; protocols and scorers are multiples of these."""
+
+    forward: Work
+    epoch: Work
+    """Of both scorers of a seed: each pair is in one of their halves. One random order is drawn."""
+
+
+class Inputs(NamedTuple):
+    """What a run would work on."""
+
+    pairs: KeptPairs
+    test: KeptPairs | None
+    orders: dict[str, list[str]]
+    """The pairs that each policy is trained on, in order, where that is known."""
+    counter: RowCounter
+    passes: ScoringPasses
+
+
+def _read_inputs(run: Run, device: Device, *, is_changed: bool) -> Inputs:
+    """Prepared pairs: the published ones unless the run has changed, else made in a temporary folder.
+
+    Raises:
+        ModelError, DataError, TemplateError, ConfigError: as for a run.
+    """
+    folder, recipe = run.folder, run.recipe
+    wanted = [folder.pairs, folder.test_pairs] if recipe.data.test else [folder.pairs]
+    with tempfile.TemporaryDirectory() as scratch:
+        if is_changed or not all((at / MANIFEST).is_file() for at in wanted):
+            folder = RunDirectory(Path(scratch) / "run")
+            prepare(Run(recipe, folder, say=lambda line: None))
+        pairs = _kept_pairs(folder.pairs)
+        test = _kept_pairs(folder.test_pairs) if recipe.data.test else None
+    counter = RowCounter(recipe, device.kind)
+    orders = dict(_known_orders(run, pairs, is_changed=is_changed))
+    return Inputs(pairs, test, orders, counter, scoring_passes(recipe, pairs.lengths, counter))
+
+
+def _kept_pairs(folder: Path) -> KeptPairs:
+    tokens = load_tokens(folder)
+    return KeptPairs(
+        load_summary(folder), list(tokens["pair_id"]), list(tokens["prompt_id"]), part_lengths(tokens)
+    )
+
+
+def _known_orders(run: Run, pairs: KeptPairs, *, is_changed: bool) -> Iterator[tuple[str, list[str]]]:
+    """Of curricula that are there, and of those to be made from an imported difficulty."""
+    for name, training in trainings(run).items():
+        if (training.curriculum / TABLE).is_file() and not is_changed:
+            yield name, Curriculum.load(training.curriculum).order
+        elif run.outside is not None:
+            select, _ = run.arms[name if training.seed is None else SELECTED]
+            ids, prompt_ids = (pa.chunked_array([names]) for names in (pairs.pair_ids, pairs.prompt_ids))
+            yield name, outside_curriculum(run.outside, ids, prompt_ids, select).order
+
+
+def scoring_passes(recipe: Recipe, lengths: PartLengths, counter: RowCounter) -> ScoringPasses:
+    """The passes of `recipe.score` over pairs of these lengths."""
+    return ScoringPasses(
+        counter.forward(lengths, recipe.score.tokens_per_batch),
+        counter.training(_shuffled(lengths), _settings(recipe)[0]),
+    )
+
+
+def _shuffled(lengths: PartLengths) -> PartLengths:
+    order_P = np.random.default_rng(0).permutation(len(lengths.prompt_P))
+    return PartLengths(*(part_P[order_P] for part_P in lengths))
+
+
+# ----------------------------------------------------------------------------------------------------
+# The jobs.
+
+
+@dataclass(frozen=True)
+class _Planner:
+    """Makes the jobs of a run, from what is known of it."""
+
+    run: Run
+    inputs: Inputs | None
+    models: Models | None
+    device: Device
+    rates: Mapping[str, float]
+    is_changed: bool
+    """What is there was made from something else."""
+
+    def jobs(self) -> Iterator[Job]:
+        """Every job, in the order they are done.
+
+        Raises:
+            ConfigError: too few updates for the evaluations, or a selection that fits no pair.
+            DataError: too few prompts to halve.
+        """
+        recipe, folder, inputs = self.run.recipe, self.run.folder, self.inputs
+        pairs = inputs.pairs.lengths if inputs else None
+        test = inputs.test.lengths if inputs and inputs.test else None
+        if inputs and recipe.curriculum:  # only the pairs that are trained on have a reference
+            pairs = inputs.pairs.lengths_of(
+                sorted({name for order in inputs.orders.values() for name in order})
+            )
+        yield self._forward("reference", folder.reference, pairs)
+        if recipe.data.test:
+            yield self._forward("reference", folder.test_reference, test)
+        yield from self._scorers()
+        yield from self._policies()
+        policies = len(trainings(self.run)) + 1  # the starting model is evaluated too
+        if recipe.data.test:
+            yield self._forward("held-out", folder.evaluation, test, times=policies)
+        if prompts := recipe.evaluate.generation.prompts:
+            # Every answer at its longest, after the longest prompt.
+            generation = recipe.evaluate.generation
+            longest = recipe.data.max_prompt_length + generation.max_new_tokens
+            work = Work(float(longest), float(longest**2)).times(prompts * generation.samples * policies)
+            yield self._job("answers", folder.evaluation, forwarded=work, pairs=prompts)
+
+    def _forward(self, kind: JobKind, folder: Path, lengths: PartLengths | None, times: int = 1) -> Job:
+        if self.inputs is None or lengths is None:
+            return self._job(kind, folder)
+        block = self.run.recipe.evaluate if kind == "held-out" else self.run.recipe.score
+        work = self.inputs.counter.forward(lengths, block.tokens_per_batch).times(times)
+        return self._job(kind, folder, forwarded=work, lengths=lengths, pairs=len(lengths.prompt_P))
+
+    def _scorers(self) -> Iterator[Job]:
+        recipe, inputs, epochs = self.run.recipe, self.inputs, _settings(self.run.recipe)[0].epochs
+        for scorer in self.run.scorer_runs:
+            folder = self.run.folder.scores(scorer)
+            if inputs is None:
+                yield self._job("scorer", folder)
+                continue
+            halves, all_pairs = split_pairs(inputs.pairs.prompt_ids, scorer), len(inputs.pairs.pair_ids)
+            trained, held_out = len(halves.train), len(halves.held_out)
+            steps = scorer_steps(recipe, scorer, trained, recipe.launch.processes)
+            yield self._job(
+                "scorer",
+                folder,
+                trained=inputs.passes.epoch.times(epochs * trained / all_pairs),
+                forwarded=inputs.passes.forward.times(recipe.score.evaluations * held_out / all_pairs),
+                lengths=inputs.pairs.lengths,
+                pairs=trained,
+                held_out=held_out,
+                updates=steps.updates,
+                evaluated_after=steps.evaluated_after,
+            )
+
+    def _policies(self) -> Iterator[Job]:
+        inputs, settings = self.inputs, _settings(self.run.recipe)[1]
+        for name, training in trainings(self.run).items():
+            if inputs is None:
+                yield self._job("policy", training.policy)
+                continue
+            pairs, order = inputs.pairs, inputs.orders.get(name)
+            if order is not None:
+                count, work = len(order), inputs.counter.training(pairs.lengths_of(order), settings)
+            elif found := selected_count(training.select, len(pairs.pair_ids)):
+                # As many pairs of an average length.
+                count, work = found, inputs.counter.training(_shuffled(pairs.lengths), settings)
+                work = work.times(count / len(pairs.pair_ids))
+            else:
+                yield self._job("policy", training.policy)
+                continue
+            yield self._job(
+                "policy",
+                training.policy,
+                trained=work.times(settings.epochs),
+                forwarded=NO_WORK,
+                lengths=pairs.lengths,
+                pairs=count,
+                updates=optimizer_steps(count, settings, self.run.recipe.launch.processes),
+            )
+
+    def _job(
+        self,
+        kind: JobKind,
+        folder: Path,
+        *,
+        trained: Work = NO_WORK,
+        forwarded: Work | None = None,
+        lengths: PartLengths | None = None,
+        **counts: Any,
+    ) -> Job:
+        recipe, models = self.run.recipe, self.models
+        name = folder.relative_to(self.run.folder.root).as_posix()
+        flops = seconds = memory = None
+        if models is not None:
+            longest = None if lengths is None else costs.longest_row(models, lengths)
+            memory = costs.job_memory(recipe, models, kind, longest)
+        if models is not None and forwarded is not None:
+            flops = job_flops(recipe, models, kind, trained, forwarded)
+            # Sampling waits for memory, not for multiplications: its FLOPs say little about its time.
+            if self.rates and kind != "answers":
+                dtype = training_settings(costs.block_of(recipe, kind).trainer, recipe.model).compute_dtype
+                # Processes on one CPU share its cores, so more of them are not faster.
+                processes = recipe.launch.processes if self.device.kind == "cuda" else 1
+                seconds = flops / (self.rates[dtype] * processes)
+        return Job(
+            name=f"{name}: {kind}" if kind in ("held-out", "answers") else name,
+            kind=kind,
+            cached=not self.is_changed and (folder / MANIFEST).is_file(),
+            tokens=None if forwarded is None else trained.tokens + forwarded.tokens,
+            flops=flops,
+            memory_bytes=memory,
+            seconds=seconds,
+            **counts,
+        )
+
+
+def selected_count(select: SelectConfig, pairs: int) -> int | None:
+    """How many of `pairs` scored pairs a selection keeps; None for a threshold, which needs the scores."""
+    rule = rule_of(select)
+    if select.rule == "below":
+        return None
+    if select.rule == "random":
+        return size_of(pairs, rule)
+    low, high = rank_window(pairs, rule)
+    return high - low
 
 
 # ----------------------------------------------------------------------------------------------------
 # The protocols side by side.
-#
-# The agreement figures are the least and the largest of nine values: three models, and whichever one (or
-# two) of the three seeds. Source: the original authors' records, of which seeds and evaluations were left
-# out; docs/protocols.md says how, and tests/unit/test_plan_protocols.py computes them from the records.
 
-MEASURED_ON = "dpo-mix-7k with Qwen2.5 of 1.5B, 7B and 14B"
+
+class Passes(NamedTuple):
+    """How often scoring takes all pairs through the model."""
+
+    forward: float
+    """Without a gradient: once for the reference, and for the held-out evaluations."""
+    training: float
+    """Forward and backward."""
+
+
+def _of_trained_scorers(seeds: int, evaluations: int, epochs: float) -> Passes:
+    return Passes(1 + seeds * evaluations, seeds * epochs)
+
+
+PASSES: dict[str, Callable[[int, int, float], Passes]] = dict.fromkeys(PROTOCOLS, _of_trained_scorers)
+"""The passes of each protocol, from its seeds, its evaluations and the epochs of a scorer's training."""
 
 Range = tuple[float, float]
 """The least and the largest value measured."""
 
-MEASURED_SPEARMAN: dict[tuple[int, int], Range] = {(1, 2): (0.9969, 0.9981), (2, 2): (0.9984, 0.9993)}
-"""Rank correlation of the difficulties with those of `paper`, by seeds and evaluations of each scorer; the
-evaluations are the third and the last of five."""
-
-MEASURED_OVERLAP: dict[tuple[int, int], dict[float, Range]] = {
-    (1, 2): {
-        0.1: (0.927, 0.948),
-        0.2: (0.951, 0.969),
-        0.3: (0.967, 0.975),
-        0.4: (0.976, 0.983),
-        0.5: (0.977, 0.988),
-        0.6: (0.985, 0.991),
-        0.7: (0.989, 0.993),
-        0.8: (0.993, 0.996),
-        0.9: (0.995, 0.998),
-    },
-    (2, 2): {
-        0.1: (0.951, 0.975),
-        0.2: (0.968, 0.980),
-        0.3: (0.979, 0.988),
-        0.4: (0.984, 0.991),
-        0.5: (0.987, 0.993),
-        0.6: (0.990, 0.995),
-        0.7: (0.993, 0.996),
-        0.8: (0.995, 0.998),
-        0.9: (0.997, 0.999),
-    },
-}
-"""Share of the easiest pairs that are also among the easiest of `paper`, by the fraction selected."""
-
 
 class Agreement(NamedTuple):
-    """The agreement with `paper` to expect, as far as it was measured."""
+    """The agreement with `paper`, where it was measured."""
 
     spearman: Range
-    overlap: Range | None
-    """None: not measured for this selection."""
-    fraction: float | None
-    """The measured fraction nearest to the one in use."""
-    measured_on: str = MEASURED_ON
+    """Rank correlation of the difficulties."""
+    overlap: Range
+    """Share of the easiest half that is also in the easiest half of `paper`; docs/protocols.md has others."""
+
+
+MEASURED_ON = "dpo-mix-7k with Qwen2.5 of 1.5B, 7B and 14B"
+
+MEASURED = {
+    (1, 2): Agreement((0.9969, 0.9981), (0.977, 0.988)),
+    (2, 2): Agreement((0.9984, 0.9993), (0.987, 0.993)),
+}
+"""By seeds and evaluations of each scorer, the third and the last of five; the mean over all records.
+
+The least and the largest of nine values: three models, and whichever one (or two) of the three seeds. Source:
+the original authors' records, of which seeds and evaluations were left out; docs/protocols.md says how, and
+tests/unit/test_plan_protocols.py computes them from the records.
+"""
 
 
 @dataclass(frozen=True)
@@ -656,49 +538,26 @@ class PlannedProtocol:
     """With `paper`; None where nothing was measured."""
 
 
-class ScoringPasses(NamedTuple):
-    """What one pass over all pairs takes; protocols and scorers are multiples of these."""
-
-    forward: Work
-    training: Work
-    """All epochs of both scorers of a seed: each pair is in one of their halves."""
-
-
-def scoring_passes(recipe: Recipe, lengths_P: NDArray[np.int64], rows_per_pair: int) -> ScoringPasses:
-    """The passes of `recipe.score`; pairs are trained in random order, of which one is drawn."""
-    settings = _settings(recipe)[0]
-    training = costs.training_work(_shuffled(lengths_P), rows_per_pair, settings)
-    return ScoringPasses(
-        costs.forward_work(lengths_P, rows_per_pair, recipe.score.tokens_per_batch),
-        training.times(settings.epochs),
-    )
-
-
 def planned_protocols(
-    recipe: Recipe, pairs: KeptPairs | None, models: Models | None
+    recipe: Recipe, models: Models | None, work: ScoringPasses | None
 ) -> Iterator[PlannedProtocol]:
     """The published protocols, and the recipe's own in its place among them; none where the difficulty is
     imported. `certified` stands there twice: with the fewest seeds and with all."""
     if recipe.curriculum:
         return
-    # What was measured is the mean over all records.
-    is_measured = recipe.select.aggregate == "mean"
     score, train = _settings(recipe)
-    rows_per_pair = models.rows_per_pair if models else 2
-    passes = None if pairs is None else scoring_passes(recipe, pairs.lengths(rows_per_pair), rows_per_pair)
-    fraction = easiest_fraction(recipe.select, None if pairs is None else len(pairs.pair_ids))
+    backward_nt = _backward_nt(score, is_full=recipe.score.lora is None)
     epoch_nt = 4 + _backward_nt(train, is_full=recipe.train.lora is None)
     for name, part, seeds, evaluations in _compared(recipe):
-        trained, measured = len(seeds) * score.epochs, len(seeds) * evaluations
-        forward = 1 + trained + measured
-        nt = 2 * forward + trained * _backward_nt(score, is_full=recipe.score.lora is None)
+        passes = PASSES[name](len(seeds), evaluations, score.epochs)
+        forward = passes.forward + passes.training
+        nt = 2 * forward + backward_nt * passes.training
         tokens = flops = None
-        if passes is not None:
-            training, evaluated = passes.training.times(len(seeds)), passes.forward.times(measured)
-            tokens = passes.forward.tokens + training.tokens + evaluated.tokens
-            if models is not None:
-                flops = job_flops(recipe, models, "reference", costs.NO_WORK, passes.forward)
-                flops += job_flops(recipe, models, "scorer", training, evaluated)
+        if work is not None and models is not None:
+            trained, measured = work.epoch.times(passes.training), work.forward.times(passes.forward - 1)
+            tokens = work.forward.tokens + trained.tokens + measured.tokens
+            flops = job_flops(recipe, models, "reference", NO_WORK, work.forward)
+            flops += job_flops(recipe, models, "scorer", trained, measured)
         yield PlannedProtocol(
             protocol=name,
             part=part,
@@ -706,12 +565,14 @@ def planned_protocols(
             seeds=seeds,
             evaluations=evaluations,
             forward_passes=forward,
-            backward_passes=trained,
+            backward_passes=passes.training,
             nt=nt,
             dpo_epochs=nt / epoch_nt,
             tokens=tokens,
             flops=flops,
-            expected_agreement=expected_agreement(len(seeds), evaluations, fraction) if is_measured else None,
+            expected_agreement=MEASURED.get((len(seeds), evaluations))
+            if recipe.select.aggregate == "mean"
+            else None,
         )
 
 
@@ -732,33 +593,6 @@ def _backward_nt(settings: TrainingSettings, *, is_full: bool) -> int:
     return (4 if is_full else 2) + (2 if settings.recomputes else 0)
 
 
-def expected_agreement(seeds: int, evaluations: int, fraction: float | None) -> Agreement | None:
-    """What was measured for this many seeds and evaluations, the easiest `fraction` being selected.
-
-    None where nothing was. `fraction` None: the selection is not one of the easiest share, so nothing is
-    known of its overlap.
-    """
-    spearman = MEASURED_SPEARMAN.get((seeds, evaluations))
-    if spearman is None or fraction is None:
-        return None if spearman is None else Agreement(spearman, None, None)
-    nearest = nearest_fraction(fraction)
-    return Agreement(spearman, MEASURED_OVERLAP[seeds, evaluations][nearest], nearest)
-
-
-def easiest_fraction(select: SelectConfig, pairs: int | None) -> float | None:
-    """The share of easiest pairs that a selection keeps; None for other rules, or where it is not known."""
-    if select.rule != "easiest":
-        return None
-    if select.count is not None:
-        return min(1.0, select.count / pairs) if pairs else None
-    return DEFAULT_FRACTION if select.fraction is None else select.fraction
-
-
-def nearest_fraction(fraction: float) -> float:
-    """The measured fraction that is nearest."""
-    return min(max(round(10 * fraction), 1), 9) / 10
-
-
 # ----------------------------------------------------------------------------------------------------
 # The plan as text.
 
@@ -769,7 +603,7 @@ def plan_text(plan: Plan) -> str:
     parts = [
         f"plan of {plan.recipe.name}, in {plan.folder}: nothing is trained or written",
         "\n".join(f"{name:<11}{text}" for name, text in _settings_rows(plan)),
-        *(f"{name}: {summary.describe() if summary else UNKNOWN}" for name, summary in pairs.items()),
+        *(f"{name}: {summary.describe() if summary else costs.UNKNOWN}" for name, summary in pairs.items()),
         _jobs_text(plan),
         protocols_text(plan),
         "\n".join(_end_lines(plan)),
@@ -778,37 +612,26 @@ def plan_text(plan: Plan) -> str:
 
 
 def _settings_rows(plan: Plan) -> Iterator[tuple[str, str]]:
-    recipe, models = plan.recipe, plan.model
-    model, score, generation, launch = recipe.model, recipe.score, recipe.evaluate.generation, recipe.launch
+    recipe, models, score = plan.recipe, plan.model, plan.recipe.score
     size = f"{readable(models.sizes.parameters)} parameters" if models else "size unknown"
-    yield "model", f"{model.path}: {size}, {model.dtype}, {model.attention} attention"
-    yield "template", model.chat_template or "the tokenizer's own"
+    yield "model", f"{recipe.model.path}: {size}, {recipe.model.dtype}, {recipe.model.attention} attention"
     if plan.scoring is None:
         yield "difficulty", f"imported from {recipe.curriculum}: nothing is scored"
     else:
-        seeds, scorers = f"{len(score.seeds)} seed(s)", f"{2 * len(score.seeds)} scorers"
+        seeds = f"{len(score.seeds)} seed(s)"
         if score.protocol == "certified":
-            seeds = f"2 to {len(score.seeds)} seeds"
-            scorers = f"4 to {2 * len(score.seeds)} scorers (the first 4 are planned below)"
-        yield "scoring", f"{score.protocol}: {seeds} x 2 folds x {score.evaluations} evaluations, {scorers}"
-        adapter = models.scorer_adapter if models else None
-        yield "scorers", _training_text(score.lora, adapter, plan.scoring, launch.processes)
+            seeds = f"2 to {len(score.seeds)} seeds (the first 2 are planned below)"
+        yield "scoring", f"{score.protocol}: {seeds} x 2 folds x {score.evaluations} evaluations"
+        yield "scorers", _training_text(plan, plan.scoring, score.lora, models and models.scorer_adapter)
     yield "selection", label_for(recipe.select)
-    adapter = models.policy_adapter if models else None
-    yield "training", _training_text(recipe.train.lora, adapter, plan.training, launch.processes)
-    yield "controls", ", ".join(policy_names(recipe.evaluate)[1:]) or "none"
-    answers = f", {generation.prompts:,} prompts x {generation.samples} answers" if generation.prompts else ""
-    yield "judge", f"{recipe.evaluate.judge}{answers}"
-    yield (
-        "launch",
-        f"{launch.processes} processes" if launch.processes > 1 else f"{launch.workers} at a time",
-    )
+    yield "training", _training_text(plan, plan.training, recipe.train.lora, models and models.policy_adapter)
 
 
-def _training_text(lora: object, adapter: int | None, settings: TrainingSettings, processes: int) -> str:
+def _training_text(plan: Plan, settings: TrainingSettings, lora: object, adapter: int | None) -> str:
     what = "all weights"
     if lora is not None:
         what = f"LoRA, {readable(adapter)} parameters" if adapter else "LoRA"
+    processes = plan.recipe.launch.processes
     batch = settings.pairs_per_batch * settings.accumulation * processes
     return (
         f"{what}; beta {settings.beta:g}, learning rate {settings.learning_rate:g}, "
@@ -836,14 +659,12 @@ def _jobs_text(plan: Plan) -> str:
         for job in plan.jobs
     ]
     # In the table a sign is enough: the last lines say what is unknown, and why.
-    table = text_table(header, [["?" if cell == UNKNOWN else cell for cell in row] for row in rows])
-    per_pair = "" if plan.model is None else f", {plan.model.rows_per_pair} row(s) a pair"
+    table = text_table(header, [["?" if cell == costs.UNKNOWN else cell for cell in row] for row in rows])
     rates = plan.measured_flops_per_second.items()
     speed = ", ".join(f"{readable(rate, 'FLOP/s')} in {name}" for name, rate in rates)
     device = f"{plan.device.name}, {readable_bytes(plan.device.memory)}"
     legend = f"""
-tokens: what the model computes, padding in batches included{per_pair}; of a random order where that of the
-  training is not known yet
+tokens: what the model computes, padding included; in a random order where that of the training is not known
 FLOPs: 2 per parameter and token, plus attention; training 3 times that, with LoRA about 2 times; recomputed
   activations are counted
 memory: an estimate, on each process, for weights, gradients, optimizer states and activations
@@ -865,18 +686,17 @@ arithmetic: N parameters, T tokens in all pairs, recomputed activations included
 DPO epochs: the arithmetic over that of one DPO epoch on all pairs, with the settings of `train`
 tokens, FLOPs: of all the scoring, cached or not, counted as for the jobs
 Spearman, overlap: agreement with `paper`, least .. largest as measured on {MEASURED_ON};
-  {_overlap_text(plan)}; noisier scorers keep less (docs/protocols.md). ?: not measured"""
+  overlap of the easiest half, docs/protocols.md has others. Noisier scorers keep less. ?: not measured"""
     return text_table(header, [_protocol_row(each) for each in plan.protocols]) + legend
 
 
 def _protocol_row(planned: PlannedProtocol) -> list[str]:
-    def agreement(measured: Range | None, digits: int) -> str:
-        if planned.protocol == "paper":
-            return "itself"
-        return "?" if measured is None else " .. ".join(f"{end:.{digits}f}" for end in measured)
-
+    agreement = ["?", "?"]
+    if planned.protocol == "paper":
+        agreement = ["itself", "itself"]
+    elif found := planned.expected_agreement:
+        agreement = [" .. ".join(f"{end:.4g}" for end in measured) for measured in found]
     part = {"least": ", at least", "most": ", at most"}.get(planned.part, "")
-    expected = planned.expected_agreement
     return [
         f"{planned.protocol}{part}{' (this recipe)' if planned.own else ''}",
         f"{len(planned.seeds)} x {planned.evaluations}",
@@ -886,29 +706,16 @@ def _protocol_row(planned: PlannedProtocol) -> list[str]:
         f"{planned.dpo_epochs:.3g}",
         "?" if planned.tokens is None else readable(planned.tokens),
         "?" if planned.flops is None else readable(planned.flops),
-        agreement(expected and expected.spearman, 4),
-        agreement(expected and expected.overlap, 3),
+        *agreement,
     ]
-
-
-def _overlap_text(plan: Plan) -> str:
-    select = plan.recipe.select
-    if select.aggregate != "mean":
-        return "not with the aggregate of this recipe"
-    fraction = easiest_fraction(select, plan.pairs.kept if plan.pairs else None)
-    if fraction is None:
-        return "the overlap not with the selection of this recipe"
-    nearest = nearest_fraction(fraction)
-    which = f", the nearest that was measured to this recipe's {fraction:.3g}"
-    return f"overlap of the easiest {nearest:.0%}{'' if math.isclose(nearest, fraction) else which}"
 
 
 def _end_lines(plan: Plan) -> Iterator[str]:
     todo = sum(not job.cached for job in plan.jobs)
-    time = UNKNOWN if plan.seconds is None else f"about {readable_time(plan.seconds)}"
+    time = costs.UNKNOWN if plan.seconds is None else f"about {readable_time(plan.seconds)}"
     without = ", answers not counted" if plan.recipe.evaluate.generation.prompts else ""
     yield f"to do: {todo} of {len(plan.jobs)} jobs; time: {time}{without}"
-    disk = UNKNOWN
+    disk = costs.UNKNOWN
     if plan.disk_bytes is not None:
         disk = f"{readable_bytes(plan.disk_bytes.results)} for trained weights"
         if plan.disk_bytes.checkpoints:
