@@ -17,7 +17,7 @@ from selective_dpo.config.load import load_recipe
 from selective_dpo.errors import ConfigError, DataError
 from selective_dpo.logprobs.packing_support import difference_per_token
 from selective_dpo.run import run as verbs
-from selective_dpo.run.plan import Job, Plan, make_plan
+from selective_dpo.run.plan import Job, Plan, make_plan, plan_text
 from selective_dpo.storage.artifacts import folder_digests, read_json
 from tests.fixtures.models import TRAINER, recipe_file, tiny_pairs_file, tiny_recipe
 
@@ -142,13 +142,13 @@ def test_a_plan_comes_true(tmp_path: Path, counted: Counted) -> None:
     # A run would refuse one more seed, so nothing of what is there counts.
     more = make_plan(recipe.model_copy(update={"score": recipe.score.model_copy(update={"seeds": (41, 7)})}))
     assert not any(job.cached for job in more.jobs)
-    assert "a run would refuse this" in more.notes[0] and "score.seeds" in more.notes[0]
+    assert "score.seeds" in more.refused and "a run would refuse this: " in plan_text(more)
     # Nor of what was made from other data; and the new pairs are counted.
     tiny_pairs_file(tmp_path / "pairs.jsonl", pairs=50)
     changed = make_plan(recipe)
     assert changed.pairs is not None and changed.pairs.kept == 50
     assert not any(job.cached for job in changed.jobs)
-    assert "made from other inputs" in changed.notes[0]
+    assert "made from other inputs" in changed.refused
     assert folder_digests(root) == files
 
 
@@ -193,10 +193,11 @@ def test_shipped_recipes_are_planned_offline(
     assert main(["plan", str(RECIPES / f"{name}.yaml")]) == 0
     out, err = capfd.readouterr()
     assert err == ""
-    assert "unknown: parameters and pairs, so tokens, FLOPs, memory, disk and time: cannot load model" in out
-    recipe = load_recipe(RECIPES / f"{name}.yaml")
-    lines = [line for line in out.splitlines() if line.startswith("scores/seed")]
-    assert len(lines) == 2 * len(recipe.score.seeds)
+    assert "unknown: model, pairs, jobs and disk: cannot load model" in out
+    assert "pairs: unknown" in out and "jobs: unknown" in out and "disk: unknown" in out
+    score = load_recipe(RECIPES / f"{name}.yaml").score
+    (own,) = [line for line in out.splitlines() if "(this recipe)" in line]
+    assert f"  {len(score.seeds)} x {score.evaluations}  " in own
     # What needs no data: 1 + 1 + 2 passes over all pairs.
     assert "fast" in out and "  4 P  " in out
     assert list(tmp_path.iterdir()) == []
@@ -228,9 +229,7 @@ def test_known_sizes_without_data(tmp_path: Path) -> None:
     assert plan.model is not None
     # The policy's adapter; a checkpoint has it and AdamW's two states, and there are up to three at a time.
     assert plan.disk_bytes == (plan.model.policy_adapter * 4, 3 * plan.model.policy_adapter * (4 + 2 * 4))
-    assert {job.updates for job in plan.jobs} == {None}
-    # Memory needs no data: max_length is the longest row there may be.
-    assert all(job.memory_bytes is not None for job in plan.jobs)
+    assert (plan.pairs, plan.jobs, plan.seconds) == (None, (), None)
     assert len(plan.unknown) == 1
     assert "no file or folder" in plan.unknown[0]
 

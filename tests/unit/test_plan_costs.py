@@ -42,6 +42,10 @@ def lengths(*pairs: tuple[int, int, int]) -> PartLengths:
     return PartLengths(*np.array(pairs, dtype=np.int64).T)
 
 
+TEN = lengths((2, 5, 5), (6, 4, 2))
+"""The longest row has 10 tokens, packed (2 + 4 + 4, 6 + 3 + 1) or padded (6 + 4)."""
+
+
 def padded_counter(tmp_path: Path, **blocks: Any) -> RowCounter:
     """Of a model whose attention takes no mask: two rows a pair."""
     recipe = tiny_recipe(tmp_path, **blocks)
@@ -141,7 +145,7 @@ def policy_memory(
     )
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"trainer": given})})
     models = Models(SIZES, scorer_adapter=5, policy_adapter=adapter, rows_per_pair=rows)
-    return job_memory(recipe, models, "policy", 10)
+    return job_memory(recipe, models, "policy", TEN)
 
 
 def test_memory_of_full_fine_tuning(tmp_path: Path) -> None:
@@ -182,18 +186,20 @@ def test_memory_with_an_adapter(tmp_path: Path) -> None:
 
 
 def test_memory_of_each_kind_of_job(tmp_path: Path) -> None:
-    recipe = tiny_recipe(tmp_path, evaluate={"generation": {"prompts": 3, "batch_size": 3}})
+    recipe = tiny_recipe(
+        tmp_path, evaluate={"generation": {"prompts": 3, "batch_size": 3, "max_new_tokens": 8}}
+    )
     models = Models(SIZES, scorer_adapter=5, policy_adapter=7, rows_per_pair=1)
     # float32; 512 tokens a batch are 51 rows of 10, one layer at a time.
     forward = 17 * 4 * 51 * 10 * 8
-    assert job_memory(recipe, models, "reference", 10) == (400, 0, 0, forward)
-    # Keys and values of 2 layers, 2 wide, for 3 rows of 10 tokens; logits of 10 words in float32.
-    answers = 2 * 2 * 3 * 10 * 2 * 4 + 3 * 10 * 4
-    assert job_memory(recipe, models, "answers", 10) == (400 + 7 * 4, 0, 0, answers)
+    assert job_memory(recipe, models, "reference", TEN) == (400, 0, 0, forward)
+    # Keys and values of 2 layers, 2 wide, for 3 rows of 32 + 8 tokens; logits of 10 words in float32.
+    answers = 2 * 2 * 3 * 40 * 2 * 4 + 3 * 10 * 4
+    assert job_memory(recipe, models, "answers") == (400 + 7 * 4, 0, 0, answers)
     # Training keeps both layers of 4 rows; a scorer also measures, which takes more here.
     trained = 2 * 17 * 4 * 4 * 10 * 8
-    assert job_memory(recipe, models, "policy", 10) == (428, 28, 56, trained)
-    assert job_memory(recipe, models, "scorer", 10) == (420, 20, 40, forward)
+    assert job_memory(recipe, models, "policy", TEN) == (428, 28, 56, trained)
+    assert job_memory(recipe, models, "scorer", TEN) == (420, 20, 40, forward)
     # Without lengths: rows of twice max_length, 64.
     assert job_memory(recipe, models, "policy").activations == 2 * 17 * 4 * 4 * 128 * 8
 

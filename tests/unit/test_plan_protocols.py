@@ -172,8 +172,8 @@ def test_what_is_claimed_is_in_the_records(seeds: int, name: str) -> None:
             found.append((cheap & paper).sum() / paper.sum())
     assert len(spearman) == 9
     measured = MEASURED[seeds, 2]
-    assert measured.spearman == (round(min(spearman), 4), round(max(spearman), 4))
-    assert measured.overlap == (round(min(overlaps[5]), 3), round(max(overlaps[5]), 3))
+    assert measured["spearman"] == (round(min(spearman), 4), round(max(spearman), 4))
+    assert measured["overlap"] == (round(min(overlaps[5]), 3), round(max(overlaps[5]), 3))
     ranges = [f"{min(overlaps[tenth]):.3f}-{max(overlaps[tenth]):.3f}" for tenth in tenths]
     row = " | ".join([f"| {name}", *ranges]).replace("0.", ".") + " |"
     assert row in (ROOT / "docs" / "protocols.md").read_text("utf-8")

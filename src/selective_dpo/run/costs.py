@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-import time
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -28,6 +27,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft import LoraConfig, get_peft_model
+from torch.utils.benchmark import Timer
 from transformers import AutoModelForCausalLM
 
 from selective_dpo.config import ModelConfig, Recipe, ScoreConfig, Settings, TrainConfig
@@ -256,8 +256,9 @@ class RowCounter:
         lengths_P3 = np.stack(lengths, axis=1)
         shapes: list[tuple[int, int]] = []
         for start in range(0, len(lengths_P3), per_update):
-            update = [PairRow({}, _blank_tokens(*parts)) for parts in lengths_P3[start : start + per_update]]
-            batches = [PairBatch(update[at : at + size]) for at in range(0, len(update), size)]
+            update = [_blank_pair(parts) for parts in lengths_P3[start : start + per_update]]
+            cut = [update[at : at + size] for at in range(0, len(update), size)]
+            batches = [PairBatch(pairs, weight=len(pairs)) for pairs in cut]
             for batch in group_batches(batches) if len(batches) > 1 else batches:
                 shapes += self._shapes(batch)
         return _work(shapes)
@@ -269,19 +270,14 @@ class RowCounter:
         return [(len(rows.input_ids), rows.input_ids.shape[1]) for rows in self._collator(batch).groups]
 
 
-def longest_row(models: Models, lengths: PartLengths) -> int:
-    """Tokens of the longest row, packed where that can be."""
-    lengths_P = shared_lengths(*lengths) if models.rows_per_pair == 1 else padded_lengths(lengths)
-    return int(lengths_P.max())
-
-
 def padded_lengths(lengths: PartLengths) -> NDArray[np.int64]:
     """Tokens of the longer of prompt + chosen and prompt + rejected: [P]."""
     return lengths.prompt_P + np.maximum(lengths.chosen_P, lengths.rejected_P)
 
 
-def _blank_tokens(prompt: int, chosen: int, rejected: int) -> tuple[list[int], list[int], list[int]]:
-    return [0] * prompt, [0] * chosen, [0] * rejected
+def _blank_pair(lengths_3: NDArray[np.int64]) -> PairRow:
+    tokens: Any = tuple(np.zeros(length, dtype=np.int64) for length in lengths_3)
+    return PairRow({}, tokens)
 
 
 def _work(shapes: Iterable[tuple[int, int]]) -> Work:
@@ -333,8 +329,8 @@ class Memory(NamedTuple):
         return sum(self)
 
 
-def job_memory(recipe: Recipe, models: Models, kind: JobKind, longest: int | None = None) -> Memory:
-    """Memory of a job of this kind whose longest row has `longest` tokens; None: the longest allowed row.
+def job_memory(recipe: Recipe, models: Models, kind: JobKind, lengths: PartLengths | None = None) -> Memory:
+    """Memory of a job of this kind on pairs of these lengths; None: of the longest that the recipe allows.
 
     Forward passes keep one layer's activations; answers keep keys and values of all tokens, and logits.
     Gradients have the trained parameters' type. What is sharded is divided among the processes.
@@ -346,13 +342,15 @@ def job_memory(recipe: Recipe, models: Models, kind: JobKind, longest: int | Non
         held = weights_dtype(recipe.model, block.lora, block.trainer)
     weights = float(sizes.parameters * BYTES[held] + adapter * _ADAPTER_BYTES)
     if kind == "answers":
-        tokens = generation.batch_size * (
-            longest or recipe.data.max_prompt_length + generation.max_new_tokens
-        )
+        longest = recipe.data.max_prompt_length + generation.max_new_tokens
+        tokens = generation.batch_size * longest
         cache = 2 * sizes.layers * tokens * sizes.key_value_width * BYTES[held]
         return Memory(weights, 0.0, 0.0, cache + 4.0 * generation.batch_size * sizes.vocabulary)
     # A shared row holds one prompt and two completions: at most twice the longest sequence.
-    length = longest or recipe.data.max_length * (2 if models.rows_per_pair == 1 else 1)
+    length = recipe.data.max_length * (2 if models.rows_per_pair == 1 else 1)
+    if lengths is not None:
+        row = shared_lengths(*lengths) if models.rows_per_pair == 1 else padded_lengths(lengths)
+        length = int(row.max())
 
     def layer(rows: int) -> float:
         values = _VALUES_PER_LAYER * BYTES[settings.compute_dtype] * rows * length * sizes.hidden
@@ -439,10 +437,8 @@ def disk_need(recipe: Recipe, models: Models | None) -> Disk | None:
 # ----------------------------------------------------------------------------------------------------
 # This machine, and how fast it runs the model.
 
-_MEASURED_SECONDS, _MEASURED_PASSES = 1.0, 50
-
 _MEASURED_TOKENS = 4096
-"""Tokens of a measured batch on a GPU. On a CPU it is one row, since batches gain nothing there."""
+"""Tokens of a measured batch on a GPU."""
 
 
 class Device(NamedTuple):
@@ -462,11 +458,7 @@ def this_device() -> Device:
         properties = torch.cuda.get_device_properties(0)
         return Device("cuda", properties.name, torch.cuda.device_count(), properties.total_memory)
     name = f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {platform.machine()}"
-    try:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):  # not every system knows
-        memory = 0
-    return Device("cpu", name, 1, memory)
+    return Device("cpu", name, 1, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 def fits(config: ModelConfig, sizes: Architecture, device: Device) -> bool:
@@ -478,33 +470,24 @@ def fits(config: ModelConfig, sizes: Architecture, device: Device) -> bool:
 def measured_rate(
     config: ModelConfig, sizes: Architecture, device: Device, *, longest: int, compute_dtype: str
 ) -> float:
-    """FLOP/s of forward passes of the real model over rows of `longest` tokens; takes about a second.
+    """FLOP/s of a few forward passes of the real model over rows of `longest` tokens.
 
     Raises:
         ModelError: the weights cannot be loaded.
     """
     model = load_policy(config).to(device.kind).eval()
+    # On a CPU a batch gains nothing.
     rows = max(1, _MEASURED_TOKENS // longest) if device.kind == "cuda" else 1
     ids = torch.randint(sizes.vocabulary, (rows, longest), device=device.kind)
     autocast: Any = contextlib.nullcontext()
     if compute_dtype != config.dtype:
         autocast = torch.autocast(device.kind, getattr(torch, compute_dtype))
-    seconds: list[float] = []
+    timer = Timer(
+        "model(input_ids=ids)", globals={"model": model, "ids": ids}, num_threads=torch.get_num_threads()
+    )
     with torch.inference_mode(), autocast:
-        model(input_ids=ids)  # the first pass also sets libraries up
-        while sum(seconds) < _MEASURED_SECONDS and len(seconds) < _MEASURED_PASSES:
-            _synchronize(device)
-            before = time.perf_counter()
-            model(input_ids=ids)
-            _synchronize(device)
-            seconds.append(time.perf_counter() - before)
-    work = Work(float(rows * longest), float(rows * longest**2))
-    return forward_flops(sizes, work) / float(np.median(seconds))
-
-
-def _synchronize(device: Device) -> None:
-    if device.kind == "cuda":
-        torch.cuda.synchronize()
+        seconds = timer.blocked_autorange().median
+    return forward_flops(sizes, Work(float(rows * longest), float(rows * longest**2))) / seconds
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -9,24 +9,24 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
 
-from selective_dpo.config import PROTOCOLS, Recipe, SelectConfig
+from selective_dpo.config import PROTOCOLS, Recipe
 from selective_dpo.config.load import dump_config
 from selective_dpo.config.trainer_options import check_recipe_options
 from selective_dpo.curriculum.build import rule_of
 from selective_dpo.curriculum.import_ import outside_curriculum
-from selective_dpo.curriculum.select import rank_window, size_of
+from selective_dpo.curriculum.select import select
 from selective_dpo.curriculum.table import TABLE, Curriculum
 from selective_dpo.data.store import PairsSummary, load_summary, load_tokens
 from selective_dpo.difficulty.protocols import split_pairs
 from selective_dpo.errors import DataError, ModelError, RunChangedError
 from selective_dpo.evaluation.evaluate import check_evaluation
-from selective_dpo.evaluation.results import SELECTED
 from selective_dpo.identity import positions_of
 from selective_dpo.logprobs.padded import PartLengths, part_lengths
 from selective_dpo.report.tables import label_for, text_table
@@ -99,12 +99,13 @@ class Plan:
     seconds: float | None
     """Wall time of all jobs that are not cached, sampling of answers left out."""
     unknown: tuple[str, ...]
-    notes: tuple[str, ...]
+    refused: str
+    """Why a run would refuse to go on in this folder; nothing of what is there is counted then."""
 
     def to_json(self) -> dict[str, Any]:
         """All of it as JSON values."""
         given: dict[str, Any] = _json({name: value for name, value in vars(self).items() if name != "recipe"})
-        return {"schema_version": 2, "config": dump_config(self.recipe), **given}
+        return {"schema_version": 3, "config": dump_config(self.recipe), **given}
 
 
 def make_plan(recipe: Recipe) -> Plan:
@@ -134,15 +135,15 @@ def make_plan(recipe: Recipe) -> Plan:
     data = [source.path for source in (*recipe.data.train, *recipe.data.test)]
     data += [recipe.curriculum] if recipe.curriculum else []
     device = costs.this_device()
-    what = "parameters and pairs, so tokens, FLOPs, memory, disk and time"
-    models = known(lambda: costs.models_of(recipe), what, *model)
-    inputs, notes = None, tuple[str, ...]()
-    if models is not None:
-        what = "pairs and tokens, so updates, FLOPs and time"
-        notes = known(lambda: tuple(_changes(run)), what, *model, *data) or ()
-        inputs = known(lambda: _read_inputs(run, device, is_changed=bool(notes)), what, *model, *data)
-    rates = _measured_rates(recipe, models, device, inputs)
-    jobs = tuple(_Planner(run, inputs, models, device, rates, is_changed=bool(notes)).jobs())
+    models = known(lambda: costs.models_of(recipe), "model, pairs, jobs and disk", *model)
+    inputs = models and known(lambda: _read_inputs(run, device), "pairs and jobs", *model, *data)
+    rates: dict[str, float] = {}
+    jobs: tuple[Job, ...] = ()
+    if models and inputs:
+        if costs.fits(recipe.model, models.sizes, device):
+            rates = _measured_rates(recipe, models, device, inputs.pairs.lengths)
+        jobs = tuple(_Planner(run, inputs, models, device, rates).jobs())
+        unknown += _not_counted(recipe, jobs, is_timed=bool(rates))
     scoring, training = _settings(recipe)
     return Plan(
         recipe=recipe,
@@ -157,20 +158,10 @@ def make_plan(recipe: Recipe) -> Plan:
         device=device,
         measured_flops_per_second=rates,
         disk_bytes=costs.disk_need(recipe, models),
-        seconds=_total_seconds(jobs, recipe, device),
-        unknown=(*unknown, *_not_counted(recipe, jobs, is_known=inputs is not None, is_timed=bool(rates))),
-        notes=notes,
+        seconds=_total_seconds(jobs, recipe, device) if jobs else None,
+        unknown=tuple(unknown),
+        refused=inputs.refused if inputs else "",
     )
-
-
-def _changes(run: Run) -> Iterator[str]:
-    """What a run would refuse of a folder made before: another recipe, or inputs of another content."""
-    try:
-        run.folder.require_same_recipe(run.recipe)
-        if run.folder.is_claimed:
-            require_same_inputs(run, input_digests(run))
-    except RunChangedError as error:
-        yield f"a run would refuse this, and with --fresh makes again what the change touches: {error}"
 
 
 def _json(value: Any) -> Any:
@@ -192,13 +183,9 @@ def _settings(recipe: Recipe) -> list[TrainingSettings]:
     return [training_settings(block.trainer, recipe.model) for block in (recipe.score, recipe.train)]
 
 
-def _measured_rates(
-    recipe: Recipe, models: Models | None, device: Device, inputs: Inputs | None
-) -> dict[str, float]:
-    """FLOP/s of forward passes by type; empty where the model cannot be timed here."""
-    if models is None or inputs is None or not costs.fits(recipe.model, models.sizes, device):
-        return {}
-    longest = max(1, int(np.median(costs.padded_lengths(inputs.pairs.lengths))))
+def _measured_rates(recipe: Recipe, models: Models, device: Device, lengths: PartLengths) -> dict[str, float]:
+    """FLOP/s of forward passes over rows of the median length, by type."""
+    longest = max(1, int(np.median(costs.padded_lengths(lengths))))
     return {
         name: costs.measured_rate(recipe.model, models.sizes, device, longest=longest, compute_dtype=name)
         for name in sorted({settings.compute_dtype for settings in _settings(recipe)})
@@ -218,13 +205,12 @@ def _total_seconds(jobs: Sequence[Job], recipe: Recipe, device: Device) -> float
     return total
 
 
-def _not_counted(recipe: Recipe, jobs: Sequence[Job], *, is_known: bool, is_timed: bool) -> Iterator[str]:
-    if is_known:
-        for job in jobs:
-            if job.kind == "policy" and job.pairs is None:
-                yield f"pairs of {job.name}: a threshold selects after scoring"
-        if not is_timed:
-            yield "time: only a model in a local folder that fits into memory is measured"
+def _not_counted(recipe: Recipe, jobs: Sequence[Job], *, is_timed: bool) -> Iterator[str]:
+    for job in jobs:
+        if job.kind == "policy" and job.pairs is None:
+            yield f"pairs of {job.name}: a threshold selects after scoring"
+    if not is_timed:
+        yield "time: only a model in a local folder that fits into memory is measured"
     if recipe.train.trainer.get("eval_strategy", "no") != "no":
         yield "train: the evaluations of eval_strategy, which are not counted"
     if recipe.evaluate.generation.prompts:
@@ -268,43 +254,45 @@ class Inputs(NamedTuple):
     """The pairs that each policy is trained on, in order, where that is known."""
     counter: RowCounter
     passes: ScoringPasses
+    refused: str
+    """Why a run would refuse to go on from what is in its folder; else ""."""
 
 
-def _read_inputs(run: Run, device: Device, *, is_changed: bool) -> Inputs:
-    """Prepared pairs: the published ones unless the run has changed, else made in a temporary folder.
+def _read_inputs(run: Run, device: Device) -> Inputs:
+    """Prepared pairs: the published ones where a run would take them, else made in a temporary folder.
 
     Raises:
         ModelError, DataError, TemplateError, ConfigError: as for a run.
     """
-    folder, recipe = run.folder, run.recipe
+    folder, recipe, refused = run.folder, run.recipe, ""
+    try:
+        folder.require_same_recipe(recipe)
+        if folder.is_claimed:
+            require_same_inputs(run, input_digests(run))
+    except RunChangedError as error:
+        refused = str(error)
     wanted = [folder.pairs, folder.test_pairs] if recipe.data.test else [folder.pairs]
     with tempfile.TemporaryDirectory() as scratch:
-        if is_changed or not all((at / MANIFEST).is_file() for at in wanted):
+        if refused or not all((at / MANIFEST).is_file() for at in wanted):
             folder = RunDirectory(Path(scratch) / "run")
             prepare(Run(recipe, folder, say=lambda line: None))
         pairs = _kept_pairs(folder.pairs)
         test = _kept_pairs(folder.test_pairs) if recipe.data.test else None
+    orders: dict[str, list[str]] = {}
+    for name, training in trainings(run).items():
+        if (training.curriculum / TABLE).is_file() and not refused:
+            orders[name] = Curriculum.load(training.curriculum).order
+        elif run.outside is not None:
+            ids, prompt_ids = (pa.chunked_array([names]) for names in (pairs.pair_ids, pairs.prompt_ids))
+            orders[name] = outside_curriculum(run.outside, ids, prompt_ids, training.select).order
     counter = RowCounter(recipe, device.kind)
-    orders = dict(_known_orders(run, pairs, is_changed=is_changed))
-    return Inputs(pairs, test, orders, counter, scoring_passes(recipe, pairs.lengths, counter))
+    return Inputs(pairs, test, orders, counter, scoring_passes(recipe, pairs.lengths, counter), refused)
 
 
 def _kept_pairs(folder: Path) -> KeptPairs:
     tokens = load_tokens(folder)
-    return KeptPairs(
-        load_summary(folder), list(tokens["pair_id"]), list(tokens["prompt_id"]), part_lengths(tokens)
-    )
-
-
-def _known_orders(run: Run, pairs: KeptPairs, *, is_changed: bool) -> Iterator[tuple[str, list[str]]]:
-    """Of curricula that are there, and of those to be made from an imported difficulty."""
-    for name, training in trainings(run).items():
-        if (training.curriculum / TABLE).is_file() and not is_changed:
-            yield name, Curriculum.load(training.curriculum).order
-        elif run.outside is not None:
-            select, _ = run.arms[name if training.seed is None else SELECTED]
-            ids, prompt_ids = (pa.chunked_array([names]) for names in (pairs.pair_ids, pairs.prompt_ids))
-            yield name, outside_curriculum(run.outside, ids, prompt_ids, select).order
+    pair_ids, prompt_ids = (list(tokens[name]) for name in ("pair_id", "prompt_id"))
+    return KeptPairs(load_summary(folder), pair_ids, prompt_ids, part_lengths(tokens))
 
 
 def scoring_passes(recipe: Recipe, lengths: PartLengths, counter: RowCounter) -> ScoringPasses:
@@ -326,15 +314,13 @@ def _shuffled(lengths: PartLengths) -> PartLengths:
 
 @dataclass(frozen=True)
 class _Planner:
-    """Makes the jobs of a run, from what is known of it."""
+    """Makes the jobs of a run."""
 
     run: Run
-    inputs: Inputs | None
-    models: Models | None
+    inputs: Inputs
+    models: Models
     device: Device
     rates: Mapping[str, float]
-    is_changed: bool
-    """What is there was made from something else."""
 
     def jobs(self) -> Iterator[Job]:
         """Every job, in the order they are done.
@@ -343,51 +329,42 @@ class _Planner:
             ConfigError: too few updates for the evaluations, or a selection that fits no pair.
             DataError: too few prompts to halve.
         """
-        recipe, folder, inputs = self.run.recipe, self.run.folder, self.inputs
-        pairs = inputs.pairs.lengths if inputs else None
-        test = inputs.test.lengths if inputs and inputs.test else None
-        if inputs and recipe.curriculum:  # only the pairs that are trained on have a reference
-            pairs = inputs.pairs.lengths_of(
-                sorted({name for order in inputs.orders.values() for name in order})
-            )
-        yield self._forward("reference", folder.reference, pairs)
-        if recipe.data.test:
-            yield self._forward("reference", folder.test_reference, test)
+        recipe, folder, (pairs, test, orders, *_) = self.run.recipe, self.run.folder, self.inputs
+        referenced = pairs.lengths
+        if recipe.curriculum:  # only the pairs that are trained on have a reference
+            referenced = pairs.lengths_of({name for order in orders.values() for name in order})
+        yield self._forward("reference", folder.reference, referenced)
+        if test:
+            yield self._forward("reference", folder.test_reference, test.lengths)
         yield from self._scorers()
         yield from self._policies()
         policies = len(trainings(self.run)) + 1  # the starting model is evaluated too
-        if recipe.data.test:
-            yield self._forward("held-out", folder.evaluation, test, times=policies)
-        if prompts := recipe.evaluate.generation.prompts:
-            # Every answer at its longest, after the longest prompt.
-            generation = recipe.evaluate.generation
+        if test:
+            yield self._forward("held-out", folder.evaluation, test.lengths, times=policies)
+        generation = recipe.evaluate.generation
+        if generation.prompts:  # every answer at its longest, after the longest prompt
             longest = recipe.data.max_prompt_length + generation.max_new_tokens
-            work = Work(float(longest), float(longest**2)).times(prompts * generation.samples * policies)
-            yield self._job("answers", folder.evaluation, forwarded=work, pairs=prompts)
+            answers = generation.prompts * generation.samples * policies
+            work = Work(float(longest), float(longest**2)).times(answers)
+            yield self._job("answers", folder.evaluation, forwarded=work, pairs=generation.prompts)
 
-    def _forward(self, kind: JobKind, folder: Path, lengths: PartLengths | None, times: int = 1) -> Job:
-        if self.inputs is None or lengths is None:
-            return self._job(kind, folder)
+    def _forward(self, kind: JobKind, folder: Path, lengths: PartLengths, times: int = 1) -> Job:
         block = self.run.recipe.evaluate if kind == "held-out" else self.run.recipe.score
         work = self.inputs.counter.forward(lengths, block.tokens_per_batch).times(times)
         return self._job(kind, folder, forwarded=work, lengths=lengths, pairs=len(lengths.prompt_P))
 
     def _scorers(self) -> Iterator[Job]:
-        recipe, inputs, epochs = self.run.recipe, self.inputs, _settings(self.run.recipe)[0].epochs
+        recipe, pairs, passes = self.run.recipe, self.inputs.pairs, self.inputs.passes
+        epochs, all_pairs = _settings(recipe)[0].epochs, len(pairs.pair_ids)
         for scorer in self.run.scorer_runs:
-            folder = self.run.folder.scores(scorer)
-            if inputs is None:
-                yield self._job("scorer", folder)
-                continue
-            halves, all_pairs = split_pairs(inputs.pairs.prompt_ids, scorer), len(inputs.pairs.pair_ids)
-            trained, held_out = len(halves.train), len(halves.held_out)
+            trained, held_out = map(len, split_pairs(pairs.prompt_ids, scorer))
             steps = scorer_steps(recipe, scorer, trained, recipe.launch.processes)
             yield self._job(
                 "scorer",
-                folder,
-                trained=inputs.passes.epoch.times(epochs * trained / all_pairs),
-                forwarded=inputs.passes.forward.times(recipe.score.evaluations * held_out / all_pairs),
-                lengths=inputs.pairs.lengths,
+                self.run.folder.scores(scorer),
+                trained=passes.epoch.times(epochs * trained / all_pairs),
+                forwarded=passes.forward.times(recipe.score.evaluations * held_out / all_pairs),
+                lengths=pairs.lengths,
                 pairs=trained,
                 held_out=held_out,
                 updates=steps.updates,
@@ -395,25 +372,28 @@ class _Planner:
             )
 
     def _policies(self) -> Iterator[Job]:
-        inputs, settings = self.inputs, _settings(self.run.recipe)[1]
+        pairs, settings = self.inputs.pairs, _settings(self.run.recipe)[1]
+        all_pairs = len(pairs.pair_ids)
+
+        @cache
+        def epoch_of_all() -> Work:
+            return self.inputs.counter.training(_shuffled(pairs.lengths), settings)
+
         for name, training in trainings(self.run).items():
-            if inputs is None:
+            if (order := self.inputs.orders.get(name)) is not None:
+                count, epoch = len(order), self.inputs.counter.training(pairs.lengths_of(order), settings)
+            elif training.select.rule == "below":  # a threshold needs the scores
                 yield self._job("policy", training.policy)
                 continue
-            pairs, order = inputs.pairs, inputs.orders.get(name)
-            if order is not None:
-                count, work = len(order), inputs.counter.training(pairs.lengths_of(order), settings)
-            elif found := selected_count(training.select, len(pairs.pair_ids)):
-                # As many pairs of an average length.
-                count, work = found, inputs.counter.training(_shuffled(pairs.lengths), settings)
-                work = work.times(count / len(pairs.pair_ids))
-            else:
-                yield self._job("policy", training.policy)
-                continue
+            else:  # as many pairs of an average length
+                ranks_P = np.arange(all_pairs)
+                selection = select(ranks_P.astype(float), ranks_P.astype(np.str_), rule_of(training.select))
+                count = int(selection.selected_P.sum())
+                epoch = epoch_of_all().times(count / all_pairs)
             yield self._job(
                 "policy",
                 training.policy,
-                trained=work.times(settings.epochs),
+                trained=epoch.times(settings.epochs),
                 forwarded=NO_WORK,
                 lengths=pairs.lengths,
                 pairs=count,
@@ -432,11 +412,8 @@ class _Planner:
     ) -> Job:
         recipe, models = self.run.recipe, self.models
         name = folder.relative_to(self.run.folder.root).as_posix()
-        flops = seconds = memory = None
-        if models is not None:
-            longest = None if lengths is None else costs.longest_row(models, lengths)
-            memory = costs.job_memory(recipe, models, kind, longest)
-        if models is not None and forwarded is not None:
+        flops = seconds = None
+        if forwarded is not None:
             flops = job_flops(recipe, models, kind, trained, forwarded)
             # Sampling waits for memory, not for multiplications: its FLOPs say little about its time.
             if self.rates and kind != "answers":
@@ -447,24 +424,13 @@ class _Planner:
         return Job(
             name=f"{name}: {kind}" if kind in ("held-out", "answers") else name,
             kind=kind,
-            cached=not self.is_changed and (folder / MANIFEST).is_file(),
+            cached=not self.inputs.refused and (folder / MANIFEST).is_file(),
             tokens=None if forwarded is None else trained.tokens + forwarded.tokens,
             flops=flops,
-            memory_bytes=memory,
+            memory_bytes=costs.job_memory(recipe, models, kind, lengths),
             seconds=seconds,
             **counts,
         )
-
-
-def selected_count(select: SelectConfig, pairs: int) -> int | None:
-    """How many of `pairs` scored pairs a selection keeps; None for a threshold, which needs the scores."""
-    rule = rule_of(select)
-    if select.rule == "below":
-        return None
-    if select.rule == "random":
-        return size_of(pairs, rule)
-    low, high = rank_window(pairs, rule)
-    return high - low
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -487,26 +453,14 @@ def _of_trained_scorers(seeds: int, evaluations: int, epochs: float) -> Passes:
 PASSES: dict[str, Callable[[int, int, float], Passes]] = dict.fromkeys(PROTOCOLS, _of_trained_scorers)
 """The passes of each protocol, from its seeds, its evaluations and the epochs of a scorer's training."""
 
-Range = tuple[float, float]
-"""The least and the largest value measured."""
-
-
-class Agreement(NamedTuple):
-    """The agreement with `paper`, where it was measured."""
-
-    spearman: Range
-    """Rank correlation of the difficulties."""
-    overlap: Range
-    """Share of the easiest half that is also in the easiest half of `paper`; docs/protocols.md has others."""
-
-
 MEASURED_ON = "dpo-mix-7k with Qwen2.5 of 1.5B, 7B and 14B"
 
 MEASURED = {
-    (1, 2): Agreement((0.9969, 0.9981), (0.977, 0.988)),
-    (2, 2): Agreement((0.9984, 0.9993), (0.987, 0.993)),
+    (1, 2): {"spearman": (0.9969, 0.9981), "overlap": (0.977, 0.988)},
+    (2, 2): {"spearman": (0.9984, 0.9993), "overlap": (0.987, 0.993)},
 }
-"""By seeds and evaluations of each scorer, the third and the last of five; the mean over all records.
+"""Agreement with `paper`, by seeds and evaluations of each scorer: rank correlation of the difficulties (the
+mean over all records), and the share of the easiest half that is also in that of `paper`.
 
 The least and the largest of nine values: three models, and whichever one (or two) of the three seeds. Source:
 the original authors' records, of which seeds and evaluations were left out; docs/protocols.md says how, and
@@ -534,7 +488,7 @@ class PlannedProtocol:
     """The same over that of one DPO epoch on all pairs, with `train`'s settings and its reference."""
     tokens: float | None
     flops: float | None
-    expected_agreement: Agreement | None
+    expected_agreement: dict[str, tuple[float, float]] | None
     """With `paper`; None where nothing was measured."""
 
 
@@ -546,6 +500,7 @@ def planned_protocols(
     if recipe.curriculum:
         return
     score, train = _settings(recipe)
+    measured = MEASURED if recipe.select.aggregate == "mean" else {}
     backward_nt = _backward_nt(score, is_full=recipe.score.lora is None)
     epoch_nt = 4 + _backward_nt(train, is_full=recipe.train.lora is None)
     for name, part, seeds, evaluations in _compared(recipe):
@@ -554,10 +509,10 @@ def planned_protocols(
         nt = 2 * forward + backward_nt * passes.training
         tokens = flops = None
         if work is not None and models is not None:
-            trained, measured = work.epoch.times(passes.training), work.forward.times(passes.forward - 1)
-            tokens = work.forward.tokens + trained.tokens + measured.tokens
+            trained, evaluated = work.epoch.times(passes.training), work.forward.times(passes.forward - 1)
+            tokens = work.forward.tokens + trained.tokens + evaluated.tokens
             flops = job_flops(recipe, models, "reference", NO_WORK, work.forward)
-            flops += job_flops(recipe, models, "scorer", trained, measured)
+            flops += job_flops(recipe, models, "scorer", trained, evaluated)
         yield PlannedProtocol(
             protocol=name,
             part=part,
@@ -570,9 +525,7 @@ def planned_protocols(
             dpo_epochs=nt / epoch_nt,
             tokens=tokens,
             flops=flops,
-            expected_agreement=MEASURED.get((len(seeds), evaluations))
-            if recipe.select.aggregate == "mean"
-            else None,
+            expected_agreement=measured.get((len(seeds), evaluations)),
         )
 
 
@@ -641,6 +594,8 @@ def _training_text(plan: Plan, settings: TrainingSettings, lora: object, adapter
 
 
 def _jobs_text(plan: Plan) -> str:
+    if not plan.jobs:
+        return f"jobs: {costs.UNKNOWN}"
     header = ["job", "pairs", "held out", "updates", "evaluated after"]
     header += ["tokens", "FLOPs", "memory", "time", ""]
     rows = [
@@ -695,7 +650,7 @@ def _protocol_row(planned: PlannedProtocol) -> list[str]:
     if planned.protocol == "paper":
         agreement = ["itself", "itself"]
     elif found := planned.expected_agreement:
-        agreement = [" .. ".join(f"{end:.4g}" for end in measured) for measured in found]
+        agreement = [" .. ".join(f"{end:.4g}" for end in measured) for measured in found.values()]
     part = {"least": ", at least", "most": ", at most"}.get(planned.part, "")
     return [
         f"{planned.protocol}{part}{' (this recipe)' if planned.own else ''}",
@@ -711,17 +666,19 @@ def _protocol_row(planned: PlannedProtocol) -> list[str]:
 
 
 def _end_lines(plan: Plan) -> Iterator[str]:
-    todo = sum(not job.cached for job in plan.jobs)
-    time = costs.UNKNOWN if plan.seconds is None else f"about {readable_time(plan.seconds)}"
-    without = ", answers not counted" if plan.recipe.evaluate.generation.prompts else ""
-    yield f"to do: {todo} of {len(plan.jobs)} jobs; time: {time}{without}"
+    if plan.jobs:
+        todo = sum(not job.cached for job in plan.jobs)
+        time = costs.UNKNOWN if plan.seconds is None else f"about {readable_time(plan.seconds)}"
+        without = ", answers not counted" if plan.recipe.evaluate.generation.prompts else ""
+        yield f"to do: {todo} of {len(plan.jobs)} jobs; time: {time}{without}"
     disk = costs.UNKNOWN
     if plan.disk_bytes is not None:
         disk = f"{readable_bytes(plan.disk_bytes.results)} for trained weights"
         if plan.disk_bytes.checkpoints:
             disk += f", and up to {readable_bytes(plan.disk_bytes.checkpoints)} for checkpoints meanwhile"
     yield f"disk: {disk}"
-    yield from (f"note: {line}" for line in plan.notes)
+    if plan.refused:
+        yield f"a run would refuse this: {plan.refused}"
     yield from (f"unknown: {line}" for line in plan.unknown)
 
 
