@@ -194,7 +194,7 @@ def test_shipped_recipes_are_planned_offline(
     out, err = capfd.readouterr()
     assert err == ""
     assert "unknown: model, pairs, jobs and disk: cannot load model" in out
-    assert "pairs: unknown" in out and "jobs: unknown" in out and "disk: unknown" in out
+    assert "pairs: ?" in out and "jobs: ?" in out and "disk: ?" in out
     score = load_recipe(RECIPES / f"{name}.yaml").score
     (own,) = [line for line in out.splitlines() if "(this recipe)" in line]
     assert f"  {len(score.seeds)} x {score.evaluations}  " in own

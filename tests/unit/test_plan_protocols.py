@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from selective_dpo.config import Recipe, ScoreConfig
+from selective_dpo.config import PROTOCOLS, Protocol, Recipe, ScoreConfig
 from selective_dpo.curriculum.import_ import import_records
 from selective_dpo.curriculum.records import LossTable
 from selective_dpo.curriculum.select import Rule, select
@@ -21,6 +21,8 @@ from selective_dpo.logprobs.padded import PartLengths
 from selective_dpo.run.costs import Architecture, Models, RowCounter
 from selective_dpo.run.plan import (
     MEASURED,
+    PASSES,
+    Passes,
     PlannedProtocol,
     make_plan,
     planned_protocols,
@@ -63,8 +65,8 @@ def test_passes_arithmetic_tokens_and_flops(recipe: Recipe) -> None:
     assert {name: (each.forward_passes, each.backward_passes) for name, each in found.items()} == {
         "paper": (1 + 3 + 15, 3),
         "fast": (1 + 1 + 2, 1),
-        "certified least": (1 + 2 + 4, 2),
-        "certified most": (1 + 6 + 12, 6),
+        "certified at least": (1 + 2 + 4, 2),
+        "certified at most": (1 + 6 + 12, 6),
         "custom": (1 + 3 + 3, 3),
     }
     assert [name for name, each in found.items() if each.own] == ["custom"]
@@ -72,7 +74,7 @@ def test_passes_arithmetic_tokens_and_flops(recipe: Recipe) -> None:
     # 2 a forward pass, 2 a backward pass with LoRA. All weights are trained in `train`: with its reference a
     # DPO epoch is 2 + 2 + 4.
     assert (fast.nt, fast.dpo_epochs) == (10, 10 / 8)
-    assert (paper.nt, found["certified least"].nt) == (44, 18)
+    assert (paper.nt, found["certified at least"].nt) == (44, 18)
     # All rows are as long: nothing is padded. 24 x 6 tokens a pass.
     assert (fast.tokens, paper.tokens) == (144 * 4, 144 * 19)
     # A forward pass: 2 x 80 parameters x 144 tokens = 23,040; attention 4 x 2 x 4 x (144 x 6) = 27,648.
@@ -88,11 +90,18 @@ def test_the_arithmetic_of_the_documentation(tmp_path: Path) -> None:
     again = {"activation_checkpointing": True}
     blocks: dict[str, Any] = {"score": {"trainer": again}, "train": {"lora": None, "trainer": again}}
     found = by_name(planned_protocols(tiny_recipe(tmp_path, **blocks), None, None))
-    assert [found[name].nt for name in ("paper", "certified least", "fast")] == [50, 22, 12]
+    assert [found[name].nt for name in ("paper", "certified at least", "fast")] == [50, 22, 12]
     assert found["fast"].dpo_epochs == 12 / 10
     # Two epochs of all weights: 1 + 2 + 2 passes, and 2 x (4 + 2).
     blocks["score"] = {"lora": None, "trainer": {**again, "num_train_epochs": 2}}
     assert by_name(planned_protocols(tiny_recipe(tmp_path, **blocks), None, None))["fast"].nt == 10 + 12
+
+
+def test_another_protocol_is_one_entry(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PROTOCOLS, "one-pass", Protocol((41,), 1))
+    # The gradient of all pairs, and their log-probs once more.
+    monkeypatch.setitem(PASSES, "one-pass", lambda seeds, evaluations, epochs: Passes(1, 1))
+    assert planned(recipe, even_pairs())["one-pass"].nt == 6
 
 
 def test_padding_of_one_long_pair(recipe: Recipe) -> None:
@@ -122,15 +131,15 @@ def test_which_protocols_are_compared(tmp_path: Path) -> None:
         ]
 
     least, most = (
-        ("certified least", (41, 42), 2, False),
-        ("certified most", (41, 42, 43, 44, 45, 46), 2, False),
+        ("certified at least", (41, 42), 2, False),
+        ("certified at most", (41, 42, 43, 44, 45, 46), 2, False),
     )
     assert compared(protocol="paper") == [
         ("paper", (41, 42, 43), 5, True), ("fast", (41,), 2, False), least, most
     ]  # fmt: skip
     # The recipe's own seeds and evaluations.
     assert compared(protocol="certified", seeds=[1, 2, 3], evaluations=4)[2:] == [
-        ("certified least", (1, 2), 4, True), ("certified most", (1, 2, 3), 4, True)
+        ("certified at least", (1, 2), 4, True), ("certified at most", (1, 2, 3), 4, True)
     ]  # fmt: skip
     assert compared(protocol="custom", seeds=[9], evaluations=3)[-1] == ("custom", (9,), 3, True)
 

@@ -19,7 +19,7 @@ import contextlib
 import os
 import platform
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -493,34 +493,27 @@ def measured_rate(
 # ----------------------------------------------------------------------------------------------------
 # Quantities as people read them: three digits and a unit.
 
-UNKNOWN = "unknown"
-
-_PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+UNKNOWN = "?"
 
 
 def readable(value: float | None, unit: str = "") -> str:
-    """A quantity with three digits and a decimal prefix, such as "12.3 TFLOP"."""
-    if value is None:
-        return UNKNOWN
-    size, prefix = next(((size, prefix) for size, prefix in _PREFIXES if value >= size), (1.0, ""))
-    return f"{value / size:.3g} {prefix}{unit}".strip()
+    """A quantity with a decimal prefix, such as "12.3 TFLOP"."""
+    return _in_units(value, {1e18: "E", 1e15: "P", 1e12: "T", 1e9: "G", 1e6: "M", 1e3: "k", 1: ""}, unit)
 
 
 def readable_bytes(value: float | None) -> str:
     """Bytes in binary units, as devices are sold."""
-    if value is None:
-        return UNKNOWN
-    for size, name in ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB")):
-        if value >= size:
-            return f"{value / size:.3g} {name}"
-    return f"{value / 1024:.3g} KiB"
+    return _in_units(value, {1 << 40: "TiB", 1 << 30: "GiB", 1 << 20: "MiB", 1 << 10: "KiB"})
 
 
 def readable_time(seconds: float | None) -> str:
     """Seconds in the unit that reads best."""
-    if seconds is None:
+    return _in_units(seconds, {86_400: "d", 3600: "h", 60: "min", 1: "s"})
+
+
+def _in_units(value: float | None, names: Mapping[float, str], unit: str = "") -> str:
+    """In the largest of the units, which are given from the largest to the smallest, that `value` reaches."""
+    if value is None:
         return UNKNOWN
-    for size, name in ((86_400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.3g} {name}"
-    return f"{seconds:.2g} s"
+    size = next((size for size in names if value >= size), min(names))
+    return f"{value / size:.3g} {names[size]}{unit}".strip()

@@ -33,6 +33,7 @@ from selective_dpo.report.tables import label_for, text_table
 from selective_dpo.run import costs
 from selective_dpo.run.costs import (
     NO_WORK,
+    UNKNOWN,
     Device,
     Disk,
     JobKind,
@@ -63,6 +64,11 @@ class Job:
     kind: JobKind
     cached: bool
     """Its result is there already; the run looks at its key, too."""
+    memory_bytes: Memory
+    tokens: float | None
+    """Computed by the model, padding included; training and forward passes."""
+    flops: float | None
+    seconds: float | None
     pairs: int | None = None
     """Pairs trained on, or whose log-probs are computed; prompts that are answered."""
     held_out: int | None = None
@@ -70,11 +76,6 @@ class Job:
     updates: int | None = None
     evaluated_after: tuple[int, ...] | None = None
     """Optimizer steps after which the held-out pairs are measured."""
-    tokens: float | None = None
-    """Computed by the model, padding included; training and forward passes."""
-    flops: float | None = None
-    memory_bytes: Memory | None = None
-    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -474,7 +475,7 @@ class PlannedProtocol:
 
     protocol: str
     part: str
-    """Of `certified`, which may stop early: "least" or "most"; else ""."""
+    """Of `certified`, which may stop early: "at least" or "at most"; else ""."""
     own: bool
     """The recipe asks for it."""
     seeds: tuple[int, ...]
@@ -535,8 +536,8 @@ def _compared(recipe: Recipe) -> Iterator[tuple[str, str, tuple[int, ...], int]]
         own = name == recipe.score.protocol
         seeds, evaluations = (recipe.score.seeds, recipe.score.evaluations) if own else published
         if name == "certified":
-            yield name, "least", seeds[:MIN_SEEDS], evaluations
-            yield name, "most", seeds, evaluations
+            yield name, "at least", seeds[:MIN_SEEDS], evaluations
+            yield name, "at most", seeds, evaluations
         elif own or name != "custom":
             yield name, "", seeds, evaluations
 
@@ -556,7 +557,7 @@ def plan_text(plan: Plan) -> str:
     parts = [
         f"plan of {plan.recipe.name}, in {plan.folder}: nothing is trained or written",
         "\n".join(f"{name:<11}{text}" for name, text in _settings_rows(plan)),
-        *(f"{name}: {summary.describe() if summary else costs.UNKNOWN}" for name, summary in pairs.items()),
+        *(f"{name}: {summary.describe() if summary else UNKNOWN}" for name, summary in pairs.items()),
         _jobs_text(plan),
         protocols_text(plan),
         "\n".join(_end_lines(plan)),
@@ -595,26 +596,22 @@ def _training_text(plan: Plan, settings: TrainingSettings, lora: object, adapter
 
 def _jobs_text(plan: Plan) -> str:
     if not plan.jobs:
-        return f"jobs: {costs.UNKNOWN}"
+        return f"jobs: {UNKNOWN}"
     header = ["job", "pairs", "held out", "updates", "evaluated after"]
     header += ["tokens", "FLOPs", "memory", "time", ""]
     rows = [
         [
             job.name,
-            _count(job.pairs),
-            _count(job.held_out) if job.kind == "scorer" else "",
-            _count(job.updates) if job.kind in ("scorer", "policy") else "",
-            " ".join(map(str, job.evaluated_after or "?")) if job.kind == "scorer" else "",
+            *("" if count is None else f"{count:,}" for count in (job.pairs, job.held_out, job.updates)),
+            " ".join(map(str, job.evaluated_after or ())),
             readable(job.tokens),
             readable(job.flops),
-            readable_bytes(job.memory_bytes and job.memory_bytes.total),
+            readable_bytes(job.memory_bytes.total),
             readable_time(job.seconds),
             "cached" if job.cached else "",
         ]
         for job in plan.jobs
     ]
-    # In the table a sign is enough: the last lines say what is unknown, and why.
-    table = text_table(header, [["?" if cell == costs.UNKNOWN else cell for cell in row] for row in rows])
     rates = plan.measured_flops_per_second.items()
     speed = ", ".join(f"{readable(rate, 'FLOP/s')} in {name}" for name, rate in rates)
     device = f"{plan.device.name}, {readable_bytes(plan.device.memory)}"
@@ -624,7 +621,7 @@ FLOPs: 2 per parameter and token, plus attention; training 3 times that, with Lo
   activations are counted
 memory: an estimate, on each process, for weights, gradients, optimizer states and activations
 time: FLOPs over the speed of the model's forward pass, {speed or "not"} measured here, on {device}"""
-    return table + legend
+    return text_table(header, rows) + legend
 
 
 def protocols_text(plan: Plan) -> str:
@@ -633,45 +630,43 @@ def protocols_text(plan: Plan) -> str:
         return ""
     header = ["scoring by", "seeds x evaluations", "forward", "backward", "arithmetic", "DPO epochs"]
     header += ["tokens", "FLOPs", "Spearman", "overlap"]
+    rows = []
+    for each in plan.protocols:
+        agreement = [UNKNOWN, UNKNOWN] if each.protocol != "paper" else ["itself", "itself"]
+        if each.expected_agreement and each.protocol != "paper":
+            ranges = each.expected_agreement.values()
+            agreement = [f"{least:.4g} .. {largest:.4g}" for least, largest in ranges]
+        rows.append(
+            [
+                ", ".join(filter(None, (each.protocol, each.part))) + (" (this recipe)" if each.own else ""),
+                f"{len(each.seeds)} x {each.evaluations}",
+                f"{each.forward_passes:.4g} P",
+                f"{each.backward_passes:.4g} P",
+                f"{each.nt:.4g} NT",
+                f"{each.dpo_epochs:.3g}",
+                readable(each.tokens),
+                readable(each.flops),
+                *agreement,
+            ]
+        )
     pairs = f" = {plan.pairs.kept:,}" if plan.pairs else ""
     legend = f"""
-forward, backward: passes of all P{pairs} pairs through the model, each with both completions: the reference
-  once, the scorers' training, each held-out evaluation
+forward, backward: passes of all P{pairs} pairs through the model, each with both completions
 arithmetic: N parameters, T tokens in all pairs, recomputed activations included
 DPO epochs: the arithmetic over that of one DPO epoch on all pairs, with the settings of `train`
 tokens, FLOPs: of all the scoring, cached or not, counted as for the jobs
 Spearman, overlap: agreement with `paper`, least .. largest as measured on {MEASURED_ON};
   overlap of the easiest half, docs/protocols.md has others. Noisier scorers keep less. ?: not measured"""
-    return text_table(header, [_protocol_row(each) for each in plan.protocols]) + legend
-
-
-def _protocol_row(planned: PlannedProtocol) -> list[str]:
-    agreement = ["?", "?"]
-    if planned.protocol == "paper":
-        agreement = ["itself", "itself"]
-    elif found := planned.expected_agreement:
-        agreement = [" .. ".join(f"{end:.4g}" for end in measured) for measured in found.values()]
-    part = {"least": ", at least", "most": ", at most"}.get(planned.part, "")
-    return [
-        f"{planned.protocol}{part}{' (this recipe)' if planned.own else ''}",
-        f"{len(planned.seeds)} x {planned.evaluations}",
-        f"{planned.forward_passes:.4g} P",
-        f"{planned.backward_passes:.4g} P",
-        f"{planned.nt:.4g} NT",
-        f"{planned.dpo_epochs:.3g}",
-        "?" if planned.tokens is None else readable(planned.tokens),
-        "?" if planned.flops is None else readable(planned.flops),
-        *agreement,
-    ]
+    return text_table(header, rows) + legend
 
 
 def _end_lines(plan: Plan) -> Iterator[str]:
     if plan.jobs:
         todo = sum(not job.cached for job in plan.jobs)
-        time = costs.UNKNOWN if plan.seconds is None else f"about {readable_time(plan.seconds)}"
+        time = UNKNOWN if plan.seconds is None else f"about {readable_time(plan.seconds)}"
         without = ", answers not counted" if plan.recipe.evaluate.generation.prompts else ""
         yield f"to do: {todo} of {len(plan.jobs)} jobs; time: {time}{without}"
-    disk = costs.UNKNOWN
+    disk = UNKNOWN
     if plan.disk_bytes is not None:
         disk = f"{readable_bytes(plan.disk_bytes.results)} for trained weights"
         if plan.disk_bytes.checkpoints:
@@ -680,7 +675,3 @@ def _end_lines(plan: Plan) -> Iterator[str]:
     if plan.refused:
         yield f"a run would refuse this: {plan.refused}"
     yield from (f"unknown: {line}" for line in plan.unknown)
-
-
-def _count(value: int | None) -> str:
-    return "?" if value is None else f"{value:,}"
