@@ -16,25 +16,23 @@ from selective_dpo.run.costs import (
     Memory,
     Models,
     RowCounter,
-    Work,
     adapter_parameters,
     architecture_of,
     build_on_meta,
     fits,
-    forward_flops,
+    job_flops,
     job_memory,
     measured_rate,
     readable,
     readable_bytes,
     readable_time,
     this_device,
-    training_flops,
 )
 from selective_dpo.training.arguments import training_settings
-from tests.fixtures.models import LORA, tiny_model_folder, tiny_recipe
+from tests.fixtures.models import LORA, TRAINER, tiny_model_folder, tiny_recipe
 
-# 100 parameters of which 20 are looked up only; 2 layers, 8 wide, attention 4 wide, 2 heads, 10 words.
-SIZES = Architecture(100, 20, 2, 8, 4, 2, 2, 10)
+# 100 parameters of which 20 are looked up only; 2 layers, 8 wide, keys 2 wide, 2 heads, 10 words.
+SIZES = Architecture(100, 20, 2, 8, 2, 2, 10)
 
 
 def lengths(*pairs: tuple[int, int, int]) -> PartLengths:
@@ -63,11 +61,11 @@ def test_padded_rows_of_a_training_in_the_given_order(tmp_path: Path) -> None:
     counter = padded_counter(tmp_path)
     # Padded rows of 5, 3 and 7. Batches (5, 3) and (7): 2 pairs are 4 rows of 5, 1 pair is 2 rows of 7.
     given = lengths((2, 3, 1), (1, 1, 2), (3, 3, 4))
-    assert counter.training(given, training()) == Work(4 * 5 + 2 * 7, 4 * 25 + 2 * 49)
+    assert counter.training(given, training()) == 4 * 5 + 2 * 7
     # As an update of two batches they are sorted by length, and the smaller one gets the longest.
-    assert counter.training(given, training(gradient_accumulation_steps=2)).tokens == 2 * 7 + 4 * 5
+    assert counter.training(given, training(gradient_accumulation_steps=2)) == 2 * 7 + 4 * 5
     given = lengths((1, 1, 1), (3, 4, 6), (3, 3, 1), (3, 1, 2))  # 2, 9, 6, 5
-    assert counter.training(given, training(gradient_accumulation_steps=2)).tokens == 4 * 9 + 4 * 5
+    assert counter.training(given, training(gradient_accumulation_steps=2)) == 4 * 9 + 4 * 5
 
 
 def test_rows_of_a_training_are_the_cheaper_ones_on_the_device(tmp_path: Path) -> None:
@@ -76,45 +74,51 @@ def test_rows_of_a_training_are_the_cheaper_ones_on_the_device(tmp_path: Path) -
     cpu, gpu = RowCounter(recipe, "cpu"), RowCounter(recipe, "meta")
     # A prompt that is worth sharing on a CPU: 40 + 1 + 1 packed. For a GPU the mask makes up for it: 2 x 42.
     shared = lengths((40, 2, 2), (40, 2, 2))
-    assert cpu.training(shared, training()) == Work(2 * 42, 2 * 42**2)
-    assert gpu.training(shared, training()) == Work(4 * 42, 4 * 42**2)
-    # Without a prompt there is nothing to share: 59 + 59 packed, two rows of 60 padded.
-    alone = lengths((0, 60, 60))
-    assert cpu.training(alone, training()) == Work(2 * 60, 2 * 60**2)
+    assert cpu.training(shared, training()) == 2 * 42
+    assert gpu.training(shared, training()) == 4 * 42
+    # Without a prompt there is nothing to share: 59 + 59 packed cost more than two rows of 60.
+    assert cpu.training(lengths((0, 60, 60)), training()) == 2 * 60
     # On a CPU lengths that differ by more than a pass is worth go through the model one after the other.
     apart = lengths((300, 2, 2), (10, 2, 2))
-    assert cpu.training(apart, training()).tokens == 302 + 12
-    assert gpu.training(apart, training()).tokens == 4 * 302
+    assert cpu.training(apart, training()) == 302 + 12
+    assert gpu.training(apart, training()) == 4 * 302
 
 
-def test_work_of_a_forward_pass_within_a_token_budget(tmp_path: Path) -> None:
+def test_rows_of_a_forward_pass_within_a_token_budget(tmp_path: Path) -> None:
     padded, packed = padded_counter(tmp_path), RowCounter(tiny_recipe(tmp_path), "cpu")
     given = lengths((1, 1, 2), (5, 2, 2), (4, 1, 1))  # 3, 7, 5 padded; 2, 7, 4 packed
     # 28 tokens hold 2 pairs as long as the longest (4 x 7 = 28): (7, 5), then (3).
-    assert padded.forward(given, 28) == Work(4 * 7 + 2 * 3, 4 * 49 + 2 * 9)
+    assert padded.forward(given, 28) == 4 * 7 + 2 * 3
     # A row a pair: 4 would fit.
-    assert packed.forward(given, 28) == Work(3 * 7, 3 * 49)
+    assert packed.forward(given, 28) == 3 * 7
     # A pair that exceeds the budget is a batch of its own.
-    assert packed.forward(given, 5) == Work(7 + 4 + 2, 49 + 16 + 4)
+    assert packed.forward(given, 5) == 7 + 4 + 2
     # All pairs together cost less in padded rows.
-    assert packed.forward(lengths((0, 60, 60)), 512) == Work(2 * 60, 2 * 60**2)
+    assert packed.forward(lengths((0, 60, 60)), 512) == 2 * 60
 
 
-def test_forward_flops_count_matrices_and_attention() -> None:
-    # 2 x 80 parameters x 10 tokens; 4 x 2 layers x 4 wide x 50.
-    assert forward_flops(SIZES, Work(10, 50)) == 1600 + 1600
-    # 5 more parameters.
-    assert forward_flops(SIZES, Work(10, 50), adapter=5) == 1700 + 1600
+def test_flops_of_forward_passes_and_training(tmp_path: Path) -> None:
+    def flops(kind: Any, trained: int, forwarded: int, *, again: bool = False) -> float:
+        trainer = {**TRAINER, "activation_checkpointing": again}
+        recipe = tiny_recipe(tmp_path, score={"trainer": trainer}, train={"lora": None, "trainer": trainer})
+        return job_flops(
+            recipe,
+            Models(SIZES, scorer_adapter=5, policy_adapter=0, rows_per_pair=1),
+            kind,
+            trained,
+            forwarded,
+        )
 
-
-def test_training_flops() -> None:
-    work = Work(10, 50)
-    assert training_flops(SIZES, work, adapter=0, recomputes=False) == 3 * 3200
-    assert training_flops(SIZES, work, adapter=0, recomputes=True) == 4 * 3200
-    # Base weights forward and for the gradient of their inputs; adapter and attention three times.
-    lora = 2 * 1600 + 3 * 100 + 3 * 1600
-    assert training_flops(SIZES, work, adapter=5, recomputes=False) == lora
-    assert training_flops(SIZES, work, adapter=5, recomputes=True) == lora + 3300
+    # 2 x 80 parameters x 10 tokens; a scorer has 5 more.
+    assert flops("reference", 0, 10) == 1600
+    assert flops("scorer", 0, 10) == 1700
+    assert flops("policy", 10, 0) == 3 * 1600
+    assert flops("policy", 10, 0, again=True) == 4 * 1600
+    # Base weights forward and for the gradient of their inputs; the adapter three times.
+    lora = 2 * 1600 + 3 * 100
+    assert flops("scorer", 10, 0) == lora
+    assert flops("scorer", 10, 0, again=True) == lora + 1700
+    assert flops("scorer", 10, 10) == lora + 1700
 
 
 def test_sizes_of_a_real_model_and_adapter(tmp_path: Path) -> None:
@@ -123,7 +127,7 @@ def test_sizes_of_a_real_model_and_adapter(tmp_path: Path) -> None:
     # Hidden 16, key and value width 8, inner 32: q 16x16+16, k and v 16x8+8, o 16x16, gate, up and down
     # 16x32, two norms; 2 layers, a norm, embedding and head of 260 rows.
     layer = (256 + 16) + 2 * (128 + 8) + 256 + 3 * 512 + 2 * 16
-    assert sizes == Architecture(2 * layer + 16 + 2 * 260 * 16, 260 * 16, 2, 16, 16, 8, 2, 260)
+    assert sizes == Architecture(2 * layer + 16 + 2 * 260 * 16, 260 * 16, 2, 16, 8, 2, 260)
     # Rank 4 on the seven matrices of both layers: 4 x (inputs + outputs).
     adapter = 2 * 4 * ((16 + 16) + 2 * (16 + 8) + (16 + 16) + 2 * (16 + 32) + (32 + 16))
     assert adapter_parameters(build_on_meta(config), LORA, "score.lora") == adapter

@@ -2,13 +2,11 @@
 
 All are estimates; each docstring says what its numbers leave out.
 
-FLOPs. A forward pass costs 2 N per token for multiplications with N parameters (Kaplan et al. 2020,
-"Scaling Laws for Neural Language Models", section 2.1) plus 4 L D T per token for attention of T keys in L
-layers of width D, scores and weighted values (Chowdhery et al. 2022, "PaLM", appendix B). As there, nothing
-is subtracted for the causal mask. N leaves out an embedding that is only looked up, and counts the output
-head at every position. A backward pass costs twice the forward one: gradients of the inputs and of the
-weights. With an adapter the base weights get no gradient, so only the adapter's parameters and attention
-cost three times. Activation checkpointing adds one forward pass.
+FLOPs. A forward pass costs 2 N per token with N parameters (Kaplan et al. 2020, "Scaling Laws for Neural
+Language Models", section 2.1), attention left out. N leaves out an embedding that is only looked up, and
+counts the output head at every position. A backward pass costs twice the forward one: gradients of the inputs
+and of the weights. With an adapter the base weights get no gradient, so only the adapter's parameters cost
+three times. Activation checkpointing adds one forward pass.
 
 Dimension suffixes: P pairs.
 """
@@ -19,7 +17,7 @@ import contextlib
 import os
 import platform
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -90,10 +88,8 @@ class Architecture(NamedTuple):
     """Those of the input embedding where it is looked up only; 0 where it is the output head as well."""
     layers: int
     hidden: int
-    attention_width: int
-    """Heads times head size: the width of queries."""
     key_value_width: int
-    """The same of keys, and of values."""
+    """Heads times head size, of keys and of values."""
     heads: int
     vocabulary: int
     """Rows of the embedding."""
@@ -168,7 +164,6 @@ def architecture_of(model: Any) -> Architecture:
         lookup_parameters=0 if is_shared else embedding.numel(),
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
-        attention_width=heads * head_size,
         key_value_width=key_value_heads * head_size,
         heads=heads,
         vocabulary=embedding.shape[0],
@@ -196,26 +191,11 @@ def adapter_parameters(model: Any, lora: Settings | None, where: str) -> int:
 
 
 # ----------------------------------------------------------------------------------------------------
-# Tokens, and the FLOPs of passes over them.
-
-
-class Work(NamedTuple):
-    """What a model computes on, the padding in batches included."""
-
-    tokens: float
-    squares: float
-    """Each row's padded length squared, summed over rows: attention costs by it."""
-
-    def times(self, factor: float) -> Work:
-        """The same work, `factor` times."""
-        return Work(self.tokens * factor, self.squares * factor)
-
-
-NO_WORK = Work(0.0, 0.0)
+# Tokens and FLOPs.
 
 
 class RowCounter:
-    """Counts what a recipe's model computes on for pairs of given lengths, on a device ("cuda" or "cpu").
+    """Tokens that a recipe's model computes for pairs of given lengths on a device, "cuda" or "cpu".
 
     The rows are those of the engine and of the trainer, made by their own functions. Not counted: the pair
     that packed rows are tried on, and that a trainer may have to leave them (`batching.row_collator`).
@@ -235,7 +215,7 @@ class RowCounter:
                 self._model, pad_token_id=0, multiple_of=1, path="auto", splits=splits
             )
 
-    def forward(self, lengths: PartLengths, budget: TokenBudget) -> Work:
+    def forward(self, lengths: PartLengths, budget: TokenBudget) -> int:
         """One forward pass over the pairs, in batches of at most `budget` tokens, sorted by length.
 
         Batches that memory makes smaller hold less padding.
@@ -247,27 +227,23 @@ class RowCounter:
         tokens = most_tokens(self._device) if budget == "auto" else budget
         unbounded = Budget(tokens, tokens * int(lengths_P.max(initial=1)))
         batches = bounded_batches(lengths_P, unbounded, rows_per_pair=rows)
-        widths = [-(-int(lengths_P[batch].max()) // multiple) * multiple for batch in batches]
-        return _work((rows * len(batch), width) for batch, width in zip(batches, widths, strict=True))
+        longest = [-(-int(lengths_P[batch].max()) // multiple) * multiple for batch in batches]
+        return sum(rows * len(batch) * width for batch, width in zip(batches, longest, strict=True))
 
-    def training(self, lengths: PartLengths, settings: TrainingSettings) -> Work:
+    def training(self, lengths: PartLengths, settings: TrainingSettings) -> int:
         """One epoch of training on the pairs in this order, on one process."""
         size, per_update = settings.pairs_per_batch, settings.pairs_per_batch * settings.accumulation
-        lengths_P3 = np.stack(lengths, axis=1)
-        shapes: list[tuple[int, int]] = []
+        lengths_P3, tokens = np.stack(lengths, axis=1), 0
         for start in range(0, len(lengths_P3), per_update):
             update = [_blank_pair(parts) for parts in lengths_P3[start : start + per_update]]
             cut = [update[at : at + size] for at in range(0, len(update), size)]
             batches = [PairBatch(pairs, weight=len(pairs)) for pairs in cut]
             for batch in group_batches(batches) if len(batches) > 1 else batches:
-                shapes += self._shapes(batch)
-        return _work(shapes)
-
-    def _shapes(self, batch: PairBatch) -> list[tuple[int, int]]:
-        if self._collator is None:
-            rows = 2 * len(batch.pairs)
-            return [(rows, batch.padded_tokens // rows)]
-        return [(len(rows.input_ids), rows.input_ids.shape[1]) for rows in self._collator(batch).groups]
+                if self._collator is None:
+                    tokens += batch.padded_tokens
+                else:
+                    tokens += sum(rows.input_ids.numel() for rows in self._collator(batch).groups)
+        return tokens
 
 
 def padded_lengths(lengths: PartLengths) -> NDArray[np.int64]:
@@ -280,35 +256,16 @@ def _blank_pair(lengths_3: NDArray[np.int64]) -> PairRow:
     return PairRow({}, tokens)
 
 
-def _work(shapes: Iterable[tuple[int, int]]) -> Work:
-    """Of batches with so many rows, each of so many tokens."""
-    rows_S, widths_S = np.array([(0, 0), *shapes], dtype=np.float64).T
-    return Work(float(rows_S @ widths_S), float(rows_S @ widths_S**2))
+def job_flops(recipe: Recipe, models: Models, kind: JobKind, trained: float, forwarded: float) -> float:
+    """FLOPs of a job that trains on `trained` tokens and computes `forwarded` without gradients.
 
-
-def job_flops(recipe: Recipe, models: Models, kind: JobKind, trained: Work, forwarded: Work) -> float:
-    """FLOPs of a job that trains on `trained` and computes `forwarded` without gradients."""
-    recomputes = training_settings(block_of(recipe, kind).trainer, recipe.model).recomputes
-    adapter = models.adapter(kind)
-    training = training_flops(models.sizes, trained, adapter=adapter, recomputes=recomputes)
-    return training + forward_flops(models.sizes, forwarded, adapter)
-
-
-def forward_flops(sizes: Architecture, work: Work, adapter: int = 0) -> float:
-    """FLOPs of a forward pass with `adapter` additional parameters; see the module's text."""
-    return 2.0 * (sizes.matrix_parameters + adapter) * work.tokens + _attention_flops(sizes, work)
-
-
-def training_flops(sizes: Architecture, work: Work, *, adapter: int, recomputes: bool) -> float:
-    """FLOPs of forward and backward passes; `adapter` 0 is full fine-tuning. See the module's text."""
-    base = 2.0 * sizes.matrix_parameters * work.tokens
-    own = 2.0 * adapter * work.tokens
-    flops = (2 if adapter else 3) * base + 3 * own + 3 * _attention_flops(sizes, work)
-    return flops + (forward_flops(sizes, work, adapter) if recomputes else 0.0)
-
-
-def _attention_flops(sizes: Architecture, work: Work) -> float:
-    return 4.0 * sizes.layers * sizes.attention_width * work.squares
+    See the module's text.
+    """
+    settings = training_settings(block_of(recipe, kind).trainer, recipe.model)
+    base, own = 2.0 * models.sizes.matrix_parameters, 2.0 * models.adapter(kind)
+    backward = base + 2 * own if own else 2 * base
+    recomputed = base + own if settings.recomputes else 0.0
+    return (base + own) * forwarded + (base + own + backward + recomputed) * trained
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -487,7 +444,7 @@ def measured_rate(
     )
     with torch.inference_mode(), autocast:
         seconds = timer.blocked_autorange().median
-    return forward_flops(sizes, Work(float(rows * longest), float(rows * longest**2))) / seconds
+    return 2.0 * sizes.matrix_parameters * rows * longest / seconds
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -32,7 +32,6 @@ from selective_dpo.logprobs.padded import PartLengths, part_lengths
 from selective_dpo.report.tables import label_for, text_table
 from selective_dpo.run import costs
 from selective_dpo.run.costs import (
-    NO_WORK,
     UNKNOWN,
     Device,
     Disk,
@@ -40,7 +39,6 @@ from selective_dpo.run.costs import (
     Memory,
     Models,
     RowCounter,
-    Work,
     job_flops,
     readable,
     readable_bytes,
@@ -239,10 +237,10 @@ class KeptPairs(NamedTuple):
 
 
 class ScoringPasses(NamedTuple):
-    """What one pass over all pairs takes; protocols and scorers are multiples of these."""
+    """Tokens of one pass over all pairs; protocols and scorers are multiples of these."""
 
-    forward: Work
-    epoch: Work
+    forward: float
+    epoch: float
     """Of both scorers of a seed: each pair is in one of their halves. One random order is drawn."""
 
 
@@ -345,14 +343,13 @@ class _Planner:
         generation = recipe.evaluate.generation
         if generation.prompts:  # every answer at its longest, after the longest prompt
             longest = recipe.data.max_prompt_length + generation.max_new_tokens
-            answers = generation.prompts * generation.samples * policies
-            work = Work(float(longest), float(longest**2)).times(answers)
-            yield self._job("answers", folder.evaluation, forwarded=work, pairs=generation.prompts)
+            tokens = generation.prompts * generation.samples * policies * longest
+            yield self._job("answers", folder.evaluation, forwarded=tokens, pairs=generation.prompts)
 
     def _forward(self, kind: JobKind, folder: Path, lengths: PartLengths, times: int = 1) -> Job:
         block = self.run.recipe.evaluate if kind == "held-out" else self.run.recipe.score
-        work = self.inputs.counter.forward(lengths, block.tokens_per_batch).times(times)
-        return self._job(kind, folder, forwarded=work, lengths=lengths, pairs=len(lengths.prompt_P))
+        tokens = times * self.inputs.counter.forward(lengths, block.tokens_per_batch)
+        return self._job(kind, folder, forwarded=tokens, lengths=lengths, pairs=len(lengths.prompt_P))
 
     def _scorers(self) -> Iterator[Job]:
         recipe, pairs, passes = self.run.recipe, self.inputs.pairs, self.inputs.passes
@@ -363,8 +360,8 @@ class _Planner:
             yield self._job(
                 "scorer",
                 self.run.folder.scores(scorer),
-                trained=passes.epoch.times(epochs * trained / all_pairs),
-                forwarded=passes.forward.times(recipe.score.evaluations * held_out / all_pairs),
+                trained=passes.epoch * epochs * trained / all_pairs,
+                forwarded=passes.forward * recipe.score.evaluations * held_out / all_pairs,
                 lengths=pairs.lengths,
                 pairs=trained,
                 held_out=held_out,
@@ -377,10 +374,11 @@ class _Planner:
         all_pairs = len(pairs.pair_ids)
 
         @cache
-        def epoch_of_all() -> Work:
+        def epoch_of_all() -> int:
             return self.inputs.counter.training(_shuffled(pairs.lengths), settings)
 
         for name, training in trainings(self.run).items():
+            epoch: float
             if (order := self.inputs.orders.get(name)) is not None:
                 count, epoch = len(order), self.inputs.counter.training(pairs.lengths_of(order), settings)
             elif training.select.rule == "below":  # a threshold needs the scores
@@ -390,12 +388,12 @@ class _Planner:
                 ranks_P = np.arange(all_pairs)
                 selection = select(ranks_P.astype(float), ranks_P.astype(np.str_), rule_of(training.select))
                 count = int(selection.selected_P.sum())
-                epoch = epoch_of_all().times(count / all_pairs)
+                epoch = epoch_of_all() * count / all_pairs
             yield self._job(
                 "policy",
                 training.policy,
-                trained=epoch.times(settings.epochs),
-                forwarded=NO_WORK,
+                trained=epoch * settings.epochs,
+                forwarded=0,
                 lengths=pairs.lengths,
                 pairs=count,
                 updates=optimizer_steps(count, settings, self.run.recipe.launch.processes),
@@ -406,8 +404,8 @@ class _Planner:
         kind: JobKind,
         folder: Path,
         *,
-        trained: Work = NO_WORK,
-        forwarded: Work | None = None,
+        trained: float = 0,
+        forwarded: float | None = None,
         lengths: PartLengths | None = None,
         **counts: Any,
     ) -> Job:
@@ -426,7 +424,7 @@ class _Planner:
             name=f"{name}: {kind}" if kind in ("held-out", "answers") else name,
             kind=kind,
             cached=not self.inputs.refused and (folder / MANIFEST).is_file(),
-            tokens=None if forwarded is None else trained.tokens + forwarded.tokens,
+            tokens=None if forwarded is None else trained + forwarded,
             flops=flops,
             memory_bytes=costs.job_memory(recipe, models, kind, lengths),
             seconds=seconds,
@@ -510,9 +508,9 @@ def planned_protocols(
         nt = 2 * forward + backward_nt * passes.training
         tokens = flops = None
         if work is not None and models is not None:
-            trained, evaluated = work.epoch.times(passes.training), work.forward.times(passes.forward - 1)
-            tokens = work.forward.tokens + trained.tokens + evaluated.tokens
-            flops = job_flops(recipe, models, "reference", NO_WORK, work.forward)
+            trained, evaluated = work.epoch * passes.training, work.forward * (passes.forward - 1)
+            tokens = work.forward + trained + evaluated
+            flops = job_flops(recipe, models, "reference", 0, work.forward)
             flops += job_flops(recipe, models, "scorer", trained, evaluated)
         yield PlannedProtocol(
             protocol=name,
@@ -617,8 +615,8 @@ def _jobs_text(plan: Plan) -> str:
     device = f"{plan.device.name}, {readable_bytes(plan.device.memory)}"
     legend = f"""
 tokens: what the model computes, padding included; in a random order where that of the training is not known
-FLOPs: 2 per parameter and token, plus attention; training 3 times that, with LoRA about 2 times; recomputed
-  activations are counted
+FLOPs: 2 per parameter and token, attention left out; training 3 times that, with LoRA about 2 times, and
+  recomputed activations
 memory: an estimate, on each process, for weights, gradients, optimizer states and activations
 time: FLOPs over the speed of the model's forward pass, {speed or "not"} measured here, on {device}"""
     return text_table(header, rows) + legend
