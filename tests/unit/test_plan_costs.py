@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers import MambaConfig
 
 from selective_dpo.config import ModelConfig
 from selective_dpo.errors import ConfigError
@@ -23,6 +24,7 @@ from selective_dpo.run.costs import (
     job_flops,
     job_memory,
     measured_rate,
+    models_of,
     readable,
     readable_bytes,
     readable_time,
@@ -134,6 +136,16 @@ def test_sizes_of_a_real_model_and_adapter(tmp_path: Path) -> None:
     assert adapter_parameters(build_on_meta(config), None, "score.lora") == 0
     with pytest.raises(ConfigError, match=r"^score\.lora does not fit the model: Target modules"):
         adapter_parameters(build_on_meta(config), {"target_modules": ["nope"]}, "score.lora")
+
+
+def test_a_model_without_attention_is_counted_in_padded_rows(tmp_path: Path) -> None:
+    config = MambaConfig(hidden_size=16, num_hidden_layers=2, state_size=4, vocab_size=260)
+    config.save_pretrained(tmp_path / "mamba")
+    recipe = tiny_recipe(tmp_path, train={"lora": None}, score={"lora": None})
+    model = recipe.model.model_copy(update={"path": str(tmp_path / "mamba")})
+    recipe = recipe.model_copy(update={"model": model})
+    assert models_of(recipe).rows_per_pair == 2
+    assert RowCounter(recipe, "cpu").training(lengths((3, 4, 2)), training()) == 2 * 7
 
 
 def policy_memory(

@@ -154,7 +154,7 @@ def build_on_meta(config: ModelConfig) -> Any:
 def architecture_of(model: Any) -> Architecture:
     """The sizes of a model of transformers. Experts of a mixture are counted as if all were used."""
     config = model.config.get_text_config()
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None) or 1  # a model without attention has none
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
     key_value_heads = getattr(config, "num_key_value_heads", None) or heads
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
