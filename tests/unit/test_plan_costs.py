@@ -1,4 +1,4 @@
-"""A plan's arithmetic: updates, padded tokens, FLOPs and bytes, against numbers worked out by hand."""
+"""A plan's arithmetic: padded tokens, FLOPs and bytes, against numbers worked out by hand."""
 
 from __future__ import annotations
 
@@ -7,102 +7,120 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers import MambaConfig
 
 from selective_dpo.config import ModelConfig
 from selective_dpo.errors import ConfigError
+from selective_dpo.logprobs.padded import PartLengths
 from selective_dpo.run.costs import (
     Architecture,
+    Memory,
     Models,
-    Work,
+    RowCounter,
     adapter_parameters,
     architecture_of,
     build_on_meta,
     fits,
-    forward_flops,
-    forward_work,
+    job_flops,
     job_memory,
-    layer_bytes,
     measured_rate,
-    optimizer_steps,
+    models_of,
     readable,
     readable_bytes,
     readable_time,
     this_device,
-    training_flops,
-    training_memory,
-    training_settings,
-    training_work,
 )
-from tests.fixtures.models import LORA, tiny_model_folder, tiny_recipe
+from selective_dpo.training.arguments import training_settings
+from tests.fixtures.models import LORA, TRAINER, tiny_model_folder, tiny_recipe
 
-# 100 parameters of which 20 are looked up only; 2 layers, 8 wide, attention 4 wide, 2 heads, 10 words.
-SIZES = Architecture(100, 20, 2, 8, 4, 2, 2, 10)
-
-
-def lengths(*values: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    return np.array(values, dtype=np.int64)
+# 100 parameters of which 20 are looked up only; 2 layers, 8 wide, keys 2 wide, 2 heads, 10 words.
+SIZES = Architecture(100, 20, 2, 8, 2, 2, 10)
 
 
-def settings(dtype: str = "float32", **given: Any) -> Any:
-    model = ModelConfig.model_validate({"path": "m", "dtype": dtype})
-    return training_settings({"per_device_train_batch_size": 1, **given}, model)
+def lengths(*pairs: tuple[int, int, int]) -> PartLengths:
+    """Of pairs of (prompt, chosen, rejected)."""
+    return PartLengths(*np.array(pairs, dtype=np.int64).T)
 
 
-@pytest.mark.parametrize(
-    ("pairs", "batch", "accumulation", "processes", "epochs", "steps"),
-    [
-        (10, 4, 1, 1, 1, 3),
-        (10, 4, 2, 1, 1, 2),  # batches 4 4 | 2
-        (10, 4, 2, 1, 3, 6),  # an epoch's last update does not wait for the next epoch
-        (10, 4, 1, 2, 1, 2),
-        (10, 4, 8, 1, 1, 1),
-        (10, 4, 1, 1, 0.5, 2),  # half of three, upwards
-    ],
-)
-def test_optimizer_steps(
-    pairs: int, batch: int, accumulation: int, processes: int, epochs: float, steps: int
-) -> None:
-    given = settings(
-        per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, num_train_epochs=epochs
+TEN = lengths((2, 5, 5), (6, 4, 2))
+"""The longest row has 10 tokens, packed (2 + 4 + 4, 6 + 3 + 1) or padded (6 + 4)."""
+
+
+def padded_counter(tmp_path: Path, **blocks: Any) -> RowCounter:
+    """Of a model whose attention takes no mask: two rows a pair."""
+    recipe = tiny_recipe(tmp_path, **blocks)
+    model = recipe.model.model_copy(update={"attention": "flash_attention_2"})
+    return RowCounter(recipe.model_copy(update={"model": model}), "cpu")
+
+
+def training(**given: Any) -> Any:
+    return training_settings(
+        {"per_device_train_batch_size": 2, **given}, ModelConfig.model_validate({"path": "m"})
     )
-    assert optimizer_steps(pairs, given, processes) == steps
 
 
-def test_work_of_a_training_in_the_given_order() -> None:
-    one = settings(per_device_train_batch_size=2)
-    # Batches (5, 3) and (7): 2 pairs are 4 rows of 5, 1 pair is 2 rows of 7.
-    assert training_work(lengths(5, 3, 7), 2, one) == Work(4 * 5 + 2 * 7, 4 * 25 + 2 * 49)
-    # A row a pair.
-    assert training_work(lengths(5, 3, 7), 1, one) == Work(2 * 5 + 7, 2 * 25 + 49)
-    # Updates of two batches are sorted by length: (9, 6), (5, 2) and (7).
-    two = settings(per_device_train_batch_size=2, gradient_accumulation_steps=2)
-    assert training_work(lengths(2, 9, 6, 5, 7), 1, two).tokens == 2 * 9 + 2 * 5 + 7
+def test_padded_rows_of_a_training_in_the_given_order(tmp_path: Path) -> None:
+    counter = padded_counter(tmp_path)
+    # Padded rows of 5, 3 and 7. Batches (5, 3) and (7): 2 pairs are 4 rows of 5, 1 pair is 2 rows of 7.
+    given = lengths((2, 3, 1), (1, 1, 2), (3, 3, 4))
+    assert counter.training(given, training()) == 4 * 5 + 2 * 7
+    # As an update of two batches they are sorted by length, and the smaller one gets the longest.
+    assert counter.training(given, training(gradient_accumulation_steps=2)) == 2 * 7 + 4 * 5
+    given = lengths((1, 1, 1), (3, 4, 6), (3, 3, 1), (3, 1, 2))  # 2, 9, 6, 5
+    assert counter.training(given, training(gradient_accumulation_steps=2)) == 4 * 9 + 4 * 5
 
 
-def test_work_of_a_forward_pass_within_a_token_budget() -> None:
+def test_rows_of_a_training_are_the_cheaper_ones_on_the_device(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path)
+    # All but a CPU have a GPU's rates: "meta" stands for one here.
+    cpu, gpu = RowCounter(recipe, "cpu"), RowCounter(recipe, "meta")
+    # A prompt that is worth sharing on a CPU: 40 + 1 + 1 packed. For a GPU the mask makes up for it: 2 x 42.
+    shared = lengths((40, 2, 2), (40, 2, 2))
+    assert cpu.training(shared, training()) == 2 * 42
+    assert gpu.training(shared, training()) == 4 * 42
+    # Without a prompt there is nothing to share: 59 + 59 packed cost more than two rows of 60.
+    assert cpu.training(lengths((0, 60, 60)), training()) == 2 * 60
+    # On a CPU lengths that differ by more than a pass is worth go through the model one after the other.
+    apart = lengths((300, 2, 2), (10, 2, 2))
+    assert cpu.training(apart, training()) == 302 + 12
+    assert gpu.training(apart, training()) == 4 * 302
+
+
+def test_rows_of_a_forward_pass_within_a_token_budget(tmp_path: Path) -> None:
+    padded, packed = padded_counter(tmp_path), RowCounter(tiny_recipe(tmp_path), "cpu")
+    given = lengths((1, 1, 2), (5, 2, 2), (4, 1, 1))  # 3, 7, 5 padded; 2, 7, 4 packed
     # 28 tokens hold 2 pairs as long as the longest (4 x 7 = 28): (7, 5), then (3).
-    assert forward_work(lengths(3, 7, 5), 2, 28) == Work(4 * 7 + 2 * 3, 4 * 49 + 2 * 9)
+    assert padded.forward(given, 28) == 4 * 7 + 2 * 3
     # A row a pair: 4 would fit.
-    assert forward_work(lengths(3, 7, 5), 1, 28) == Work(3 * 7, 3 * 49)
+    assert packed.forward(given, 28) == 3 * 7
     # A pair that exceeds the budget is a batch of its own.
-    assert forward_work(lengths(3, 7), 1, 5) == Work(7 + 3, 49 + 9)
+    assert packed.forward(given, 5) == 7 + 4 + 2
+    # All pairs together cost less in padded rows.
+    assert packed.forward(lengths((0, 60, 60)), 512) == 2 * 60
 
 
-def test_forward_flops_count_matrices_and_attention() -> None:
-    # 2 x 80 parameters x 10 tokens; 4 x 2 layers x 4 wide x 50.
-    assert forward_flops(SIZES, Work(10, 50)) == 1600 + 1600
-    # 5 more parameters.
-    assert forward_flops(SIZES, Work(10, 50), adapter=5) == 1700 + 1600
+def test_flops_of_forward_passes_and_training(tmp_path: Path) -> None:
+    def flops(kind: Any, trained: int, forwarded: int, *, again: bool = False) -> float:
+        trainer = {**TRAINER, "activation_checkpointing": again}
+        recipe = tiny_recipe(tmp_path, score={"trainer": trainer}, train={"lora": None, "trainer": trainer})
+        return job_flops(
+            recipe,
+            Models(SIZES, scorer_adapter=5, policy_adapter=0, rows_per_pair=1),
+            kind,
+            trained,
+            forwarded,
+        )
 
-
-def test_training_flops() -> None:
-    work = Work(10, 50)
-    assert training_flops(SIZES, work, adapter=0, recomputes=False) == 3 * 3200
-    assert training_flops(SIZES, work, adapter=0, recomputes=True) == 4 * 3200
-    # Base weights forward and for the gradient of their inputs; adapter and attention three times.
-    lora = 2 * 1600 + 3 * 100 + 3 * 1600
-    assert training_flops(SIZES, work, adapter=5, recomputes=False) == lora
-    assert training_flops(SIZES, work, adapter=5, recomputes=True) == lora + 3300
+    # 2 x 80 parameters x 10 tokens; a scorer has 5 more.
+    assert flops("reference", 0, 10) == 1600
+    assert flops("scorer", 0, 10) == 1700
+    assert flops("policy", 10, 0) == 3 * 1600
+    assert flops("policy", 10, 0, again=True) == 4 * 1600
+    # Base weights forward and for the gradient of their inputs; the adapter three times.
+    lora = 2 * 1600 + 3 * 100
+    assert flops("scorer", 10, 0) == lora
+    assert flops("scorer", 10, 0, again=True) == lora + 1700
+    assert flops("scorer", 10, 10) == lora + 1700
 
 
 def test_sizes_of_a_real_model_and_adapter(tmp_path: Path) -> None:
@@ -111,7 +129,7 @@ def test_sizes_of_a_real_model_and_adapter(tmp_path: Path) -> None:
     # Hidden 16, key and value width 8, inner 32: q 16x16+16, k and v 16x8+8, o 16x16, gate, up and down
     # 16x32, two norms; 2 layers, a norm, embedding and head of 260 rows.
     layer = (256 + 16) + 2 * (128 + 8) + 256 + 3 * 512 + 2 * 16
-    assert sizes == Architecture(2 * layer + 16 + 2 * 260 * 16, 260 * 16, 2, 16, 16, 8, 2, 260)
+    assert sizes == Architecture(2 * layer + 16 + 2 * 260 * 16, 260 * 16, 2, 16, 8, 2, 260)
     # Rank 4 on the seven matrices of both layers: 4 x (inputs + outputs).
     adapter = 2 * 4 * ((16 + 16) + 2 * (16 + 8) + (16 + 16) + 2 * (16 + 32) + (32 + 16))
     assert adapter_parameters(build_on_meta(config), LORA, "score.lora") == adapter
@@ -120,88 +138,86 @@ def test_sizes_of_a_real_model_and_adapter(tmp_path: Path) -> None:
         adapter_parameters(build_on_meta(config), {"target_modules": ["nope"]}, "score.lora")
 
 
-def test_memory_of_full_fine_tuning() -> None:
-    def memory(trained: Any, dtype: str, processes: int = 1) -> Any:
-        return training_memory(
-            SIZES,
-            trained,
-            adapter=0,
-            dtype=dtype,
-            eager=False,
-            rows_per_pair=2,
-            longest=10,
-            processes=processes,
-        )
-
-    plain = settings(activation_checkpointing=False)
-    # 2 rows x 10 tokens x 8 wide x 17 values x 4 bytes, in 2 layers.
-    assert memory(plain, "float32") == (400, 400, 800, 2 * 2 * 10 * 8 * 17 * 4)
-    kept = settings(activation_checkpointing=True)
-    # One layer, and the input of each.
-    assert memory(kept, "float32").activations == 2 * 10 * 8 * 17 * 4 + 2 * 2 * 10 * 8 * 4
-    assert memory(settings(optim="adamw_bnb_8bit"), "float32").optimizer == 200
-    assert memory(settings("bfloat16", optim="paged_adamw_32bit"), "bfloat16")[:3] == (200, 200, 800)
-    # ZeRO-2: a float32 copy, two states; these and gradients divided by 4.
-    deepspeed = {"zero_optimization": {"stage": 2}}
-    sharded = settings("bfloat16", deepspeed=deepspeed)
-    assert memory(sharded, "bfloat16", 4)[:3] == (200, 200 / 4, 100 * (8 + 4) / 4)
-    everything = settings("bfloat16", deepspeed={"zero_optimization": {"stage": 3}})
-    assert memory(everything, "bfloat16", 4).weights == 200 / 4
-    # Outside of DeepSpeed: weights, gradients and two states of 4 bytes, and a copy of 2 to compute with.
-    assert memory(settings("bfloat16"), "float32")[:3] == (100 * (4 + 2), 400, 800)
-    unread = settings("bfloat16", deepspeed="zero.json")
-    assert unread.unread == "the sharding in zero.json"
-    assert memory(unread, "bfloat16", 4).weights == 200
+def test_a_model_without_attention_is_counted_in_padded_rows(tmp_path: Path) -> None:
+    config = MambaConfig(hidden_size=16, num_hidden_layers=2, state_size=4, vocab_size=260)
+    config.save_pretrained(tmp_path / "mamba")
+    recipe = tiny_recipe(tmp_path, train={"lora": None}, score={"lora": None})
+    model = recipe.model.model_copy(update={"path": str(tmp_path / "mamba")})
+    recipe = recipe.model_copy(update={"model": model})
+    assert models_of(recipe).rows_per_pair == 2
+    assert RowCounter(recipe, "cpu").training(lengths((3, 4, 2)), training()) == 2 * 7
 
 
-def test_memory_with_an_adapter_and_without_training() -> None:
-    trained = training_memory(
-        SIZES,
-        settings("bfloat16"),
-        adapter=5,
-        dtype="bfloat16",
-        eager=True,
-        rows_per_pair=1,
-        longest=10,
-        processes=1,
+def policy_memory(
+    tmp_path: Path, adapter: int = 0, processes: int = 1, rows: int = 2, model: Any = None, **trainer: Any
+) -> Memory:
+    """Of a training of one pair a batch, with rows of 10 tokens."""
+    given = {"per_device_train_batch_size": 1, "activation_checkpointing": False, **trainer}
+    recipe = tiny_recipe(
+        tmp_path,
+        model={"dtype": "float32", **(model or {})},
+        train={"lora": LORA if adapter else None},
+        launch={"processes": processes},
     )
-    # One row of 10 tokens, 8 wide: the inputs of 2 layers, 2 bytes each; one layer's 17 values, and 5 bytes
-    # for each of 2 heads' 100 scores.
-    assert trained.activations == 2 * 10 * 8 * 2 + 10 * 8 * 17 * 2 + 5 * 2 * 100
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"trainer": given})})
+    models = Models(SIZES, scorer_adapter=5, policy_adapter=adapter, rows_per_pair=rows)
+    return job_memory(recipe, models, "policy", TEN)
+
+
+def test_memory_of_full_fine_tuning(tmp_path: Path) -> None:
+    # 2 rows x 10 tokens x 8 wide x 17 values x 4 bytes, in 2 layers.
+    assert policy_memory(tmp_path) == (400, 400, 800, 2 * 2 * 10 * 8 * 17 * 4)
+    # One layer, and the input of each.
+    kept = policy_memory(tmp_path, activation_checkpointing=True).activations
+    assert kept == 2 * 10 * 8 * 17 * 4 + 2 * 2 * 10 * 8 * 4
+    assert policy_memory(tmp_path, optim="adamw_bnb_8bit").optimizer == 200
+    # Weights and gradients of 2 bytes, two states of 4.
+    pure = {"dtype": "bfloat16", "master_weights": False}
+    assert policy_memory(tmp_path, model=pure, optim="paged_adamw_32bit")[:3] == (200, 200, 800)
+    # ZeRO-2: a float32 copy, two states; these and gradients divided by 4.
+    half: Any = {"dtype": "bfloat16"}
+    zero: Any = {"deepspeed": {"zero_optimization": {"stage": 2}}}
+    sharded = policy_memory(tmp_path, model=half, processes=4, **zero)
+    assert sharded[:3] == (200, 200 / 4, 100 * (8 + 4) / 4)
+    zero = {"deepspeed": {"zero_optimization": {"stage": 3}}}
+    assert policy_memory(tmp_path, model=half, processes=4, **zero).weights == 200 / 4
+    # Outside of DeepSpeed: weights, gradients and two states of 4 bytes, and a copy of 2 to compute with.
+    assert policy_memory(tmp_path, model=half)[:3] == (100 * (4 + 2), 400, 800)
+
+
+def test_memory_with_an_adapter(tmp_path: Path) -> None:
+    half: Any = {"dtype": "bfloat16"}
+    flat, eager = (
+        policy_memory(
+            tmp_path, 5, rows=1, model={**half, "attention": attention}, activation_checkpointing=True
+        )
+        for attention in ("sdpa", "eager")
+    )
+    # One row of 10 tokens, 8 wide: the inputs of 2 layers, 2 bytes each; one layer's 17 values.
+    assert flat.activations == 2 * 10 * 8 * 2 + 10 * 8 * 17 * 2
+    # 5 bytes for each of 2 heads' 100 scores.
+    assert eager.activations - flat.activations == 5 * 2 * 100
     # The adapter is float32: 5 x 4 weights, as many gradients, twice as many states.
-    assert trained[:3] == (200 + 20, 20, 40)
-    flat, eager = (layer_bytes(SIZES, 2, 10, "float32", eager=eager) for eager in (False, True))
-    # Eager attention: 5 bytes x 2 heads x 2 rows x 10 x 10.
-    assert (flat, eager - flat) == (17 * 4 * 2 * 10 * 8, 5 * 2 * 2 * 100)
+    assert flat[:3] == (200 + 20, 20, 40)
 
 
 def test_memory_of_each_kind_of_job(tmp_path: Path) -> None:
-    recipe = tiny_recipe(tmp_path, evaluate={"generation": {"prompts": 3, "batch_size": 3}})
+    recipe = tiny_recipe(
+        tmp_path, evaluate={"generation": {"prompts": 3, "batch_size": 3, "max_new_tokens": 8}}
+    )
     models = Models(SIZES, scorer_adapter=5, policy_adapter=7, rows_per_pair=1)
     # float32; 512 tokens a batch are 51 rows of 10, one layer at a time.
     forward = 17 * 4 * 51 * 10 * 8
-    assert job_memory(recipe, models, "reference", 10) == (400, 0, 0, forward)
-    # Keys and values of 2 layers, 2 wide, for 3 rows of 10 tokens; logits of 10 words in float32.
-    answers = 2 * 2 * 3 * 10 * 2 * 4 + 3 * 10 * 4
-    assert job_memory(recipe, models, "answers", 10) == (400 + 7 * 4, 0, 0, answers)
+    assert job_memory(recipe, models, "reference", TEN) == (400, 0, 0, forward)
+    # Keys and values of 2 layers, 2 wide, for 3 rows of 32 + 8 tokens; logits of 10 words in float32.
+    answers = 2 * 2 * 3 * 40 * 2 * 4 + 3 * 10 * 4
+    assert job_memory(recipe, models, "answers") == (400 + 7 * 4, 0, 0, answers)
     # Training keeps both layers of 4 rows; a scorer also measures, which takes more here.
     trained = 2 * 17 * 4 * 4 * 10 * 8
-    assert job_memory(recipe, models, "policy", 10) == (428, 28, 56, trained)
-    assert job_memory(recipe, models, "scorer", 10) == (420, 20, 40, forward)
+    assert job_memory(recipe, models, "policy", TEN) == (428, 28, 56, trained)
+    assert job_memory(recipe, models, "scorer", TEN) == (420, 20, 40, forward)
     # Without lengths: rows of twice max_length, 64.
     assert job_memory(recipe, models, "policy").activations == 2 * 17 * 4 * 4 * 128 * 8
-
-
-def test_settings_are_those_that_trl_would_use() -> None:
-    found = settings("bfloat16")
-    # TRL's own batch is given above; the original's beta and epochs; checkpointing is TRL's default.
-    assert (found.accumulation, found.epochs, found.beta, found.recomputes) == (1, 1.0, 0.01, True)
-    assert (found.compute_dtype, found.shards) == ("bfloat16", "")
-    assert not settings(gradient_checkpointing=False).recomputes
-    assert settings(gradient_checkpointing=False, activation_checkpointing=True).recomputes
-    assert settings(bf16=True).compute_dtype == "bfloat16"
-    assert settings("bfloat16", fp16=True).compute_dtype == "float16"
-    assert settings(fsdp="full_shard").shards == "weights"
 
 
 def test_the_speed_of_the_model_is_measured(tmp_path: Path) -> None:
@@ -217,10 +233,11 @@ def test_the_speed_of_the_model_is_measured(tmp_path: Path) -> None:
 
 def test_quantities_read_well() -> None:
     assert readable(1234, "FLOP") == "1.23 kFLOP"
-    assert readable(5.5e19, "") == "55 E"
-    assert readable(None, "FLOP") == "unknown"
+    assert readable(5.5e19) == "55 E"
+    assert readable(12) == "12"
+    assert readable(None, "FLOP") == "?"
     assert readable_bytes(3 * 2**30) == "3 GiB"
     assert readable_bytes(512) == "0.5 KiB"
-    assert readable_time(90) == "90 s"
+    assert readable_time(90) == "1.5 min"
     assert readable_time(7200) == "2 h"
     assert readable_time(0.25) == "0.25 s"

@@ -11,7 +11,15 @@ import torch
 
 from selective_dpo.config import ModelConfig
 from selective_dpo.errors import ConfigError
-from selective_dpo.training.arguments import autocast_dtype, beta, dpo_arguments, lora_config, weights_dtype
+from selective_dpo.training.arguments import (
+    autocast_dtype,
+    beta,
+    dpo_arguments,
+    lora_config,
+    optimizer_steps,
+    training_settings,
+    weights_dtype,
+)
 
 
 def arguments(settings: dict[str, Any], dtype: str = "float32", *, sequential: bool = True) -> Any:
@@ -111,3 +119,44 @@ def test_lora_keys_are_pefts() -> None:
     assert (config.r, config.task_type) == (16, "CAUSAL_LM")
     with pytest.raises(ConfigError, match="lora settings: "):
         lora_config({"rank": 16})
+
+
+def settings(dtype: str = "float32", **given: Any) -> Any:
+    return training_settings(given, ModelConfig.model_validate({"path": "m", "dtype": dtype}))
+
+
+def test_settings_are_those_that_trl_would_use() -> None:
+    found, args = settings("bfloat16"), arguments({}, "bfloat16")
+    assert found.pairs_per_batch == args.per_device_train_batch_size
+    assert found.accumulation == args.gradient_accumulation_steps
+    assert (found.epochs, found.beta) == (args.num_train_epochs, args.beta)
+    assert (found.learning_rate, found.optimizer) == (args.learning_rate, args.optim)
+    assert found.recomputes == args.gradient_checkpointing
+    assert (found.compute_dtype, found.shards, found.keeps_master_weights) == ("bfloat16", "", False)
+    assert not settings(gradient_checkpointing=False).recomputes
+    assert settings(gradient_checkpointing=False, activation_checkpointing=True).recomputes
+    assert settings(bf16=True).compute_dtype == "bfloat16"
+    assert settings("bfloat16", fp16=True).compute_dtype == "float16"
+    assert settings(fsdp="full_shard").shards == "weights"
+    assert settings(deepspeed={"zero_optimization": {"stage": 2}}).shards == "gradients"
+    assert settings("bfloat16", deepspeed="zero.json").keeps_master_weights
+
+
+@pytest.mark.parametrize(
+    ("pairs", "batch", "accumulation", "processes", "epochs", "steps"),
+    [
+        (10, 4, 1, 1, 1, 3),
+        (10, 4, 2, 1, 1, 2),  # batches 4 4 | 2
+        (10, 4, 2, 1, 3, 6),  # an epoch's last update does not wait for the next epoch
+        (10, 4, 1, 2, 1, 2),
+        (10, 4, 8, 1, 1, 1),
+        (10, 4, 1, 1, 0.5, 2),  # half of three, upwards
+    ],
+)
+def test_optimizer_steps(
+    pairs: int, batch: int, accumulation: int, processes: int, epochs: float, steps: int
+) -> None:
+    given = settings(
+        per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, num_train_epochs=epochs
+    )
+    assert optimizer_steps(pairs, given, processes) == steps

@@ -6,10 +6,11 @@ import logging
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from datasets import Dataset
+from numpy.typing import NDArray
 
 from selective_dpo.config import Recipe, Settings
 from selective_dpo.criteria import CRITERIA
@@ -72,10 +73,9 @@ class ScorerJob(NamedTuple):
     folder: Path
     """Where to publish."""
     key: str
-    tracking: Path | None = None
-    """Where the local files of trackers go; None: they are deleted."""
-    checkpoints: CheckpointPlan | None = None
-    """None: a killed training begins anew."""
+    tracking: Path
+    """Where the local files of trackers go."""
+    checkpoints: CheckpointPlan
 
 
 class _Scorer(ResumableTrainer, PairTrainer):
@@ -132,7 +132,7 @@ def run_scorer(job: ScorerJob) -> None:
         )
         if config.keep_scorers:
             save_policy(trainer, partial / "scorer", dtype=job.recipe.model.dtype)
-    if job.checkpoints is not None and this_process().is_main_process:
+    if this_process().is_main_process:
         discard_checkpoints(job.checkpoints.folder)
 
 
@@ -151,8 +151,10 @@ def _make_trainer(
     tokenizer = load_tokenizer(job.recipe.model)
 
     def measure() -> PairLogps:
+        # Sharded models only work through their wrapper.
+        is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
         return pair_logps(
-            forward_model(trainer),
+            trainer.model_wrapped if is_sharded else trainer.model,
             held_out,
             tokens_per_batch=config.tokens_per_batch,
             pad_token_id=tokenizer.pad_token_id,
@@ -174,12 +176,6 @@ def _make_trainer(
     return without_printed_logs(trainer), evaluations
 
 
-def forward_model(trainer: Any) -> Any:
-    """The model to run forward passes with: sharded ones only work through their wrapper."""
-    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    return trainer.model_wrapped if sharded else trainer.model
-
-
 def to_records(
     run: ScorerRun,
     held_out: Dataset,
@@ -189,15 +185,16 @@ def to_records(
 ) -> Records:
     """The records of all `measurements` of the pairs `held_out`, with their margins and losses."""
     pair_ids, prompt_ids = list(held_out["pair_id"]), list(held_out["prompt_id"])
-    at_reference = positions_of(pair_ids, reference.pair_ids, what="reference log-probs")
-    reference_P2 = np.stack([reference.chosen_P[at_reference], reference.rejected_P[at_reference]], axis=1)
-    policies, references = [], []
-    for measurement in measurements:
-        at = positions_of(pair_ids, measurement.logps.pair_ids, what=f"{run.name} held-out log-probs")
-        policies.append(np.stack([measurement.logps.chosen_P[at], measurement.logps.rejected_P[at]], axis=1))
-        references.append(reference_P2)
-    policy_R2, reference_R2 = np.concatenate(policies), np.concatenate(references)
     count, pairs = len(measurements), len(pair_ids)
+
+    def in_order(logps: PairLogps, what: str) -> NDArray[np.float64]:
+        at = positions_of(pair_ids, logps.pair_ids, what=what)
+        return np.stack([logps.chosen_P[at], logps.rejected_P[at]], axis=1)
+
+    policy_R2 = np.concatenate(
+        [in_order(each.logps, f"{run.name} held-out log-probs") for each in measurements]
+    )
+    reference_R2 = np.tile(in_order(reference, "reference log-probs"), (count, 1))
     _, chosen_P, rejected_P = part_lengths(held_out)
     tokens_R2 = np.tile(np.stack([chosen_P, rejected_P], axis=1), (count, 1))
     losses = pair_losses(policy_R2, reference_R2, tokens_R2, settings)

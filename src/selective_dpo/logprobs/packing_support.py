@@ -213,14 +213,14 @@ def plan_rows(model: Any, tokens: Dataset, pad_token_id: int, name: PathName) ->
         if difference > _tolerance(model, device):
             reason = f"shared rows change this model's log-probs by {difference:.2g} a token"
             layout = RowLayout("padded", reason)
-        elif not _packed_saves(row_costs(model), lengths):
+        elif not packed_saves(row_costs(model), lengths):
             say_once(RowLayout("padded", "at these lengths a shared prompt saves less than its mask costs"))
             return padded
     say_once(layout)
     return packed if layout.name == "shared" else plain
 
 
-def _packed_saves(costs: RowCosts, lengths: PartLengths) -> bool:
+def packed_saves(costs: RowCosts, lengths: PartLengths) -> bool:
     """Whether all pairs together cost less packed, each in a batch of its own length."""
     packed_P = shared_lengths(*lengths).astype(float)
     padded_P = (lengths.prompt_P + np.maximum(lengths.chosen_P, lengths.rejected_P)).astype(float)

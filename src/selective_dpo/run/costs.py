@@ -2,13 +2,11 @@
 
 All are estimates; each docstring says what its numbers leave out.
 
-FLOPs. A forward pass costs 2 N per token for multiplications with N parameters (Kaplan et al. 2020,
-"Scaling Laws for Neural Language Models", section 2.1) plus 4 L D T per token for attention of T keys in L
-layers of width D, scores and weighted values (Chowdhery et al. 2022, "PaLM", appendix B). As there, nothing
-is subtracted for the causal mask. N leaves out an embedding that is only looked up, and counts the output
-head at every position. A backward pass costs twice the forward one: gradients of the inputs and of the
-weights. With an adapter the base weights get no gradient, so only the adapter's parameters and attention
-cost three times. Activation checkpointing adds one forward pass.
+FLOPs. A forward pass costs 2 N per token with N parameters (Kaplan et al. 2020, "Scaling Laws for Neural
+Language Models", section 2.1), attention left out. N leaves out an embedding that is only looked up, and
+counts the output head at every position. A backward pass costs twice the forward one: gradients of the inputs
+and of the weights. With an adapter the base weights get no gradient, so only the adapter's parameters cost
+three times. Activation checkpointing adds one forward pass.
 
 Dimension suffixes: P pairs.
 """
@@ -16,14 +14,10 @@ Dimension suffixes: P pairs.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import functools
-import math
 import os
 import platform
-import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -31,15 +25,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft import LoraConfig, get_peft_model
+from torch.utils.benchmark import Timer
 from transformers import AutoModelForCausalLM
 
-from selective_dpo.config import ModelConfig, Recipe, Settings
+from selective_dpo.config import ModelConfig, Recipe, ScoreConfig, Settings, TrainConfig
 from selective_dpo.difficulty.protocols import planned_runs
 from selective_dpo.errors import ConfigError
 from selective_dpo.logprobs.memory import Budget, TokenBudget, bounded_batches, most_tokens
-from selective_dpo.logprobs.packing_support import choose_path
+from selective_dpo.logprobs.packed import shared_lengths, width_multiple
+from selective_dpo.logprobs.packing_support import choose_path, packed_saves, row_costs
+from selective_dpo.logprobs.padded import PartLengths
 from selective_dpo.models import load_model_config, load_policy, loading
-from selective_dpo.training.arguments import ORIGINAL_DEFAULTS, mixed_precision, weights_dtype
+from selective_dpo.training.arguments import TrainingSettings, training_settings, weights_dtype
+from selective_dpo.training.batching import PairBatch, PairRow, RowCollator, group_batches
 from selective_dpo.training.checkpointing import KEPT
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -56,6 +54,25 @@ each (Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Trans
 _EAGER_ATTENTION_BYTES = 5
 """Bytes per head and pair of positions that eager attention keeps (the same equation)."""
 
+
+def job_kinds(recipe: Recipe) -> tuple[JobKind, ...]:
+    """The kinds of jobs that a run of this recipe has."""
+    wanted: dict[JobKind, bool] = {
+        "reference": True,
+        "scorer": not recipe.curriculum,
+        "policy": True,
+        "held-out": bool(recipe.data.test),
+        "answers": bool(recipe.evaluate.generation.prompts),
+    }
+    return tuple(kind for kind, is_wanted in wanted.items() if is_wanted)
+
+
+def block_of(recipe: Recipe, kind: JobKind) -> ScoreConfig | TrainConfig:
+    """The block of the recipe that says how a job of this kind computes."""
+    is_scoring = kind == "scorer" or (kind == "reference" and not recipe.curriculum)
+    return recipe.score if is_scoring else recipe.train
+
+
 # ----------------------------------------------------------------------------------------------------
 # The model and its adapters, from the configuration alone: no weights are loaded.
 
@@ -71,10 +88,8 @@ class Architecture(NamedTuple):
     """Those of the input embedding where it is looked up only; 0 where it is the output head as well."""
     layers: int
     hidden: int
-    attention_width: int
-    """Heads times head size: the width of queries."""
     key_value_width: int
-    """The same of keys, and of values."""
+    """Heads times head size, of keys and of values."""
     heads: int
     vocabulary: int
     """Rows of the embedding."""
@@ -93,7 +108,11 @@ class Models(NamedTuple):
     """Parameters of a scorer's adapter; 0: full fine-tuning."""
     policy_adapter: int
     rows_per_pair: int
-    """1 where prompt, chosen and rejected share a row; else 2."""
+    """1 where prompt, chosen and rejected can share a row; else 2."""
+
+    def adapter(self, kind: JobKind) -> int:
+        """Parameters of the adapter that a job of this kind computes with; 0: none."""
+        return {"reference": 0, "scorer": self.scorer_adapter}.get(kind, self.policy_adapter)
 
 
 def models_of(recipe: Recipe) -> Models:
@@ -105,14 +124,13 @@ def models_of(recipe: Recipe) -> Models:
     """
     model = build_on_meta(recipe.model)
     sizes = architecture_of(model)
-    model.config._attn_implementation = recipe.model.attention
-    rows_per_pair = 1 if choose_path(model, recipe.data.max_length).name == "shared" else 2
+    layout = choose_path(model, recipe.data.max_length)
     score_lora = None if recipe.curriculum else recipe.score.lora
     return Models(
         sizes,
         adapter_parameters(build_on_meta(recipe.model), score_lora, "score.lora") if score_lora else 0,
         adapter_parameters(model, recipe.train.lora, "train.lora"),
-        rows_per_pair,
+        rows_per_pair=1 if layout.name == "shared" else 2,
     )
 
 
@@ -126,15 +144,17 @@ def build_on_meta(config: ModelConfig) -> Any:
     from_config: Any = AutoModelForCausalLM.from_config
     with loading("model", config.path), torch.device("meta"):
         # Shapes do not depend on the attention implementation, and this one needs no other package.
-        return from_config(
+        model = from_config(
             architecture, attn_implementation="eager", trust_remote_code=config.trust_remote_code
         )
+    model.config._attn_implementation = config.attention
+    return model
 
 
 def architecture_of(model: Any) -> Architecture:
     """The sizes of a model of transformers. Experts of a mixture are counted as if all were used."""
     config = model.config.get_text_config()
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None) or 1  # a model without attention has none
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
     key_value_heads = getattr(config, "num_key_value_heads", None) or heads
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
@@ -144,7 +164,6 @@ def architecture_of(model: Any) -> Architecture:
         lookup_parameters=0 if is_shared else embedding.numel(),
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
-        attention_width=heads * head_size,
         key_value_width=key_value_heads * head_size,
         heads=heads,
         vocabulary=embedding.shape[0],
@@ -172,156 +191,85 @@ def adapter_parameters(model: Any, lora: Settings | None, where: str) -> int:
 
 
 # ----------------------------------------------------------------------------------------------------
-# The settings of a training that decide its cost, with the libraries' defaults filled in. They are read from
-# the recipe: to make a `DPOConfig` would set up devices, and needs DeepSpeed where the recipe asks for it.
+# Tokens and FLOPs.
 
 
-class TrainingSettings(NamedTuple):
-    """One stage's training."""
+class RowCounter:
+    """Tokens that a recipe's model computes for pairs of given lengths on a device, "cuda" or "cpu".
 
-    pairs_per_batch: int
-    """On each process."""
-    accumulation: int
-    epochs: float
-    learning_rate: float
-    beta: float
-    optimizer: str
-    recomputes: bool
-    """Activation checkpointing: activations are computed again in the backward pass."""
-    compute_dtype: str
-    """The type of matrix multiplications: the mixed precision, else the weights' type."""
-    shards: str
-    """What processes divide among them: "", "optimizer" (ZeRO-1), "gradients" (and optimizer; ZeRO-2), or
-    "weights" (and all; ZeRO-3, FSDP)."""
-    keeps_master_weights: bool
-    """DeepSpeed trains a float32 copy of 16-bit weights."""
-    unread: str
-    """A setting that could not be read; it is counted as if it were not there."""
+    The rows are those of the engine and of the trainer, made by their own functions. Not counted: the pair
+    that packed rows are tried on, and that a trainer may have to leave them (`batching.row_collator`).
 
-
-def training_settings(settings: Settings, model: ModelConfig) -> TrainingSettings:
-    """What `score.trainer` or `train.trainer` decide for a model loaded as `model` says."""
-    value = {**_library_defaults(), **ORIGINAL_DEFAULTS, **settings}
-    checkpointing = value["activation_checkpointing"]
-    if checkpointing is None:  # the older name counts only where the newer one is not given
-        checkpointing = value["gradient_checkpointing"]
-    deepspeed, shards, unread = settings.get("deepspeed"), "", ""
-    if settings.get("fsdp"):
-        shards = "weights"
-    elif isinstance(deepspeed, dict):
-        stage = (deepspeed.get("zero_optimization") or {}).get("stage", 0)
-        shards = {1: "optimizer", 2: "gradients", 3: "weights"}.get(stage, "")
-    elif deepspeed:
-        unread = f"the sharding in {deepspeed}"
-    return TrainingSettings(
-        pairs_per_batch=value["per_device_train_batch_size"],
-        accumulation=value["gradient_accumulation_steps"],
-        epochs=float(value["num_train_epochs"]),
-        learning_rate=float(value["learning_rate"]),
-        beta=float(value["beta"]),
-        optimizer=str(value["optim"]),
-        recomputes=bool(checkpointing),
-        compute_dtype=mixed_precision(settings, model) or model.dtype,
-        shards=shards,
-        keeps_master_weights=bool(deepspeed) and model.dtype != "float32",
-        unread=unread,
-    )
-
-
-@functools.cache
-def _library_defaults() -> dict[str, Any]:
-    from trl import DPOConfig
-
-    return {
-        field.name: None if field.default is dataclasses.MISSING else field.default
-        for field in dataclasses.fields(DPOConfig)
-    }
-
-
-def optimizer_steps(pairs: int, settings: TrainingSettings, processes: int) -> int:
-    """Updates of a training: `accumulation` batches of every process make one, the last may have fewer.
-
-    Every process gets as many batches (accelerate's `even_batches`).
+    Raises:
+        ModelError: the model's configuration cannot be had.
     """
-    batches_per_process = math.ceil(math.ceil(pairs / settings.pairs_per_batch) / processes)
-    return math.ceil(settings.epochs * max(1, math.ceil(batches_per_process / settings.accumulation)))
+
+    def __init__(self, recipe: Recipe, device: str) -> None:
+        self._model, self._device = build_on_meta(recipe.model), device
+        # What rows cost depends on the device of the first parameter.
+        self._model.register_parameter("placed", torch.nn.Parameter(torch.empty(0, device=device)))
+        self._collator: RowCollator | None = None
+        if choose_path(self._model, recipe.data.max_length).name == "shared":
+            splits = device == "cpu" and recipe.launch.processes == 1
+            self._collator = RowCollator(
+                self._model, pad_token_id=0, multiple_of=1, path="auto", splits=splits
+            )
+
+    def forward(self, lengths: PartLengths, budget: TokenBudget) -> int:
+        """One forward pass over the pairs, in batches of at most `budget` tokens, sorted by length.
+
+        Batches that memory makes smaller hold less padding.
+        """
+        packed_P, padded_P = shared_lengths(*lengths), padded_lengths(lengths)
+        is_packed = self._collator is not None and packed_saves(row_costs(self._model), lengths)
+        lengths_P, rows = (packed_P, 1) if is_packed else (padded_P, 2)
+        multiple = width_multiple(self._model) if is_packed else 1
+        tokens = most_tokens(self._device) if budget == "auto" else budget
+        unbounded = Budget(tokens, tokens * int(lengths_P.max(initial=1)))
+        batches = bounded_batches(lengths_P, unbounded, rows_per_pair=rows)
+        longest = [-(-int(lengths_P[batch].max()) // multiple) * multiple for batch in batches]
+        return sum(rows * len(batch) * width for batch, width in zip(batches, longest, strict=True))
+
+    def training(self, lengths: PartLengths, settings: TrainingSettings) -> int:
+        """One epoch of training on the pairs in this order, on one process."""
+        size, per_update = settings.pairs_per_batch, settings.pairs_per_batch * settings.accumulation
+        lengths_P3, tokens = np.stack(lengths, axis=1), 0
+        for start in range(0, len(lengths_P3), per_update):
+            update = [_blank_pair(parts) for parts in lengths_P3[start : start + per_update]]
+            cut = [update[at : at + size] for at in range(0, len(update), size)]
+            batches = [PairBatch(pairs, weight=len(pairs)) for pairs in cut]
+            for batch in group_batches(batches) if len(batches) > 1 else batches:
+                if self._collator is None:
+                    tokens += batch.padded_tokens
+                else:
+                    tokens += sum(rows.input_ids.numel() for rows in self._collator(batch).groups)
+        return tokens
+
+
+def padded_lengths(lengths: PartLengths) -> NDArray[np.int64]:
+    """Tokens of the longer of prompt + chosen and prompt + rejected: [P]."""
+    return lengths.prompt_P + np.maximum(lengths.chosen_P, lengths.rejected_P)
+
+
+def _blank_pair(lengths_3: NDArray[np.int64]) -> PairRow:
+    tokens: Any = tuple(np.zeros(length, dtype=np.int64) for length in lengths_3)
+    return PairRow({}, tokens)
+
+
+def job_flops(recipe: Recipe, models: Models, kind: JobKind, trained: float, forwarded: float) -> float:
+    """FLOPs of a job that trains on `trained` tokens and computes `forwarded` without gradients.
+
+    See the module's text.
+    """
+    settings = training_settings(block_of(recipe, kind).trainer, recipe.model)
+    base, own = 2.0 * models.sizes.matrix_parameters, 2.0 * models.adapter(kind)
+    backward = base + 2 * own if own else 2 * base
+    recomputed = base + own if settings.recomputes else 0.0
+    return (base + own) * forwarded + (base + own + backward + recomputed) * trained
 
 
 # ----------------------------------------------------------------------------------------------------
-# Tokens, and the FLOPs of passes over them.
-
-
-class Work(NamedTuple):
-    """What a model computes on, the padding in batches included."""
-
-    tokens: float
-    squares: float
-    """Each row's padded length squared, summed over rows: attention costs by it."""
-
-    def times(self, factor: float) -> Work:
-        """The same work, `factor` times."""
-        return Work(self.tokens * factor, self.squares * factor)
-
-
-NO_WORK = Work(0.0, 0.0)
-
-
-def forward_work(lengths_P: NDArray[np.int64], rows_per_pair: int, budget: TokenBudget) -> Work:
-    """One forward pass over the pairs, in batches of at most `budget` tokens, sorted by length.
-
-    Shapes: lengths_P [P], tokens of the row that a pair takes, or of the longer of its two. Batches that
-    memory makes smaller hold less padding.
-    """
-    tokens = tokens_per_batch(budget)
-    unbounded = Budget(tokens, tokens * int(lengths_P.max(initial=1)))
-    return _padded(
-        lengths_P, bounded_batches(lengths_P, unbounded, rows_per_pair=rows_per_pair), rows_per_pair
-    )
-
-
-def training_work(lengths_P: NDArray[np.int64], rows_per_pair: int, settings: TrainingSettings) -> Work:
-    """One epoch of training in this order, on one process.
-
-    An update's pairs are sorted by length and then cut into its batches. Shapes: as for `forward_work`.
-    """
-    size, per_update = settings.pairs_per_batch, settings.pairs_per_batch * settings.accumulation
-    batches = []
-    for start in range(0, len(lengths_P), per_update):
-        update = np.arange(start, min(start + per_update, len(lengths_P)))
-        update = update[np.argsort(-lengths_P[update], kind="stable")]
-        batches += [update[at : at + size] for at in range(0, len(update), size)]
-    return _padded(lengths_P, batches, rows_per_pair)
-
-
-def tokens_per_batch(budget: TokenBudget) -> int:
-    """Tokens of a full batch; for an automatic budget those that it has where memory is plenty."""
-    return most_tokens("cuda" if torch.cuda.is_available() else "cpu") if budget == "auto" else budget
-
-
-def _padded(lengths_P: NDArray[np.int64], batches: Iterable[NDArray[np.int64]], rows_per_pair: int) -> Work:
-    shapes = [(len(batch) * rows_per_pair, int(lengths_P[batch].max())) for batch in batches]
-    return Work(float(sum(rows * width for rows, width in shapes)), float(sum(r * w * w for r, w in shapes)))
-
-
-def forward_flops(sizes: Architecture, work: Work, adapter: int = 0) -> float:
-    """FLOPs of a forward pass with `adapter` additional parameters; see the module's text."""
-    return 2.0 * (sizes.matrix_parameters + adapter) * work.tokens + _attention_flops(sizes, work)
-
-
-def training_flops(sizes: Architecture, work: Work, *, adapter: int, recomputes: bool) -> float:
-    """FLOPs of forward and backward passes; `adapter` 0 is full fine-tuning. See the module's text."""
-    base = 2.0 * sizes.matrix_parameters * work.tokens
-    own = 2.0 * adapter * work.tokens
-    flops = (2 if adapter else 3) * base + 3 * own + 3 * _attention_flops(sizes, work)
-    return flops + (forward_flops(sizes, work, adapter) if recomputes else 0.0)
-
-
-def _attention_flops(sizes: Architecture, work: Work) -> float:
-    return 4.0 * sizes.layers * sizes.attention_width * work.squares
-
-
-# ----------------------------------------------------------------------------------------------------
-# Memory.
+# Memory and disk.
 
 
 class Memory(NamedTuple):
@@ -338,124 +286,66 @@ class Memory(NamedTuple):
         return sum(self)
 
 
-def job_kinds(recipe: Recipe) -> tuple[JobKind, ...]:
-    """The kinds of jobs that a run of this recipe has."""
-    wanted: dict[JobKind, bool] = {
-        "reference": True,
-        "scorer": not recipe.curriculum,
-        "policy": True,
-        "held-out": bool(recipe.data.test),
-        "answers": bool(recipe.evaluate.generation.prompts),
-    }
-    return tuple(kind for kind, is_wanted in wanted.items() if is_wanted)
-
-
-def job_memory(recipe: Recipe, models: Models, kind: JobKind, longest: int | None = None) -> Memory:
-    """Memory of a job of this kind whose longest row has `longest` tokens; None: the longest allowed row.
+def job_memory(recipe: Recipe, models: Models, kind: JobKind, lengths: PartLengths | None = None) -> Memory:
+    """Memory of a job of this kind on pairs of these lengths; None: of the longest that the recipe allows.
 
     Forward passes keep one layer's activations; answers keep keys and values of all tokens, and logits.
+    Gradients have the trained parameters' type. What is sharded is divided among the processes.
     """
-    sizes, rows_per_pair, generation = models.sizes, models.rows_per_pair, recipe.evaluate.generation
-    is_scoring = kind == "scorer" or (kind == "reference" and not recipe.curriculum)
-    block = recipe.score if is_scoring else recipe.train
-    settings = training_settings(block.trainer, recipe.model)
-    adapter = {"reference": 0, "scorer": models.scorer_adapter}.get(kind, models.policy_adapter)
-    dtype: str = recipe.model.dtype
+    sizes, generation, block = models.sizes, recipe.evaluate.generation, block_of(recipe, kind)
+    settings, adapter = training_settings(block.trainer, recipe.model), models.adapter(kind)
+    held: str = recipe.model.dtype
     if kind in ("reference", "scorer", "policy"):
-        dtype = weights_dtype(recipe.model, block.lora, block.trainer)
-    weights = float(sizes.parameters * BYTES[dtype] + adapter * _ADAPTER_BYTES)
+        held = weights_dtype(recipe.model, block.lora, block.trainer)
+    weights = float(sizes.parameters * BYTES[held] + adapter * _ADAPTER_BYTES)
     if kind == "answers":
-        tokens = generation.batch_size * (
-            longest or recipe.data.max_prompt_length + generation.max_new_tokens
-        )
-        cache = 2 * sizes.layers * tokens * sizes.key_value_width * BYTES[dtype]
+        longest = recipe.data.max_prompt_length + generation.max_new_tokens
+        tokens = generation.batch_size * longest
+        cache = 2 * sizes.layers * tokens * sizes.key_value_width * BYTES[held]
         return Memory(weights, 0.0, 0.0, cache + 4.0 * generation.batch_size * sizes.vocabulary)
     # A shared row holds one prompt and two completions: at most twice the longest sequence.
-    longest = longest or recipe.data.max_length * (2 if rows_per_pair == 1 else 1)
-    eager = recipe.model.attention == "eager"
+    length = recipe.data.max_length * (2 if models.rows_per_pair == 1 else 1)
+    if lengths is not None:
+        row = shared_lengths(*lengths) if models.rows_per_pair == 1 else padded_lengths(lengths)
+        length = int(row.max())
+
+    def layer(rows: int) -> float:
+        values = _VALUES_PER_LAYER * BYTES[settings.compute_dtype] * rows * length * sizes.hidden
+        is_eager = recipe.model.attention == "eager"
+        return values + (_EAGER_ATTENTION_BYTES * rows * length**2 * sizes.heads if is_eager else 0.0)
+
     budget = (recipe.evaluate if kind == "held-out" else recipe.score).tokens_per_batch
-    rows = max(rows_per_pair, tokens_per_batch(budget) // longest)
-    forward = layer_bytes(sizes, rows, longest, settings.compute_dtype, eager=eager)
+    tokens = most_tokens(this_device().kind) if budget == "auto" else budget
+    forward = layer(max(models.rows_per_pair, tokens // length))
     if kind in ("reference", "held-out"):
         return Memory(weights, 0.0, 0.0, forward)
-    training = training_memory(
-        sizes,
-        settings,
-        adapter=adapter,
-        dtype=dtype,
-        eager=eager,
-        rows_per_pair=rows_per_pair,
-        longest=longest,
-        processes=recipe.launch.processes,
-    )
-    if kind == "policy":
-        return training
-    return training._replace(activations=max(training.activations, forward))
-
-
-def training_memory(
-    sizes: Architecture,
-    settings: TrainingSettings,
-    *,
-    adapter: int,
-    dtype: str,
-    eager: bool,
-    rows_per_pair: int,
-    longest: int,
-    processes: int,
-) -> Memory:
-    """Memory of a training with `rows_per_pair` rows for a pair, the longest of `longest` tokens.
-
-    `dtype` is the weights' type, `eager` whether attention is computed without a fused kernel. Gradients
-    are kept in the trained parameters' type. What is sharded is divided among `processes`.
-    """
-    trained = adapter or sizes.parameters
-    trained_bytes = _ADAPTER_BYTES if adapter else BYTES[dtype]
-    weights = float(sizes.parameters * BYTES[dtype] + adapter * _ADAPTER_BYTES)
-    if not adapter and settings.compute_dtype != dtype and settings.shards != "weights":
+    rows = models.rows_per_pair * settings.pairs_per_batch
+    activations = sizes.layers * layer(rows)
+    if settings.recomputes:  # each layer keeps its input; one layer at a time has all of its activations
+        kept = rows * length * sizes.hidden * BYTES[settings.compute_dtype]
+        activations = sizes.layers * kept + layer(rows)
+    if kind == "scorer":  # it measures, too
+        activations = max(activations, forward)
+    if not adapter and settings.compute_dtype != held and settings.shards != "weights":
         # Autocast keeps its copy until a forward pass ends.
         weights += sizes.parameters * BYTES[settings.compute_dtype]
-    gradients = trained * trained_bytes
-    optimizer = _states_bytes(settings, trained, trained_bytes)
-    sharded = ("optimizer", "gradients", "weights")
-    shares = [processes if settings.shards in sharded[place:] else 1 for place in range(3)]
-    rows = rows_per_pair * settings.pairs_per_batch
-    layer = layer_bytes(sizes, rows, longest, settings.compute_dtype, eager=eager)
-    if settings.recomputes:
-        # Each layer keeps its input; one layer at a time has all of its activations.
-        kept = sizes.layers * rows * longest * sizes.hidden * BYTES[settings.compute_dtype] + layer
-    else:
-        kept = sizes.layers * layer
-    return Memory(weights / shares[2], gradients / shares[1], optimizer / shares[0], kept)
+    trained, trained_bytes = adapter or sizes.parameters, _ADAPTER_BYTES if adapter else BYTES[held]
+    states = trained * _state_bytes(settings, trained_bytes)
+    parts = (states, trained * trained_bytes, weights)
+    shards = ("optimizer", "gradients", "weights")
+    shared = [recipe.launch.processes if settings.shards in shards[place:] else 1 for place in range(3)]
+    optimizer, gradients, weights = (part / count for part, count in zip(parts, shared, strict=True))
+    return Memory(weights, gradients, optimizer, activations)
 
 
-def layer_bytes(sizes: Architecture, rows: int, longest: int, dtype: str, *, eager: bool) -> float:
-    """Activations of one layer for a batch of `rows` rows of `longest` tokens."""
-    values = _VALUES_PER_LAYER * BYTES[dtype] * rows * longest * sizes.hidden
-    scores = _EAGER_ATTENTION_BYTES * rows * longest**2 * sizes.heads if eager else 0
-    return float(values + scores)
-
-
-def _states_bytes(settings: TrainingSettings, trained: int, trained_bytes: int) -> float:
-    """Of an optimizer over `trained` parameters; all processes together."""
-    if not settings.keeps_master_weights:
-        return trained * _optimizer_bytes(settings.optimizer, trained_bytes)
-    return trained * (4 + _optimizer_bytes(settings.optimizer, 4))
-
-
-def _optimizer_bytes(name: str, state_bytes: int) -> float:
-    """Bytes of optimizer state per trained parameter, by transformers' name of the optimizer."""
-    if "8bit" in name:
-        return 1 if "lion" in name or "rmsprop" in name else 2
-    if "32bit" in name:
-        state_bytes = 4
+def _state_bytes(settings: TrainingSettings, held: int) -> int:
+    """Bytes that the optimizer keeps for a trained parameter of `held` bytes."""
+    name = settings.optimizer
+    master = 4 if settings.keeps_master_weights else 0
     if name == "sgd" or "adafactor" in name:
-        return 0  # Adafactor's states are of the size of rows and columns, not of their product.
-    return state_bytes * (1 if any(one in name for one in ("lion", "rmsprop", "adagrad")) else 2)
-
-
-# ----------------------------------------------------------------------------------------------------
-# Disk.
+        return master  # Adafactor's states are of the size of rows and columns, not of their product.
+    state = 1 if "8bit" in name else 4 if "32bit" in name or master else held
+    return master + state * (1 if any(one in name for one in ("lion", "rmsprop", "adagrad")) else 2)
 
 
 class Disk(NamedTuple):
@@ -493,11 +383,9 @@ def disk_need(recipe: Recipe, models: Models | None) -> Disk | None:
         saved = trained * (_ADAPTER_BYTES if adapter else BYTES[recipe.model.dtype])
         results += jobs * saved if are_kept else 0
         if launch.checkpoint_minutes or launch.checkpoint_steps:
-            held = (
-                _ADAPTER_BYTES if adapter else BYTES[weights_dtype(recipe.model, block.lora, block.trainer)]
-            )
-            settings = training_settings(block.trainer, recipe.model)
-            one = trained * held + _states_bytes(settings, trained, held)
+            full = BYTES[weights_dtype(recipe.model, block.lora, block.trainer)]
+            held = _ADAPTER_BYTES if adapter else full
+            one = trained * (held + _state_bytes(training_settings(block.trainer, recipe.model), held))
             # Of each training under way: those that are kept, and the next one while it is written.
             checkpoints = max(checkpoints, min(launch.workers, jobs) * (KEPT + 1) * one)
     return Disk(results, checkpoints)
@@ -506,10 +394,8 @@ def disk_need(recipe: Recipe, models: Models | None) -> Disk | None:
 # ----------------------------------------------------------------------------------------------------
 # This machine, and how fast it runs the model.
 
-_MEASURED_SECONDS, _MEASURED_PASSES = 1.0, 50
-
 _MEASURED_TOKENS = 4096
-"""Tokens of a measured batch on a GPU. On a CPU it is one row, since batches gain nothing there."""
+"""Tokens of a measured batch on a GPU."""
 
 
 class Device(NamedTuple):
@@ -529,11 +415,7 @@ def this_device() -> Device:
         properties = torch.cuda.get_device_properties(0)
         return Device("cuda", properties.name, torch.cuda.device_count(), properties.total_memory)
     name = f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {platform.machine()}"
-    try:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):  # not every system knows
-        memory = 0
-    return Device("cpu", name, 1, memory)
+    return Device("cpu", name, 1, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 def fits(config: ModelConfig, sizes: Architecture, device: Device) -> bool:
@@ -545,71 +427,50 @@ def fits(config: ModelConfig, sizes: Architecture, device: Device) -> bool:
 def measured_rate(
     config: ModelConfig, sizes: Architecture, device: Device, *, longest: int, compute_dtype: str
 ) -> float:
-    """FLOP/s of forward passes of the real model over rows of `longest` tokens; takes about a second.
+    """FLOP/s of a few forward passes of the real model over rows of `longest` tokens.
 
     Raises:
         ModelError: the weights cannot be loaded.
     """
     model = load_policy(config).to(device.kind).eval()
+    # On a CPU a batch gains nothing.
     rows = max(1, _MEASURED_TOKENS // longest) if device.kind == "cuda" else 1
     ids = torch.randint(sizes.vocabulary, (rows, longest), device=device.kind)
     autocast: Any = contextlib.nullcontext()
     if compute_dtype != config.dtype:
         autocast = torch.autocast(device.kind, getattr(torch, compute_dtype))
-    seconds: list[float] = []
+    timer = Timer(
+        "model(input_ids=ids)", globals={"model": model, "ids": ids}, num_threads=torch.get_num_threads()
+    )
     with torch.inference_mode(), autocast:
-        model(input_ids=ids)  # the first pass also sets libraries up
-        while sum(seconds) < _MEASURED_SECONDS and len(seconds) < _MEASURED_PASSES:
-            _synchronize(device)
-            before = time.perf_counter()
-            model(input_ids=ids)
-            _synchronize(device)
-            seconds.append(time.perf_counter() - before)
-    work = Work(float(rows * longest), float(rows * longest**2))
-    return forward_flops(sizes, work) / float(np.median(seconds))
-
-
-def _synchronize(device: Device) -> None:
-    if device.kind == "cuda":
-        torch.cuda.synchronize()
+        seconds = timer.blocked_autorange().median
+    return 2.0 * sizes.matrix_parameters * rows * longest / seconds
 
 
 # ----------------------------------------------------------------------------------------------------
 # Quantities as people read them: three digits and a unit.
 
-UNKNOWN = "unknown"
-
-_PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+UNKNOWN = "?"
 
 
 def readable(value: float | None, unit: str = "") -> str:
-    """A quantity with three digits and a decimal prefix, such as "12.3 TFLOP"."""
-    if value is None:
-        return UNKNOWN
-    size, prefix = next(((size, prefix) for size, prefix in _PREFIXES if value >= size), (1.0, ""))
-    return f"{value / size:.3g} {prefix}{unit}".strip()
-
-
-def readable_count(value: float) -> str:
-    """A number with three digits and a decimal prefix, such as "7.62 G"."""
-    return readable(value)
+    """A quantity with a decimal prefix, such as "12.3 TFLOP"."""
+    return _in_units(value, {1e18: "E", 1e15: "P", 1e12: "T", 1e9: "G", 1e6: "M", 1e3: "k", 1: ""}, unit)
 
 
 def readable_bytes(value: float | None) -> str:
     """Bytes in binary units, as devices are sold."""
-    if value is None:
-        return UNKNOWN
-    for size, name in ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB")):
-        if value >= size:
-            return f"{value / size:.3g} {name}"
-    return f"{value / 1024:.3g} KiB"
+    return _in_units(value, {1 << 40: "TiB", 1 << 30: "GiB", 1 << 20: "MiB", 1 << 10: "KiB"})
 
 
 def readable_time(seconds: float | None) -> str:
     """Seconds in the unit that reads best."""
-    if seconds is None:
+    return _in_units(seconds, {86_400: "d", 3600: "h", 60: "min", 1: "s"})
+
+
+def _in_units(value: float | None, names: Mapping[float, str], unit: str = "") -> str:
+    """In the largest of the units, which are given from the largest to the smallest, that `value` reaches."""
+    if value is None:
         return UNKNOWN
-    for size, name in ((86_400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.3g} {name}"
-    return f"{seconds:.2g} s"
+    size = next((size for size in names if value >= size), min(names))
+    return f"{value / size:.3g} {names[size]}{unit}".strip()

@@ -50,8 +50,8 @@ from selective_dpo.run.costs import (
     job_kinds,
     job_memory,
     models_of,
+    readable,
     readable_bytes,
-    readable_count,
     this_device,
 )
 from selective_dpo.run.folder import RunDirectory
@@ -384,7 +384,7 @@ def check_weights(recipe: Recipe) -> Check:
         ModelError: weights are missing, of other shapes than the configuration says, or not to be loaded.
     """
     model = build_on_meta(recipe.model)
-    size = readable_count(sum(parameter.numel() for parameter in model.parameters()))
+    size = readable(sum(parameter.numel() for parameter in model.parameters()))
     found = f"{type(model).__name__}, {size} parameters"
     folder = Path(recipe.model.path)
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
@@ -442,7 +442,7 @@ def check_adapter(recipe: Recipe, block: str) -> Check:
     if lora is None:
         return ok(f"{block}.lora", "none: all weights are trained")
     trained = adapter_parameters(build_on_meta(recipe.model), lora, f"{block}.lora")
-    return ok(f"{block}.lora", f"{readable_count(trained)} parameters in the adapter")
+    return ok(f"{block}.lora", f"{readable(trained)} parameters in the adapter")
 
 
 def check_memory(recipe: Recipe, models: Models, device: Device) -> Check:

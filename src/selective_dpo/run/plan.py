@@ -1,40 +1,35 @@
 """`plan`: what a recipe's run would do and cost. Nothing is trained, nothing is written.
 
-The pairs are prepared as a run does it, in a temporary folder. All else is counted: how often a pair goes
-through the model, with how many tokens, and what a model of this size costs for them (see `costs`). A time
-is given only where the model itself can be timed here.
+The pairs are prepared as a run does it, in a temporary folder. All else is counted (see `costs`). A time is
+given only where the model itself can be timed here.
 """
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
-from functools import partial
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
-from selective_dpo.config import PROTOCOLS, ModelConfig, Recipe, SelectConfig
+from selective_dpo.config import PROTOCOLS, Recipe
 from selective_dpo.config.load import dump_config
 from selective_dpo.config.trainer_options import check_recipe_options
 from selective_dpo.curriculum.build import rule_of
 from selective_dpo.curriculum.import_ import outside_curriculum
-from selective_dpo.curriculum.select import rank_window, size_of
-from selective_dpo.curriculum.table import Curriculum
+from selective_dpo.curriculum.select import select
+from selective_dpo.curriculum.table import TABLE, Curriculum
 from selective_dpo.data.store import PairsSummary, load_summary, load_tokens
-from selective_dpo.difficulty.protocols import ScorerRun, split_pairs
+from selective_dpo.difficulty.protocols import split_pairs
 from selective_dpo.errors import DataError, ModelError, RunChangedError
-from selective_dpo.evaluation.evaluate import check_evaluation, policy_names
-from selective_dpo.evaluation.results import SELECTED
+from selective_dpo.evaluation.evaluate import check_evaluation
 from selective_dpo.identity import positions_of
-from selective_dpo.logprobs.packed import shared_lengths
 from selective_dpo.logprobs.padded import PartLengths, part_lengths
-from selective_dpo.report.tables import DEFAULT_FRACTION, label_for, text_table
+from selective_dpo.report.tables import label_for, text_table
 from selective_dpo.run import costs
 from selective_dpo.run.costs import (
     UNKNOWN,
@@ -43,29 +38,17 @@ from selective_dpo.run.costs import (
     JobKind,
     Memory,
     Models,
-    TrainingSettings,
-    Work,
+    RowCounter,
+    job_flops,
     readable,
     readable_bytes,
     readable_time,
 )
 from selective_dpo.run.folder import RunDirectory
-from selective_dpo.run.keys import (
-    MIN_SEEDS,
-    Run,
-    curriculum_key,
-    evaluation_key,
-    has_curriculum,
-    imported_inputs,
-    prepared_key,
-    record_digests,
-    reference_key,
-    scorer_job,
-    training_job,
-    trainings,
-)
+from selective_dpo.run.keys import MIN_SEEDS, Run, input_digests, require_same_inputs, trainings
 from selective_dpo.run.stages import prepare, scorer_steps
-from selective_dpo.storage.artifacts import MANIFEST, is_complete
+from selective_dpo.storage.artifacts import MANIFEST
+from selective_dpo.training.arguments import TrainingSettings, optimizer_steps, training_settings
 
 Found = TypeVar("Found")
 
@@ -78,7 +61,12 @@ class Job:
     """Where its result goes in the run's folder."""
     kind: JobKind
     cached: bool
-    """Its result is there already, made from the same inputs."""
+    """Its result is there already; the run looks at its key, too."""
+    memory_bytes: Memory
+    tokens: float | None
+    """Computed by the model, padding included; training and forward passes."""
+    flops: float | None
+    seconds: float | None
     pairs: int | None = None
     """Pairs trained on, or whose log-probs are computed; prompts that are answered."""
     held_out: int | None = None
@@ -86,11 +74,6 @@ class Job:
     updates: int | None = None
     evaluated_after: tuple[int, ...] | None = None
     """Optimizer steps after which the held-out pairs are measured."""
-    tokens: float | None = None
-    """Computed by the model, padding included; training and forward passes."""
-    flops: float | None = None
-    memory_bytes: Memory | None = None
-    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -115,12 +98,13 @@ class Plan:
     seconds: float | None
     """Wall time of all jobs that are not cached, sampling of answers left out."""
     unknown: tuple[str, ...]
-    notes: tuple[str, ...]
+    refused: str
+    """Why a run would refuse to go on in this folder; nothing of what is there is counted then."""
 
     def to_json(self) -> dict[str, Any]:
         """All of it as JSON values."""
         given: dict[str, Any] = _json({name: value for name, value in vars(self).items() if name != "recipe"})
-        return {"schema_version": 2, "config": dump_config(self.recipe), **given}
+        return {"schema_version": 3, "config": dump_config(self.recipe), **given}
 
 
 def make_plan(recipe: Recipe) -> Plan:
@@ -135,36 +119,47 @@ def make_plan(recipe: Recipe) -> Plan:
     check_evaluation(recipe.evaluate, has_test=bool(recipe.data.test))
     run = Run(recipe, RunDirectory.of(recipe), say=lambda line: None)
     unknown: list[str] = []
-    has_model, has_data = _has_model(recipe.model), _has_data(recipe)
-    what = "parameters, so FLOPs, memory, disk and time"
-    models = _known(lambda: costs.models_of(recipe), what, unknown, is_here=has_model)
-    what = f"which results in {run.folder.root} can be used again"
-    cached = frozenset[Path]()
-    if (run.folder.pairs / MANIFEST).is_file():
-        found = _known(lambda: complete_results(run), what, unknown, is_here=has_model and has_data)
-        cached = found or cached
-    what = "pairs and tokens, so updates, FLOPs and time"
-    inputs = _known(lambda: _read_inputs(run, cached), what, unknown, is_here=has_model and has_data)
+
+    def known(make: Callable[[], Found], what: str, *needed: str) -> Found | None:
+        """What `make` gives. What is here and does not work is an error; what is not may be elsewhere."""
+        try:
+            return make()
+        except (ModelError, DataError) as error:
+            if all(Path(path).expanduser().exists() for path in needed):
+                raise
+            unknown.append(f"{what}: {error}")
+            return None
+
+    model = (recipe.model.path, recipe.model.tokenizer or recipe.model.path)
+    data = [source.path for source in (*recipe.data.train, *recipe.data.test)]
+    data += [recipe.curriculum] if recipe.curriculum else []
     device = costs.this_device()
-    rates = _measured_rates(recipe, models, device, inputs)
-    jobs = tuple(_Jobs(run, inputs, models, cached, device, rates).all())
-    score, train = _settings(recipe)
+    models = known(lambda: costs.models_of(recipe), "model, pairs, jobs and disk", *model)
+    inputs = models and known(lambda: _read_inputs(run, device), "pairs and jobs", *model, *data)
+    rates: dict[str, float] = {}
+    jobs: tuple[Job, ...] = ()
+    if models and inputs:
+        if costs.fits(recipe.model, models.sizes, device):
+            rates = _measured_rates(recipe, models, device, inputs.pairs.lengths)
+        jobs = tuple(_Planner(run, inputs, models, device, rates).jobs())
+        unknown += _not_counted(recipe, jobs, is_timed=bool(rates))
+    scoring, training = _settings(recipe)
     return Plan(
         recipe=recipe,
         folder=run.folder.root,
         model=models,
-        scoring=None if recipe.curriculum else score,
-        training=train,
-        pairs=inputs.pairs.summary if inputs else None,
+        scoring=None if recipe.curriculum else scoring,
+        training=training,
+        pairs=inputs and inputs.pairs.summary,
         test_pairs=inputs.test.summary if inputs and inputs.test else None,
         jobs=jobs,
-        protocols=tuple(planned_protocols(recipe, inputs.pairs if inputs else None, models)),
+        protocols=tuple(planned_protocols(recipe, models, inputs and inputs.passes)),
         device=device,
         measured_flops_per_second=rates,
         disk_bytes=costs.disk_need(recipe, models),
-        seconds=_total_seconds(jobs, recipe, device),
-        unknown=(*unknown, *_unknown_parts(recipe, jobs, inputs, is_timed=bool(rates) or models is None)),
-        notes=tuple(_notes(run)),
+        seconds=_total_seconds(jobs, recipe, device) if jobs else None,
+        unknown=tuple(unknown),
+        refused=inputs.refused if inputs else "",
     )
 
 
@@ -182,356 +177,14 @@ def _json(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-# ----------------------------------------------------------------------------------------------------
-# What the run would work on, as far as it can be had here.
-
-
-class KeptPairs(NamedTuple):
-    """The prepared pairs of one folder; columns of equal length P."""
-
-    summary: PairsSummary
-    pair_ids: list[str]
-    prompt_ids: list[str]
-    parts: PartLengths
-    """Tokens of prompt, chosen and rejected."""
-
-    def lengths(self, rows_per_pair: int) -> NDArray[np.int64]:
-        """Tokens of each pair's row, or of the longer of its two: [P]."""
-        if rows_per_pair == 1:
-            return shared_lengths(*self.parts)
-        return self.parts.prompt_P + np.maximum(self.parts.chosen_P, self.parts.rejected_P)
-
-
-class Inputs(NamedTuple):
-    """What a run would work on."""
-
-    pairs: KeptPairs
-    test: KeptPairs | None
-    orders: dict[str, list[str]]
-    """The pairs that each policy is trained on, in order, where that is known."""
-
-
-def _known(make: Callable[[], Found], what: str, unknown: list[str], *, is_here: bool) -> Found | None:
-    """What `make` gives. What is here and does not work is an error; what is not may be somewhere else."""
-    try:
-        return make()
-    except (ModelError, DataError) as error:
-        if is_here:
-            raise
-        unknown.append(f"{what}: {error}")
-        return None
-
-
-def _has_model(config: ModelConfig) -> bool:
-    return all(Path(path).is_dir() for path in (config.path, config.tokenizer or config.path))
-
-
-def _has_data(recipe: Recipe) -> bool:
-    paths = [source.path for source in (*recipe.data.train, *recipe.data.test)]
-    paths += [recipe.curriculum] if recipe.curriculum else []
-    return all(Path(path).expanduser().exists() for path in paths)
-
-
-def _read_inputs(run: Run, cached: frozenset[Path]) -> Inputs:
-    """Prepared pairs: the published ones, else made in a temporary folder.
-
-    Raises:
-        ModelError, DataError, TemplateError, ConfigError: as for a run.
-    """
-    published = {run.folder.pairs, run.folder.test_pairs} if run.recipe.data.test else {run.folder.pairs}
-    with tempfile.TemporaryDirectory() as scratch:
-        prepared = run
-        if not published <= cached:
-            prepared = Run(run.recipe, RunDirectory(Path(scratch) / "run"), say=lambda line: None)
-            prepare(prepared)
-        pairs = _kept_pairs(prepared.folder.pairs)
-        test = _kept_pairs(prepared.folder.test_pairs) if run.recipe.data.test else None
-    return Inputs(pairs, test, dict(_known_orders(run, pairs, cached)))
-
-
-def _kept_pairs(folder: Path) -> KeptPairs:
-    tokens = load_tokens(folder)
-    ids = tokens.select_columns(["pair_id", "prompt_id"]).with_format("arrow")[:]
-    pair_ids, prompt_ids = (ids[name].to_pylist() for name in ("pair_id", "prompt_id"))
-    return KeptPairs(load_summary(folder), pair_ids, prompt_ids, part_lengths(tokens))
-
-
-def _known_orders(run: Run, pairs: KeptPairs, cached: frozenset[Path]) -> Iterator[tuple[str, list[str]]]:
-    """Of complete curricula, and of those to be made from an imported difficulty."""
-    for name, training in trainings(run).items():
-        if training.curriculum in cached:
-            yield name, Curriculum.load(training.curriculum).order
-        elif run.outside is not None:
-            select, _ = run.arms[name if training.seed is None else SELECTED]
-            ids, prompt_ids = (pa.chunked_array([names]) for names in (pairs.pair_ids, pairs.prompt_ids))
-            yield name, outside_curriculum(run.outside, ids, prompt_ids, select).order
-
-
-# ----------------------------------------------------------------------------------------------------
-# Which results are there already.
-
-
-class _Result(NamedTuple):
-    """A stage's result."""
-
-    folder: Path
-    inputs: frozenset[Path]
-    """The results that it is made from."""
-    is_complete: Callable[[], bool]
-
-
-def complete_results(run: Run) -> frozenset[Path]:
-    """The folders (for a curriculum, the one that holds it) that the run would use as they are.
-
-    A result whose inputs would be made again is not among them, even if it came out the same. Asking changes
-    nothing.
-
-    Raises:
-        ModelError, DataError: tokenizer or data cannot be had, so their digests are not known.
-    """
-    found: set[Path] = set()
-    for result in _results(run):
-        if result.inputs <= found and result.is_complete():
-            found.add(result.folder)
-    return frozenset(found)
-
-
-def _results(run: Run) -> Iterator[_Result]:
-    """All results of a run, each after what it is made from."""
-    data, folder = run.recipe.data, run.folder
-
-    def result(at: Path, inputs: Iterable[Path], key: Callable[[], str]) -> _Result:
-        # A key is worked out only where there is a manifest.
-        return _Result(
-            at, frozenset(inputs), lambda: (at / MANIFEST).is_file() and is_complete(at, key=key())
-        )
-
-    def scorer_key(scorer: ScorerRun) -> str:
-        return scorer_job(run, scorer).key
-
-    def policy_key(name: str) -> str:
-        return training_job(run, name).key
-
-    def is_built(select: SelectConfig, at: Path) -> bool:
-        digests = record_digests([scorer_job(run, scorer) for scorer in run.scorer_runs])
-        inputs = imported_inputs(run, run.outside.digest) if run.outside else digests
-        return has_curriculum(at, curriculum_key(inputs, select))
-
-    pairs = {folder.pairs: folder.reference}
-    yield result(folder.pairs, (), lambda: prepared_key(run, data.train, exclude=None))
-    if data.test:
-        pairs[folder.test_pairs] = folder.test_reference
-        yield result(
-            folder.test_pairs, [folder.pairs], lambda: prepared_key(run, data.test, exclude=folder.pairs)
-        )
-    scores = [run.folder.scores(scorer) for scorer in run.scorer_runs]
-    curricula = [
-        _Result(at, frozenset([*pairs, *scores]), partial(is_built, select, at))
-        for select, at in run.arms.values()
-    ]
-    # With an imported difficulty the reference is that of the selected pairs.
-    selected = [each.folder for each in curricula] if run.outside is not None else []
-    references = [
-        result(reference, [*pairs, *selected], partial(reference_key, run, at))
-        for at, reference in pairs.items()
-    ]
-    yield from [*curricula, *references] if run.outside is not None else references
-    for scorer in run.scorer_runs:
-        yield result(run.folder.scores(scorer), pairs.values(), partial(scorer_key, scorer))
-    if run.outside is None:
-        yield from curricula
-    policies = trainings(run)
-    for name, training in policies.items():
-        yield result(training.policy, [training.curriculum, *pairs.values()], partial(policy_key, name))
-    trained = [training.policy for training in policies.values()]
-    yield result(folder.evaluation, trained, lambda: evaluation_key(run))
-
-
-# ----------------------------------------------------------------------------------------------------
-# The jobs.
-
-
-class _Jobs:
-    """The jobs of a run, and what each one has to compute."""
-
-    def __init__(
-        self,
-        run: Run,
-        inputs: Inputs | None,
-        models: Models | None,
-        cached: frozenset[Path],
-        device: Device,
-        rates: Mapping[str, float],
-    ) -> None:
-        self._run, self._recipe, self._inputs, self._models = run, run.recipe, inputs, models
-        self._cached, self._device, self._rates = cached, device, rates
-        self._rows = models.rows_per_pair if models else 2
-        self._lengths_P = None if inputs is None else inputs.pairs.lengths(self._rows)
-
-    def all(self) -> Iterator[Job]:
-        """Every job, in the order they are done.
-
-        Raises:
-            ConfigError: too few updates for the evaluations, or a selection that fits no pair.
-            DataError: too few prompts to halve.
-        """
-        recipe, folder, kinds = self._recipe, self._run.folder, costs.job_kinds(self._recipe)
-        test = self._inputs.test.lengths(self._rows) if self._inputs and self._inputs.test else None
-        yield self._forward("reference", folder.reference, self._referenced())
-        if "held-out" in kinds:
-            yield self._forward("reference", folder.test_reference, test)
-        yield from self._scorers()
-        yield from self._policies()
-        policies = len(trainings(self._run)) + 1  # the starting model is evaluated too
-        if "held-out" in kinds:
-            yield self._forward("held-out", folder.evaluation, test, times=policies)
-        if "answers" in kinds:
-            # Every answer at its longest, after the longest prompt.
-            generation = recipe.evaluate.generation
-            longest = recipe.data.max_prompt_length + generation.max_new_tokens
-            answers = generation.prompts * generation.samples * policies
-            work = Work(float(longest), float(longest**2)).times(answers)
-            yield self._job("answers", folder.evaluation, forwarded=work, pairs=generation.prompts)
-
-    def _referenced(self) -> NDArray[np.int64] | None:
-        """Lengths of the pairs whose reference is computed: all, or with an imported difficulty those
-        trained on."""
-        if self._inputs is None or self._lengths_P is None or not self._recipe.curriculum:
-            return self._lengths_P
-        trained = sorted({pair_id for order in self._inputs.orders.values() for pair_id in order})
-        return self._lengths_P[positions_of(trained, self._inputs.pairs.pair_ids, what="plan")]
-
-    def _forward(
-        self, kind: JobKind, folder: Path, lengths_P: NDArray[np.int64] | None, times: int = 1
-    ) -> Job:
-        if lengths_P is None:
-            return self._job(kind, folder)
-        block = self._recipe.evaluate if kind == "held-out" else self._recipe.score
-        work = costs.forward_work(lengths_P, self._rows, block.tokens_per_batch).times(times)
-        return self._job(kind, folder, forwarded=work, longest=lengths_P.max(), pairs=len(lengths_P))
-
-    def _scorers(self) -> Iterator[Job]:
-        recipe, inputs, lengths_P = self._recipe, self._inputs, self._lengths_P
-        passes = None if lengths_P is None else scoring_passes(recipe, lengths_P, self._rows)
-        for scorer in self._run.scorer_runs:
-            folder = self._run.folder.scores(scorer)
-            if inputs is None or lengths_P is None or passes is None:
-                yield self._job("scorer", folder)
-                continue
-            halves = split_pairs(inputs.pairs.prompt_ids, scorer)
-            trained, held_out = len(halves.train), len(halves.held_out)
-            steps = scorer_steps(recipe, scorer, trained, recipe.launch.processes)
-            yield self._job(
-                "scorer",
-                folder,
-                trained=passes.training.times(trained / len(lengths_P)),
-                forwarded=passes.forward.times(recipe.score.evaluations * held_out / len(lengths_P)),
-                longest=lengths_P.max(),
-                pairs=trained,
-                held_out=held_out,
-                updates=steps.updates,
-                evaluated_after=steps.evaluated_after,
-            )
-
-    def _policies(self) -> Iterator[Job]:
-        settings, lengths_P = _settings(self._recipe)[1], self._lengths_P
-        for name, training in trainings(self._run).items():
-            order = self._inputs.orders.get(name) if self._inputs else None
-            count = None if lengths_P is None else selected_count(training.select, len(lengths_P))
-            if self._inputs is None or lengths_P is None or (order is None and count is None):
-                yield self._job("policy", training.policy)
-                continue
-            if order is None:  # as many pairs of an average length
-                work = costs.training_work(_shuffled(lengths_P), self._rows, settings)
-                work = work.times((count or 0) / len(lengths_P))
-            else:
-                at = positions_of(order, self._inputs.pairs.pair_ids, what="curriculum")
-                count, work = len(order), costs.training_work(lengths_P[at], self._rows, settings)
-            yield self._job(
-                "policy",
-                training.policy,
-                trained=work.times(settings.epochs),
-                forwarded=costs.NO_WORK,
-                longest=lengths_P.max(),
-                pairs=count,
-                updates=costs.optimizer_steps(count or 0, settings, self._recipe.launch.processes),
-            )
-
-    def _job(
-        self,
-        kind: JobKind,
-        folder: Path,
-        *,
-        trained: Work = costs.NO_WORK,
-        forwarded: Work | None = None,
-        longest: int | None = None,
-        **counts: Any,
-    ) -> Job:
-        name = folder.relative_to(self._run.folder.root).as_posix()
-        flops = seconds = None
-        if self._models is not None and forwarded is not None:
-            flops = job_flops(self._recipe, self._models, kind, trained, forwarded)
-            # Sampling waits for memory, not for multiplications: its FLOPs say little about its time.
-            if self._rates and kind != "answers":
-                seconds = flops / self._rate(kind)
-        return Job(
-            name=f"{name}: {kind}" if kind in ("held-out", "answers") else name,
-            kind=kind,
-            cached=folder in self._cached,
-            tokens=None if forwarded is None else trained.tokens + forwarded.tokens,
-            flops=flops,
-            memory_bytes=self._models and costs.job_memory(self._recipe, self._models, kind, longest),
-            seconds=seconds,
-            **counts,
-        )
-
-    def _rate(self, kind: JobKind) -> float:
-        """FLOP/s of all processes. Those on one CPU share its cores, so more of them are not faster."""
-        score, train = _settings(self._recipe)
-        is_scoring = kind in ("reference", "scorer") and not self._recipe.curriculum
-        processes = self._recipe.launch.processes if self._device.kind == "cuda" else 1
-        return self._rates[(score if is_scoring else train).compute_dtype] * processes
-
-
-def job_flops(recipe: Recipe, models: Models, kind: JobKind, trained: Work, forwarded: Work) -> float:
-    """FLOPs of a job that trains on `trained` and computes `forwarded` without gradients."""
-    score, train = _settings(recipe)
-    adapter = {"reference": 0, "scorer": models.scorer_adapter}.get(kind, models.policy_adapter)
-    recomputes = (score if kind == "scorer" else train).recomputes
-    training = costs.training_flops(models.sizes, trained, adapter=adapter, recomputes=recomputes)
-    return training + costs.forward_flops(models.sizes, forwarded, adapter)
-
-
-def selected_count(select: SelectConfig, pairs: int) -> int | None:
-    """How many of `pairs` scored pairs a selection keeps; None for a threshold, which needs the scores."""
-    rule = rule_of(select)
-    if select.rule == "below":
-        return None
-    if select.rule == "random":
-        return size_of(pairs, rule)
-    low, high = rank_window(pairs, rule)
-    return high - low
-
-
-def _settings(recipe: Recipe) -> tuple[TrainingSettings, TrainingSettings]:
+def _settings(recipe: Recipe) -> list[TrainingSettings]:
     """Of the scorers and of the policies."""
-    score, train = (
-        costs.training_settings(block.trainer, recipe.model) for block in (recipe.score, recipe.train)
-    )
-    return score, train
+    return [training_settings(block.trainer, recipe.model) for block in (recipe.score, recipe.train)]
 
 
-def _shuffled(lengths_P: NDArray[np.int64]) -> NDArray[np.int64]:
-    return np.random.default_rng(0).permutation(lengths_P)
-
-
-def _measured_rates(
-    recipe: Recipe, models: Models | None, device: Device, inputs: Inputs | None
-) -> dict[str, float]:
-    """FLOP/s of forward passes by type; empty where the model cannot be timed here."""
-    if models is None or inputs is None or not costs.fits(recipe.model, models.sizes, device):
-        return {}
-    longest = max(1, int(np.median(inputs.pairs.lengths(models.rows_per_pair))))
+def _measured_rates(recipe: Recipe, models: Models, device: Device, lengths: PartLengths) -> dict[str, float]:
+    """FLOP/s of forward passes over rows of the median length, by type."""
+    longest = max(1, int(np.median(costs.padded_lengths(lengths))))
     return {
         name: costs.measured_rate(recipe.model, models.sizes, device, longest=longest, compute_dtype=name)
         for name in sorted({settings.compute_dtype for settings in _settings(recipe)})
@@ -551,85 +204,267 @@ def _total_seconds(jobs: Sequence[Job], recipe: Recipe, device: Device) -> float
     return total
 
 
-def _unknown_parts(
-    recipe: Recipe, jobs: Sequence[Job], inputs: Inputs | None, *, is_timed: bool
-) -> Iterator[str]:
-    if inputs is not None:
-        for job in jobs:
-            if job.kind == "policy" and job.pairs is None:
-                yield f"pairs of {job.name}: a threshold selects after scoring"
-        if not is_timed:
-            yield "time: only a model in a local folder that fits into memory is measured"
+def _not_counted(recipe: Recipe, jobs: Sequence[Job], *, is_timed: bool) -> Iterator[str]:
+    for job in jobs:
+        if job.kind == "policy" and job.pairs is None:
+            yield f"pairs of {job.name}: a threshold selects after scoring"
+    if not is_timed:
+        yield "time: only a model in a local folder that fits into memory is measured"
     if recipe.train.trainer.get("eval_strategy", "no") != "no":
         yield "train: the evaluations of eval_strategy, which are not counted"
     if recipe.evaluate.generation.prompts:
         yield "time of the answers: sampling waits for memory more than for multiplications"
     if recipe.evaluate.judge == "reward-model":
         yield f"cost of the judge {recipe.evaluate.reward_model}"
-    for block, settings in zip(("score", "train"), _settings(recipe), strict=True):
-        if settings.unread and not (block == "score" and recipe.curriculum):
-            yield f"{block}: {settings.unread}; counted as not sharded"
 
 
-def _notes(run: Run) -> Iterator[str]:
+# ----------------------------------------------------------------------------------------------------
+# What the run would work on.
+
+
+class KeptPairs(NamedTuple):
+    """The prepared pairs of one folder; columns of equal length P."""
+
+    summary: PairsSummary
+    pair_ids: list[str]
+    prompt_ids: list[str]
+    lengths: PartLengths
+
+    def lengths_of(self, pair_ids: Iterable[str]) -> PartLengths:
+        """Those of some pairs, in their order."""
+        at = positions_of(list(pair_ids), self.pair_ids, what="plan")
+        return PartLengths(*(part_P[at] for part_P in self.lengths))
+
+
+class ScoringPasses(NamedTuple):
+    """Tokens of one pass over all pairs; protocols and scorers are multiples of these."""
+
+    forward: float
+    epoch: float
+    """Of both scorers of a seed: each pair is in one of their halves. One random order is drawn."""
+
+
+class Inputs(NamedTuple):
+    """What a run would work on."""
+
+    pairs: KeptPairs
+    test: KeptPairs | None
+    orders: dict[str, list[str]]
+    """The pairs that each policy is trained on, in order, where that is known."""
+    counter: RowCounter
+    passes: ScoringPasses
+    refused: str
+    """Why a run would refuse to go on from what is in its folder; else ""."""
+
+
+def _read_inputs(run: Run, device: Device) -> Inputs:
+    """Prepared pairs: the published ones where a run would take them, else made in a temporary folder.
+
+    Raises:
+        ModelError, DataError, TemplateError, ConfigError: as for a run.
+    """
+    folder, recipe, refused = run.folder, run.recipe, ""
     try:
-        run.folder.require_same_recipe(run.recipe)
+        folder.require_same_recipe(recipe)
+        if folder.is_claimed:
+            require_same_inputs(run, input_digests(run))
     except RunChangedError as error:
-        yield f"a run would refuse this: {error}"
+        refused = str(error)
+    wanted = [folder.pairs, folder.test_pairs] if recipe.data.test else [folder.pairs]
+    with tempfile.TemporaryDirectory() as scratch:
+        if refused or not all((at / MANIFEST).is_file() for at in wanted):
+            folder = RunDirectory(Path(scratch) / "run")
+            prepare(Run(recipe, folder, say=lambda line: None))
+        pairs = _kept_pairs(folder.pairs)
+        test = _kept_pairs(folder.test_pairs) if recipe.data.test else None
+    orders: dict[str, list[str]] = {}
+    for name, training in trainings(run).items():
+        if (training.curriculum / TABLE).is_file() and not refused:
+            orders[name] = Curriculum.load(training.curriculum).order
+        elif run.outside is not None:
+            ids, prompt_ids = (pa.chunked_array([names]) for names in (pairs.pair_ids, pairs.prompt_ids))
+            orders[name] = outside_curriculum(run.outside, ids, prompt_ids, training.select).order
+    counter = RowCounter(recipe, device.kind)
+    return Inputs(pairs, test, orders, counter, scoring_passes(recipe, pairs.lengths, counter), refused)
+
+
+def _kept_pairs(folder: Path) -> KeptPairs:
+    tokens = load_tokens(folder)
+    pair_ids, prompt_ids = (list(tokens[name]) for name in ("pair_id", "prompt_id"))
+    return KeptPairs(load_summary(folder), pair_ids, prompt_ids, part_lengths(tokens))
+
+
+def scoring_passes(recipe: Recipe, lengths: PartLengths, counter: RowCounter) -> ScoringPasses:
+    """The passes of `recipe.score` over pairs of these lengths."""
+    return ScoringPasses(
+        counter.forward(lengths, recipe.score.tokens_per_batch),
+        counter.training(_shuffled(lengths), _settings(recipe)[0]),
+    )
+
+
+def _shuffled(lengths: PartLengths) -> PartLengths:
+    order_P = np.random.default_rng(0).permutation(len(lengths.prompt_P))
+    return PartLengths(*(part_P[order_P] for part_P in lengths))
+
+
+# ----------------------------------------------------------------------------------------------------
+# The jobs.
+
+
+@dataclass(frozen=True)
+class _Planner:
+    """Makes the jobs of a run."""
+
+    run: Run
+    inputs: Inputs
+    models: Models
+    device: Device
+    rates: Mapping[str, float]
+
+    def jobs(self) -> Iterator[Job]:
+        """Every job, in the order they are done.
+
+        Raises:
+            ConfigError: too few updates for the evaluations, or a selection that fits no pair.
+            DataError: too few prompts to halve.
+        """
+        recipe, folder, (pairs, test, orders, *_) = self.run.recipe, self.run.folder, self.inputs
+        referenced = pairs.lengths
+        if recipe.curriculum:  # only the pairs that are trained on have a reference
+            referenced = pairs.lengths_of({name for order in orders.values() for name in order})
+        yield self._forward("reference", folder.reference, referenced)
+        if test:
+            yield self._forward("reference", folder.test_reference, test.lengths)
+        yield from self._scorers()
+        yield from self._policies()
+        policies = len(trainings(self.run)) + 1  # the starting model is evaluated too
+        if test:
+            yield self._forward("held-out", folder.evaluation, test.lengths, times=policies)
+        generation = recipe.evaluate.generation
+        if generation.prompts:  # every answer at its longest, after the longest prompt
+            longest = recipe.data.max_prompt_length + generation.max_new_tokens
+            tokens = generation.prompts * generation.samples * policies * longest
+            yield self._job("answers", folder.evaluation, forwarded=tokens, pairs=generation.prompts)
+
+    def _forward(self, kind: JobKind, folder: Path, lengths: PartLengths, times: int = 1) -> Job:
+        block = self.run.recipe.evaluate if kind == "held-out" else self.run.recipe.score
+        tokens = times * self.inputs.counter.forward(lengths, block.tokens_per_batch)
+        return self._job(kind, folder, forwarded=tokens, lengths=lengths, pairs=len(lengths.prompt_P))
+
+    def _scorers(self) -> Iterator[Job]:
+        recipe, pairs, passes = self.run.recipe, self.inputs.pairs, self.inputs.passes
+        epochs, all_pairs = _settings(recipe)[0].epochs, len(pairs.pair_ids)
+        for scorer in self.run.scorer_runs:
+            trained, held_out = map(len, split_pairs(pairs.prompt_ids, scorer))
+            steps = scorer_steps(recipe, scorer, trained, recipe.launch.processes)
+            yield self._job(
+                "scorer",
+                self.run.folder.scores(scorer),
+                trained=passes.epoch * epochs * trained / all_pairs,
+                forwarded=passes.forward * recipe.score.evaluations * held_out / all_pairs,
+                lengths=pairs.lengths,
+                pairs=trained,
+                held_out=held_out,
+                updates=steps.updates,
+                evaluated_after=steps.evaluated_after,
+            )
+
+    def _policies(self) -> Iterator[Job]:
+        pairs, settings = self.inputs.pairs, _settings(self.run.recipe)[1]
+        all_pairs = len(pairs.pair_ids)
+
+        @cache
+        def epoch_of_all() -> int:
+            return self.inputs.counter.training(_shuffled(pairs.lengths), settings)
+
+        for name, training in trainings(self.run).items():
+            epoch: float
+            if (order := self.inputs.orders.get(name)) is not None:
+                count, epoch = len(order), self.inputs.counter.training(pairs.lengths_of(order), settings)
+            elif training.select.rule == "below":  # a threshold needs the scores
+                yield self._job("policy", training.policy)
+                continue
+            else:  # as many pairs of an average length
+                ranks_P = np.arange(all_pairs)
+                selection = select(ranks_P.astype(float), ranks_P.astype(np.str_), rule_of(training.select))
+                count = int(selection.selected_P.sum())
+                epoch = epoch_of_all() * count / all_pairs
+            yield self._job(
+                "policy",
+                training.policy,
+                trained=epoch * settings.epochs,
+                forwarded=0,
+                lengths=pairs.lengths,
+                pairs=count,
+                updates=optimizer_steps(count, settings, self.run.recipe.launch.processes),
+            )
+
+    def _job(
+        self,
+        kind: JobKind,
+        folder: Path,
+        *,
+        trained: float = 0,
+        forwarded: float | None = None,
+        lengths: PartLengths | None = None,
+        **counts: Any,
+    ) -> Job:
+        recipe, models = self.run.recipe, self.models
+        name = folder.relative_to(self.run.folder.root).as_posix()
+        flops = seconds = None
+        if forwarded is not None:
+            flops = job_flops(recipe, models, kind, trained, forwarded)
+            # Sampling waits for memory, not for multiplications: its FLOPs say little about its time.
+            if self.rates and kind != "answers":
+                dtype = training_settings(costs.block_of(recipe, kind).trainer, recipe.model).compute_dtype
+                # Processes on one CPU share its cores, so more of them are not faster.
+                processes = recipe.launch.processes if self.device.kind == "cuda" else 1
+                seconds = flops / (self.rates[dtype] * processes)
+        return Job(
+            name=f"{name}: {kind}" if kind in ("held-out", "answers") else name,
+            kind=kind,
+            cached=not self.inputs.refused and (folder / MANIFEST).is_file(),
+            tokens=None if forwarded is None else trained + forwarded,
+            flops=flops,
+            memory_bytes=costs.job_memory(recipe, models, kind, lengths),
+            seconds=seconds,
+            **counts,
+        )
 
 
 # ----------------------------------------------------------------------------------------------------
 # The protocols side by side.
-#
-# The agreement figures are the least and the largest of nine values: three models, and whichever one (or
-# two) of the three seeds. Source: the original authors' records, of which seeds and evaluations were left
-# out; docs/protocols.md says how, and tests/unit/test_plan_protocols.py computes them from the records.
+
+
+class Passes(NamedTuple):
+    """How often scoring takes all pairs through the model."""
+
+    forward: float
+    """Without a gradient: once for the reference, and for the held-out evaluations."""
+    training: float
+    """Forward and backward."""
+
+
+def _of_trained_scorers(seeds: int, evaluations: int, epochs: float) -> Passes:
+    return Passes(1 + seeds * evaluations, seeds * epochs)
+
+
+PASSES: dict[str, Callable[[int, int, float], Passes]] = dict.fromkeys(PROTOCOLS, _of_trained_scorers)
+"""The passes of each protocol, from its seeds, its evaluations and the epochs of a scorer's training."""
 
 MEASURED_ON = "dpo-mix-7k with Qwen2.5 of 1.5B, 7B and 14B"
 
-Range = tuple[float, float]
-"""The least and the largest value measured."""
-
-MEASURED_SPEARMAN: dict[tuple[int, int], Range] = {(1, 2): (0.9969, 0.9981), (2, 2): (0.9984, 0.9993)}
-"""Rank correlation of the difficulties with those of `paper`, by seeds and evaluations of each scorer; the
-evaluations are the third and the last of five."""
-
-MEASURED_OVERLAP: dict[tuple[int, int], dict[float, Range]] = {
-    (1, 2): {
-        0.1: (0.927, 0.948),
-        0.2: (0.951, 0.969),
-        0.3: (0.967, 0.975),
-        0.4: (0.976, 0.983),
-        0.5: (0.977, 0.988),
-        0.6: (0.985, 0.991),
-        0.7: (0.989, 0.993),
-        0.8: (0.993, 0.996),
-        0.9: (0.995, 0.998),
-    },
-    (2, 2): {
-        0.1: (0.951, 0.975),
-        0.2: (0.968, 0.980),
-        0.3: (0.979, 0.988),
-        0.4: (0.984, 0.991),
-        0.5: (0.987, 0.993),
-        0.6: (0.990, 0.995),
-        0.7: (0.993, 0.996),
-        0.8: (0.995, 0.998),
-        0.9: (0.997, 0.999),
-    },
+MEASURED = {
+    (1, 2): {"spearman": (0.9969, 0.9981), "overlap": (0.977, 0.988)},
+    (2, 2): {"spearman": (0.9984, 0.9993), "overlap": (0.987, 0.993)},
 }
-"""Share of the easiest pairs that are also among the easiest of `paper`, by the fraction selected."""
+"""Agreement with `paper`, by seeds and evaluations of each scorer: rank correlation of the difficulties (the
+mean over all records), and the share of the easiest half that is also in that of `paper`.
 
-
-class Agreement(NamedTuple):
-    """The agreement with `paper` to expect, as far as it was measured."""
-
-    spearman: Range
-    overlap: Range | None
-    """None: not measured for this selection."""
-    fraction: float | None
-    """The measured fraction nearest to the one in use."""
-    measured_on: str = MEASURED_ON
+The least and the largest of nine values: three models, and whichever one (or two) of the three seeds. Source:
+the original authors' records, of which seeds and evaluations were left out; docs/protocols.md says how, and
+tests/unit/test_plan_protocols.py computes them from the records.
+"""
 
 
 @dataclass(frozen=True)
@@ -638,7 +473,7 @@ class PlannedProtocol:
 
     protocol: str
     part: str
-    """Of `certified`, which may stop early: "least" or "most"; else ""."""
+    """Of `certified`, which may stop early: "at least" or "at most"; else ""."""
     own: bool
     """The recipe asks for it."""
     seeds: tuple[int, ...]
@@ -652,53 +487,31 @@ class PlannedProtocol:
     """The same over that of one DPO epoch on all pairs, with `train`'s settings and its reference."""
     tokens: float | None
     flops: float | None
-    expected_agreement: Agreement | None
+    expected_agreement: dict[str, tuple[float, float]] | None
     """With `paper`; None where nothing was measured."""
 
 
-class ScoringPasses(NamedTuple):
-    """What one pass over all pairs takes; protocols and scorers are multiples of these."""
-
-    forward: Work
-    training: Work
-    """All epochs of both scorers of a seed: each pair is in one of their halves."""
-
-
-def scoring_passes(recipe: Recipe, lengths_P: NDArray[np.int64], rows_per_pair: int) -> ScoringPasses:
-    """The passes of `recipe.score`; pairs are trained in random order, of which one is drawn."""
-    settings = _settings(recipe)[0]
-    training = costs.training_work(_shuffled(lengths_P), rows_per_pair, settings)
-    return ScoringPasses(
-        costs.forward_work(lengths_P, rows_per_pair, recipe.score.tokens_per_batch),
-        training.times(settings.epochs),
-    )
-
-
 def planned_protocols(
-    recipe: Recipe, pairs: KeptPairs | None, models: Models | None
+    recipe: Recipe, models: Models | None, work: ScoringPasses | None
 ) -> Iterator[PlannedProtocol]:
     """The published protocols, and the recipe's own in its place among them; none where the difficulty is
     imported. `certified` stands there twice: with the fewest seeds and with all."""
     if recipe.curriculum:
         return
-    # What was measured is the mean over all records.
-    is_measured = recipe.select.aggregate == "mean"
     score, train = _settings(recipe)
-    rows_per_pair = models.rows_per_pair if models else 2
-    passes = None if pairs is None else scoring_passes(recipe, pairs.lengths(rows_per_pair), rows_per_pair)
-    fraction = easiest_fraction(recipe.select, None if pairs is None else len(pairs.pair_ids))
+    measured = MEASURED if recipe.select.aggregate == "mean" else {}
+    backward_nt = _backward_nt(score, is_full=recipe.score.lora is None)
     epoch_nt = 4 + _backward_nt(train, is_full=recipe.train.lora is None)
     for name, part, seeds, evaluations in _compared(recipe):
-        trained, measured = len(seeds) * score.epochs, len(seeds) * evaluations
-        forward = 1 + trained + measured
-        nt = 2 * forward + trained * _backward_nt(score, is_full=recipe.score.lora is None)
+        passes = PASSES[name](len(seeds), evaluations, score.epochs)
+        forward = passes.forward + passes.training
+        nt = 2 * forward + backward_nt * passes.training
         tokens = flops = None
-        if passes is not None:
-            training, evaluated = passes.training.times(len(seeds)), passes.forward.times(measured)
-            tokens = passes.forward.tokens + training.tokens + evaluated.tokens
-            if models is not None:
-                flops = job_flops(recipe, models, "reference", costs.NO_WORK, passes.forward)
-                flops += job_flops(recipe, models, "scorer", training, evaluated)
+        if work is not None and models is not None:
+            trained, evaluated = work.epoch * passes.training, work.forward * (passes.forward - 1)
+            tokens = work.forward + trained + evaluated
+            flops = job_flops(recipe, models, "reference", 0, work.forward)
+            flops += job_flops(recipe, models, "scorer", trained, evaluated)
         yield PlannedProtocol(
             protocol=name,
             part=part,
@@ -706,12 +519,12 @@ def planned_protocols(
             seeds=seeds,
             evaluations=evaluations,
             forward_passes=forward,
-            backward_passes=trained,
+            backward_passes=passes.training,
             nt=nt,
             dpo_epochs=nt / epoch_nt,
             tokens=tokens,
             flops=flops,
-            expected_agreement=expected_agreement(len(seeds), evaluations, fraction) if is_measured else None,
+            expected_agreement=measured.get((len(seeds), evaluations)),
         )
 
 
@@ -721,8 +534,8 @@ def _compared(recipe: Recipe) -> Iterator[tuple[str, str, tuple[int, ...], int]]
         own = name == recipe.score.protocol
         seeds, evaluations = (recipe.score.seeds, recipe.score.evaluations) if own else published
         if name == "certified":
-            yield name, "least", seeds[:MIN_SEEDS], evaluations
-            yield name, "most", seeds, evaluations
+            yield name, "at least", seeds[:MIN_SEEDS], evaluations
+            yield name, "at most", seeds, evaluations
         elif own or name != "custom":
             yield name, "", seeds, evaluations
 
@@ -730,33 +543,6 @@ def _compared(recipe: Recipe) -> Iterator[tuple[str, str, tuple[int, ...], int]]
 def _backward_nt(settings: TrainingSettings, *, is_full: bool) -> int:
     """Of one backward pass; frozen weights need no gradient of their own (see `costs`)."""
     return (4 if is_full else 2) + (2 if settings.recomputes else 0)
-
-
-def expected_agreement(seeds: int, evaluations: int, fraction: float | None) -> Agreement | None:
-    """What was measured for this many seeds and evaluations, the easiest `fraction` being selected.
-
-    None where nothing was. `fraction` None: the selection is not one of the easiest share, so nothing is
-    known of its overlap.
-    """
-    spearman = MEASURED_SPEARMAN.get((seeds, evaluations))
-    if spearman is None or fraction is None:
-        return None if spearman is None else Agreement(spearman, None, None)
-    nearest = nearest_fraction(fraction)
-    return Agreement(spearman, MEASURED_OVERLAP[seeds, evaluations][nearest], nearest)
-
-
-def easiest_fraction(select: SelectConfig, pairs: int | None) -> float | None:
-    """The share of easiest pairs that a selection keeps; None for other rules, or where it is not known."""
-    if select.rule != "easiest":
-        return None
-    if select.count is not None:
-        return min(1.0, select.count / pairs) if pairs else None
-    return DEFAULT_FRACTION if select.fraction is None else select.fraction
-
-
-def nearest_fraction(fraction: float) -> float:
-    """The measured fraction that is nearest."""
-    return min(max(round(10 * fraction), 1), 9) / 10
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -778,37 +564,26 @@ def plan_text(plan: Plan) -> str:
 
 
 def _settings_rows(plan: Plan) -> Iterator[tuple[str, str]]:
-    recipe, models = plan.recipe, plan.model
-    model, score, generation, launch = recipe.model, recipe.score, recipe.evaluate.generation, recipe.launch
+    recipe, models, score = plan.recipe, plan.model, plan.recipe.score
     size = f"{readable(models.sizes.parameters)} parameters" if models else "size unknown"
-    yield "model", f"{model.path}: {size}, {model.dtype}, {model.attention} attention"
-    yield "template", model.chat_template or "the tokenizer's own"
+    yield "model", f"{recipe.model.path}: {size}, {recipe.model.dtype}, {recipe.model.attention} attention"
     if plan.scoring is None:
         yield "difficulty", f"imported from {recipe.curriculum}: nothing is scored"
     else:
-        seeds, scorers = f"{len(score.seeds)} seed(s)", f"{2 * len(score.seeds)} scorers"
+        seeds = f"{len(score.seeds)} seed(s)"
         if score.protocol == "certified":
-            seeds = f"2 to {len(score.seeds)} seeds"
-            scorers = f"4 to {2 * len(score.seeds)} scorers (the first 4 are planned below)"
-        yield "scoring", f"{score.protocol}: {seeds} x 2 folds x {score.evaluations} evaluations, {scorers}"
-        adapter = models.scorer_adapter if models else None
-        yield "scorers", _training_text(score.lora, adapter, plan.scoring, launch.processes)
+            seeds = f"2 to {len(score.seeds)} seeds (the first 2 are planned below)"
+        yield "scoring", f"{score.protocol}: {seeds} x 2 folds x {score.evaluations} evaluations"
+        yield "scorers", _training_text(plan, plan.scoring, score.lora, models and models.scorer_adapter)
     yield "selection", label_for(recipe.select)
-    adapter = models.policy_adapter if models else None
-    yield "training", _training_text(recipe.train.lora, adapter, plan.training, launch.processes)
-    yield "controls", ", ".join(policy_names(recipe.evaluate)[1:]) or "none"
-    answers = f", {generation.prompts:,} prompts x {generation.samples} answers" if generation.prompts else ""
-    yield "judge", f"{recipe.evaluate.judge}{answers}"
-    yield (
-        "launch",
-        f"{launch.processes} processes" if launch.processes > 1 else f"{launch.workers} at a time",
-    )
+    yield "training", _training_text(plan, plan.training, recipe.train.lora, models and models.policy_adapter)
 
 
-def _training_text(lora: object, adapter: int | None, settings: TrainingSettings, processes: int) -> str:
+def _training_text(plan: Plan, settings: TrainingSettings, lora: object, adapter: int | None) -> str:
     what = "all weights"
     if lora is not None:
         what = f"LoRA, {readable(adapter)} parameters" if adapter else "LoRA"
+    processes = plan.recipe.launch.processes
     batch = settings.pairs_per_batch * settings.accumulation * processes
     return (
         f"{what}; beta {settings.beta:g}, learning rate {settings.learning_rate:g}, "
@@ -818,37 +593,33 @@ def _training_text(lora: object, adapter: int | None, settings: TrainingSettings
 
 
 def _jobs_text(plan: Plan) -> str:
+    if not plan.jobs:
+        return f"jobs: {UNKNOWN}"
     header = ["job", "pairs", "held out", "updates", "evaluated after"]
     header += ["tokens", "FLOPs", "memory", "time", ""]
     rows = [
         [
             job.name,
-            _count(job.pairs),
-            _count(job.held_out) if job.kind == "scorer" else "",
-            _count(job.updates) if job.kind in ("scorer", "policy") else "",
-            " ".join(map(str, job.evaluated_after or "?")) if job.kind == "scorer" else "",
+            *("" if count is None else f"{count:,}" for count in (job.pairs, job.held_out, job.updates)),
+            " ".join(map(str, job.evaluated_after or ())),
             readable(job.tokens),
             readable(job.flops),
-            readable_bytes(job.memory_bytes and job.memory_bytes.total),
+            readable_bytes(job.memory_bytes.total),
             readable_time(job.seconds),
             "cached" if job.cached else "",
         ]
         for job in plan.jobs
     ]
-    # In the table a sign is enough: the last lines say what is unknown, and why.
-    table = text_table(header, [["?" if cell == UNKNOWN else cell for cell in row] for row in rows])
-    per_pair = "" if plan.model is None else f", {plan.model.rows_per_pair} row(s) a pair"
     rates = plan.measured_flops_per_second.items()
     speed = ", ".join(f"{readable(rate, 'FLOP/s')} in {name}" for name, rate in rates)
     device = f"{plan.device.name}, {readable_bytes(plan.device.memory)}"
     legend = f"""
-tokens: what the model computes, padding in batches included{per_pair}; of a random order where that of the
-  training is not known yet
-FLOPs: 2 per parameter and token, plus attention; training 3 times that, with LoRA about 2 times; recomputed
-  activations are counted
+tokens: what the model computes, padding included; in a random order where that of the training is not known
+FLOPs: 2 per parameter and token, attention left out; training 3 times that, with LoRA about 2 times, and
+  recomputed activations
 memory: an estimate, on each process, for weights, gradients, optimizer states and activations
 time: FLOPs over the speed of the model's forward pass, {speed or "not"} measured here, on {device}"""
-    return table + legend
+    return text_table(header, rows) + legend
 
 
 def protocols_text(plan: Plan) -> str:
@@ -857,66 +628,48 @@ def protocols_text(plan: Plan) -> str:
         return ""
     header = ["scoring by", "seeds x evaluations", "forward", "backward", "arithmetic", "DPO epochs"]
     header += ["tokens", "FLOPs", "Spearman", "overlap"]
+    rows = []
+    for each in plan.protocols:
+        agreement = [UNKNOWN, UNKNOWN] if each.protocol != "paper" else ["itself", "itself"]
+        if each.expected_agreement and each.protocol != "paper":
+            ranges = each.expected_agreement.values()
+            agreement = [f"{least:.4g} .. {largest:.4g}" for least, largest in ranges]
+        rows.append(
+            [
+                ", ".join(filter(None, (each.protocol, each.part))) + (" (this recipe)" if each.own else ""),
+                f"{len(each.seeds)} x {each.evaluations}",
+                f"{each.forward_passes:.4g} P",
+                f"{each.backward_passes:.4g} P",
+                f"{each.nt:.4g} NT",
+                f"{each.dpo_epochs:.3g}",
+                readable(each.tokens),
+                readable(each.flops),
+                *agreement,
+            ]
+        )
     pairs = f" = {plan.pairs.kept:,}" if plan.pairs else ""
     legend = f"""
-forward, backward: passes of all P{pairs} pairs through the model, each with both completions: the reference
-  once, the scorers' training, each held-out evaluation
+forward, backward: passes of all P{pairs} pairs through the model, each with both completions
 arithmetic: N parameters, T tokens in all pairs, recomputed activations included
 DPO epochs: the arithmetic over that of one DPO epoch on all pairs, with the settings of `train`
 tokens, FLOPs: of all the scoring, cached or not, counted as for the jobs
 Spearman, overlap: agreement with `paper`, least .. largest as measured on {MEASURED_ON};
-  {_overlap_text(plan)}; noisier scorers keep less (docs/protocols.md). ?: not measured"""
-    return text_table(header, [_protocol_row(each) for each in plan.protocols]) + legend
-
-
-def _protocol_row(planned: PlannedProtocol) -> list[str]:
-    def agreement(measured: Range | None, digits: int) -> str:
-        if planned.protocol == "paper":
-            return "itself"
-        return "?" if measured is None else " .. ".join(f"{end:.{digits}f}" for end in measured)
-
-    part = {"least": ", at least", "most": ", at most"}.get(planned.part, "")
-    expected = planned.expected_agreement
-    return [
-        f"{planned.protocol}{part}{' (this recipe)' if planned.own else ''}",
-        f"{len(planned.seeds)} x {planned.evaluations}",
-        f"{planned.forward_passes:.4g} P",
-        f"{planned.backward_passes:.4g} P",
-        f"{planned.nt:.4g} NT",
-        f"{planned.dpo_epochs:.3g}",
-        "?" if planned.tokens is None else readable(planned.tokens),
-        "?" if planned.flops is None else readable(planned.flops),
-        agreement(expected and expected.spearman, 4),
-        agreement(expected and expected.overlap, 3),
-    ]
-
-
-def _overlap_text(plan: Plan) -> str:
-    select = plan.recipe.select
-    if select.aggregate != "mean":
-        return "not with the aggregate of this recipe"
-    fraction = easiest_fraction(select, plan.pairs.kept if plan.pairs else None)
-    if fraction is None:
-        return "the overlap not with the selection of this recipe"
-    nearest = nearest_fraction(fraction)
-    which = f", the nearest that was measured to this recipe's {fraction:.3g}"
-    return f"overlap of the easiest {nearest:.0%}{'' if math.isclose(nearest, fraction) else which}"
+  overlap of the easiest half, docs/protocols.md has others. Noisier scorers keep less. ?: not measured"""
+    return text_table(header, rows) + legend
 
 
 def _end_lines(plan: Plan) -> Iterator[str]:
-    todo = sum(not job.cached for job in plan.jobs)
-    time = UNKNOWN if plan.seconds is None else f"about {readable_time(plan.seconds)}"
-    without = ", answers not counted" if plan.recipe.evaluate.generation.prompts else ""
-    yield f"to do: {todo} of {len(plan.jobs)} jobs; time: {time}{without}"
+    if plan.jobs:
+        todo = sum(not job.cached for job in plan.jobs)
+        time = UNKNOWN if plan.seconds is None else f"about {readable_time(plan.seconds)}"
+        without = ", answers not counted" if plan.recipe.evaluate.generation.prompts else ""
+        yield f"to do: {todo} of {len(plan.jobs)} jobs; time: {time}{without}"
     disk = UNKNOWN
     if plan.disk_bytes is not None:
         disk = f"{readable_bytes(plan.disk_bytes.results)} for trained weights"
         if plan.disk_bytes.checkpoints:
             disk += f", and up to {readable_bytes(plan.disk_bytes.checkpoints)} for checkpoints meanwhile"
     yield f"disk: {disk}"
-    yield from (f"note: {line}" for line in plan.notes)
+    if plan.refused:
+        yield f"a run would refuse this: {plan.refused}"
     yield from (f"unknown: {line}" for line in plan.unknown)
-
-
-def _count(value: int | None) -> str:
-    return "?" if value is None else f"{value:,}"

@@ -72,7 +72,6 @@ from selective_dpo.losses import chance_loss
 from selective_dpo.models import load_policy, loading
 from selective_dpo.report.tables import label_for, seeds_note
 from selective_dpo.run.certified import certificate, scorers_until_stable
-from selective_dpo.run.costs import optimizer_steps, training_settings
 from selective_dpo.run.keys import (
     Run,
     curriculum_key,
@@ -98,7 +97,13 @@ from selective_dpo.run.keys import (
     weight_digests,
 )
 from selective_dpo.storage.artifacts import MANIFEST, is_complete, read_json, read_manifest
-from selective_dpo.training.arguments import ORIGINAL_DEFAULTS, autocast_dtype, weights_dtype
+from selective_dpo.training.arguments import (
+    ORIGINAL_DEFAULTS,
+    autocast_dtype,
+    optimizer_steps,
+    training_settings,
+    weights_dtype,
+)
 from selective_dpo.training.checkpointing import CheckpointPlan, discard_checkpoints
 from selective_dpo.training.train import TrainingJob, train_policy
 

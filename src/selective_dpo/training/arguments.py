@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig
@@ -122,3 +123,62 @@ def lora_config(settings: Settings | None, revision: str = "main") -> LoraConfig
         )
     except (ValueError, TypeError) as error:
         raise ConfigError(f"lora settings: {str(error).strip().splitlines()[0]}") from error
+
+
+class TrainingSettings(NamedTuple):
+    """What decides the cost of one stage's training, with the libraries' defaults filled in."""
+
+    pairs_per_batch: int
+    """On each process."""
+    accumulation: int
+    epochs: float
+    learning_rate: float
+    beta: float
+    optimizer: str
+    recomputes: bool
+    """Activation checkpointing: activations are computed again in the backward pass."""
+    compute_dtype: str
+    """The type of matrix multiplications: the mixed precision, else the weights' type."""
+    shards: str
+    """What processes divide among them: "", "optimizer" (ZeRO-1), "gradients" (and optimizer; ZeRO-2), or
+    "weights" (and all; ZeRO-3, FSDP). A DeepSpeed configuration in a file is not read."""
+    keeps_master_weights: bool
+    """DeepSpeed trains a float32 copy of 16-bit weights."""
+
+
+def training_settings(settings: Settings, model: ModelConfig) -> TrainingSettings:
+    """What `score.trainer` or `train.trainer` decide for a model loaded as `model` says."""
+
+    def value(name: str) -> Any:
+        return {**ORIGINAL_DEFAULTS, **settings}.get(name, getattr(DPOConfig, name))
+
+    checkpointing = value("activation_checkpointing")
+    if checkpointing is None:  # the older name counts only where the newer one is not given
+        checkpointing = value("gradient_checkpointing")
+    deepspeed, shards = settings.get("deepspeed"), ""
+    if settings.get("fsdp"):
+        shards = "weights"
+    elif isinstance(deepspeed, dict):
+        stage = (deepspeed.get("zero_optimization") or {}).get("stage", 0)
+        shards = {1: "optimizer", 2: "gradients", 3: "weights"}.get(stage, "")
+    return TrainingSettings(
+        pairs_per_batch=value("per_device_train_batch_size"),
+        accumulation=value("gradient_accumulation_steps"),
+        epochs=float(value("num_train_epochs")),
+        learning_rate=float(value("learning_rate")),
+        beta=float(value("beta")),
+        optimizer=str(value("optim")),
+        recomputes=bool(checkpointing),
+        compute_dtype=mixed_precision(settings, model) or model.dtype,
+        shards=shards,
+        keeps_master_weights=bool(deepspeed) and model.dtype != "float32",
+    )
+
+
+def optimizer_steps(pairs: int, settings: TrainingSettings, processes: int) -> int:
+    """Updates of a training: `accumulation` batches of every process make one, the last may have fewer.
+
+    Every process gets as many batches (accelerate's `even_batches`).
+    """
+    batches_per_process = math.ceil(math.ceil(pairs / settings.pairs_per_batch) / processes)
+    return math.ceil(settings.epochs * max(1, math.ceil(batches_per_process / settings.accumulation)))
