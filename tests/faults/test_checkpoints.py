@@ -33,7 +33,7 @@ FILES = (
     f"{TRAINER}/rng_state.pth",
     f"{TRAINER}/trainer_state.json",
     "progress.json",
-    "curriculum_order.json",
+    f"{TRAINER}/curriculum_order.json",
 )
 
 

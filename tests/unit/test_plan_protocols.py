@@ -18,7 +18,7 @@ from selective_dpo.curriculum.records import LossTable
 from selective_dpo.curriculum.select import Rule, select
 from selective_dpo.curriculum.table import curriculum_losses
 from selective_dpo.data.store import PairsSummary
-from selective_dpo.logprobs.padded import PartLengths
+from selective_dpo.logprobs.rows import PartLengths
 from selective_dpo.run.costs import Architecture, Models
 from selective_dpo.run.plan import (
     MEASURED_OVERLAP,

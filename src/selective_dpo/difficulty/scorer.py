@@ -30,8 +30,8 @@ from selective_dpo.errors import name_some
 from selective_dpo.identity import positions_of
 from selective_dpo.logprobs.compute import PairLogps, pair_logps
 from selective_dpo.logprobs.nonfinite import read_quarantine, require_few, write_quarantine
-from selective_dpo.logprobs.padded import part_lengths
 from selective_dpo.logprobs.reference import load_reference, with_reference, without_quarantined
+from selective_dpo.logprobs.rows import part_lengths
 from selective_dpo.losses import pair_losses
 from selective_dpo.models import load_policy, load_tokenizer
 from selective_dpo.storage.artifacts import write_json

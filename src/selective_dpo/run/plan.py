@@ -32,8 +32,7 @@ from selective_dpo.errors import DataError, ModelError, RunChangedError
 from selective_dpo.evaluation.evaluate import check_evaluation, policy_names
 from selective_dpo.evaluation.results import SELECTED
 from selective_dpo.identity import positions_of
-from selective_dpo.logprobs.packed import shared_lengths
-from selective_dpo.logprobs.padded import PartLengths, part_lengths
+from selective_dpo.logprobs.rows import PartLengths, part_lengths
 from selective_dpo.report.tables import DEFAULT_FRACTION, label_for, text_table
 from selective_dpo.run import costs
 from selective_dpo.run.costs import (
@@ -197,9 +196,7 @@ class KeptPairs(NamedTuple):
 
     def lengths(self, rows_per_pair: int) -> NDArray[np.int64]:
         """Tokens of each pair's row, or of the longer of its two: [P]."""
-        if rows_per_pair == 1:
-            return shared_lengths(*self.parts)
-        return self.parts.prompt_P + np.maximum(self.parts.chosen_P, self.parts.rejected_P)
+        return self.parts.packed_P if rows_per_pair == 1 else self.parts.padded_P
 
 
 class Inputs(NamedTuple):

@@ -19,7 +19,7 @@ from trl import DPOConfig
 from selective_dpo.curriculum.table import DIFFICULTY, PAIR_ID, Curriculum
 from selective_dpo.errors import ArtifactError, ConfigError, IdentityError, ModelError, name_some
 from selective_dpo.identity import ids_digest
-from selective_dpo.logprobs.padded import pair_lengths
+from selective_dpo.logprobs.rows import part_lengths
 from selective_dpo.models import require_full_model
 from selective_dpo.storage.artifacts import read_json, write_atomic
 from selective_dpo.training.batching import PairBatch, is_tokenized
@@ -92,7 +92,6 @@ class SelectiveDPOTrainer(PairTrainer):
         ids: list[str] = ordered[PAIR_ID][:]
         self._order_log = OrderLog(ids)
         self._position = {name: position for position, name in enumerate(ids)}
-        self._order_starts = _OrderLogStarts(self._order_log)
         self._difficulty_P = np.asarray(ordered[DIFFICULTY][:], dtype=np.float64)
         super().__init__(
             model,
@@ -103,7 +102,7 @@ class SelectiveDPOTrainer(PairTrainer):
             eval_dataset,
             processing_class,
             compute_metrics,
-            [*(callbacks or []), self._order_starts],
+            callbacks,
             *rest,
             **others,
         )
@@ -117,28 +116,17 @@ class SelectiveDPOTrainer(PairTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **others: Any) -> Any:
         """As `DPOTrainer.train`. From a checkpoint, what was consumed before it counts, too.
 
-        A checkpoint of another trainer does not say what that was: see `ConsumedOrder.unrecorded`.
-
         Raises:
             IdentityError: the checkpoint is of a training on another curriculum.
-            ArtifactError: what it says of the order cannot be read.
+            ArtifactError: it does not say what was consumed, as one of another trainer.
         """
         checkpoint = resume_from_checkpoint
         if checkpoint is True:
             checkpoint = get_last_checkpoint(self.args.output_dir)  # type: ignore[no-untyped-call]
-        self._order_starts.checkpoint = self._order_record(Path(checkpoint)) if checkpoint else None
+        self._order_log.start_training()
+        if checkpoint:
+            self._order_log.read_state(Path(checkpoint))  # what is refused is refused before it is loaded
         return super().train(resume_from_checkpoint, *args, **others)
-
-    def _order_record(self, checkpoint: Path) -> Path | None:
-        """The folder that says what was consumed before `checkpoint`; None: nobody asks this trainer."""
-        if (checkpoint / STATE).is_file():
-            self._order_log.read_state(checkpoint)  # what is refused is refused before anything is loaded
-        else:
-            logger.warning(
-                "%s does not say which pairs were consumed before it: consumed_order tells of those after it",
-                checkpoint,
-            )
-        return checkpoint
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
@@ -155,33 +143,6 @@ class SelectiveDPOTrainer(PairTrainer):
             # TRL logs the mean of this list, so one entry a pair gives the mean over pairs, whatever the
             # sizes of the batches.
             self._metrics["train"][DIFFICULTY].extend(self._difficulty_P[own].tolist())
-
-
-class _OrderLogStarts(TrainerCallback):
-    """Notes in the order log when a training, and when the data loader, begins."""
-
-    def __init__(self, log: OrderLog) -> None:
-        self._log = log
-        self.checkpoint: Path | None = None
-        """What the training resumes from, if it says what was consumed before."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._log.start_training()
-        if self.checkpoint is None:
-            return
-        if (self.checkpoint / STATE).is_file():
-            self._log.read_state(self.checkpoint)
-        else:
-            self._log.go_on_after(
-                state.global_step,
-                rows_in_batch=args.train_batch_size * args.world_size,
-                batches=args.gradient_accumulation_steps,
-            )
-        if args.ignore_data_skip:
-            self._log.begin_epoch_again()
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._log.start_epoch()
 
 
 def _refuse_adapter(model: Any) -> None:
@@ -211,6 +172,10 @@ def _require_order_kept(args: DPOConfig) -> None:
             "dataloader_in_order=False would train on whichever batch is ready first: set it to True",
         ),
         (
+            args.ignore_data_skip,
+            "ignore_data_skip=True would begin the curriculum again after a checkpoint: set it to False",
+        ),
+        (
             not loading.even_batches,
             "accelerator_config.even_batches=False leaves some processes without a last batch to share "
             "with the others: set it to True",
@@ -230,7 +195,7 @@ def _check_lengths(rows: Any, max_length: int | None) -> None:
     """Refuse pairs above `max_length` whose reference is that of the whole pair; else say they are cut."""
     if max_length is None or not is_tokenized(rows):
         return
-    lengths_P = pair_lengths(rows)
+    lengths_P = part_lengths(rows).padded_P
     long = np.flatnonzero(lengths_P > max_length)
     if not len(long):
         return
@@ -263,14 +228,11 @@ class ConsumedOrder(NamedTuple):
     """SHA-256 of the curriculum's order, run through as often as was consumed."""
     consumed_digest: str
     """SHA-256 of the order consumed."""
-    unrecorded: int = 0
-    """Rows consumed before a checkpoint that does not say which: one of another trainer. The other numbers
-    and digests are about what came after it, where the curriculum had to be continued."""
 
     @property
     def matches(self) -> bool:
         """Whether the curriculum's order was consumed, from its beginning; part of an epoch will do."""
-        return self.consumed > 0 and not self.unrecorded and self.expected_digest == self.consumed_digest
+        return self.consumed > 0 and self.expected_digest == self.consumed_digest
 
     @property
     def epochs(self) -> float:
@@ -296,35 +258,23 @@ class OrderLog:
 
     def start_training(self) -> None:
         """Forget an earlier training."""
-        self._epoch_rows = 0
-        self._goes_on = False
         self._repeated = 0
-        self._unrecorded = 0
         self._consumed: list[int] = []
-
-    def start_epoch(self) -> None:
-        """The data loader begins again; after `read_state`, it goes on instead."""
-        if not self._goes_on:
-            self._epoch_rows = 0
 
     def add(self, positions: Sequence[int]) -> list[int]:
         """One global batch: positions in the curriculum's order, over all processes, rank by rank.
 
         Returns those of them that do not merely fill the batch.
         """
-        self._goes_on = False
-        # Once the epoch is complete (`start_epoch` has not been called since), rows only fill the batch.
-        own = list(positions[: len(self._order) - self._epoch_rows])
+        own = list(positions[: len(self._order) - len(self._consumed) % len(self._order)])
         self._repeated += len(positions) - len(own)
         self._consumed += own
-        self._epoch_rows += len(own)
         return own
 
     def write_state(self, folder: Path) -> None:
         """Write what was consumed so far into a checkpoint: positions in the curriculum's order."""
         state = {
             "curriculum": ids_digest(self._order),
-            "unrecorded": self._unrecorded,
             "repeated_to_fill": self._repeated,
             "positions": self._consumed,
         }
@@ -338,12 +288,13 @@ class OrderLog:
             IdentityError: it is of another curriculum.
         """
         path = folder / STATE
-        state = read_json(path)
-        positions, unrecorded, repeated = (
-            state.get(name) for name in ("positions", "unrecorded", "repeated_to_fill")
-        )
-        if positions is None or unrecorded is None or repeated is None:
-            raise ArtifactError(f"{path} does not hold what a training writes; go on from another checkpoint")
+        state = read_json(path) if path.is_file() else {}
+        positions, repeated = state.get("positions"), state.get("repeated_to_fill")
+        if positions is None or repeated is None or state.get("unrecorded"):
+            raise ArtifactError(
+                f"{folder} does not say in {STATE} which pairs were consumed before it: go on from a "
+                "checkpoint of SelectiveDPOTrainer, or begin anew"
+            )
         own, other = ids_digest(self._order), state.get("curriculum")
         if other != own or max(positions, default=0) >= len(self._order):
             raise IdentityError(
@@ -351,42 +302,15 @@ class OrderLog:
                 f"{str(other)[:12]}, here {own[:12]}): go on with that one, or begin anew"
             )
         self._consumed, self._repeated = positions, repeated
-        self._go_on_after(unrecorded)
-
-    def go_on_after(self, updates: int, *, rows_in_batch: int, batches: int) -> None:
-        """Go on after so many updates of which nobody knows what they consumed.
-
-        Args:
-            rows_in_batch: on all processes.
-            batches: of an update.
-        """
-        rows = len(self._order)
-        in_epoch = -(-rows // (rows_in_batch * batches))
-        epochs, more = divmod(updates, in_epoch)
-        self.start_training()
-        self._go_on_after(epochs * rows + more * rows_in_batch * batches)
-
-    def _go_on_after(self, unrecorded: int) -> None:
-        self._unrecorded = unrecorded
-        # After the last row of an epoch comes the first one of the next.
-        self._epoch_rows = (unrecorded + len(self._consumed)) % len(self._order)
-        self._goes_on = True
-
-    def begin_epoch_again(self) -> None:
-        """The resumed training does not skip what it has consumed of its epoch."""
-        self._goes_on = False
 
     def result(self) -> ConsumedOrder:
         """Compare what was consumed with the curriculum's order, repeated per epoch."""
-        ids = [self._order[position] for position in self._consumed]
-        first = self._unrecorded % max(1, len(self._order))
-        repetitions = -(-(first + len(ids)) // max(1, len(self._order)))
-        expected = (self._order * repetitions)[first : first + len(ids)]
+        consumed, pairs = len(self._consumed), len(self._order)
+        expected = (self._order * -(-consumed // max(1, pairs)))[:consumed]
         return ConsumedOrder(
-            len(self._order),
-            len(ids),
+            pairs,
+            consumed,
             self._repeated,
             ids_digest(expected),
-            ids_digest(ids),
-            self._unrecorded,
+            ids_digest([self._order[position] for position in self._consumed]),
         )

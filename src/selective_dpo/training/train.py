@@ -33,7 +33,7 @@ from selective_dpo.training.checkpointing import (
     train_resumably,
 )
 from selective_dpo.training.publish import require_finite_weights, save_policy, trainer_facts, training_log
-from selective_dpo.training.selective_trainer import OrderLog, SelectiveDPOTrainer
+from selective_dpo.training.selective_trainer import SelectiveDPOTrainer
 
 
 class TrainingJob(NamedTuple):
@@ -64,14 +64,6 @@ class TrainingJob(NamedTuple):
 class _PolicyTrainer(ResumableTrainer, SelectiveDPOTrainer):
     """The trainer of a policy."""
 
-    @property
-    def order_log(self) -> OrderLog:
-        """What was consumed, for the checkpoints."""
-        return self._order_log
-
-    def _order_record(self, checkpoint: Path) -> None:
-        return None  # it is brought back with all else that a checkpoint gathers
-
 
 def train_policy(job: TrainingJob) -> None:
     """Train on the curriculum's pairs in its order; publish weights, card, log and the order consumed.
@@ -88,7 +80,7 @@ def train_policy(job: TrainingJob) -> None:
     curriculum = Curriculum.load(job.curriculum)
     with training_folder(job.recipe.train.trainer, job.tracking) as folder:
         trainer = _make_trainer(job, curriculum, folder)
-        earlier = train_resumably(trainer, job.checkpoints, [trainer.order_log])
+        earlier = train_resumably(trainer, job.checkpoints)
     order = trainer.consumed_order
     if not order.matches or order.epochs != trainer.args.num_train_epochs:
         raise IdentityError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from accelerate.utils import gather_object
@@ -21,24 +21,25 @@ from typing_extensions import override
 from selective_dpo.curriculum.table import PAIR_ID
 from selective_dpo.data.adapters import DropReason, read_pair
 from selective_dpo.errors import ConfigError, DataError, NotFiniteError, name_some
-from selective_dpo.logprobs.packing_support import PathName
+from selective_dpo.logprobs.packing_support import PathName, RowCollator
 from selective_dpo.logprobs.reference import CHOSEN_COLUMN, REJECTED_COLUMN
+from selective_dpo.logprobs.rows import PairRows, to_device
 from selective_dpo.losses import LOSSES, chance_loss
 from selective_dpo.models import attention_of
 from selective_dpo.training.batching import (
     PAIRS,
-    CollatedRows,
     LoggedMeans,
     PairBatch,
     PairCollator,
-    RowCollator,
     RowModel,
     WithinMemory,
     can_group,
     disable_dropout,
     group_batches,
     is_tokenized,
+    loss_inputs,
     row_collator,
+    token_columns,
     weigh_equally,
 )
 
@@ -220,7 +221,7 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
         Others: as for `DPOTrainer`.
 
     Raises:
-        ConfigError: the model's attention cannot be trained on this device.
+        ConfigError: `path` is none of these, or the model's attention cannot be trained on this device.
     """
 
     def __init__(
@@ -235,6 +236,8 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
         path: PathName = "auto",
         **others: Any,
     ) -> None:
+        if path not in get_args(PathName):
+            raise ConfigError(f"path={path!r} is none of {', '.join(get_args(PathName))}")
         self._path: PathName = path
         self._rows: RowCollator | Literal["unknown"] | None = "unknown"
         in_rows = args is not None and ref_model is None and has_reference(train_dataset)
@@ -415,13 +418,16 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
 
     def _mean_loss(self, model: Any, batch: PairBatch) -> Tensor:
         """TRL's loss of the pairs in `batch`, the blank ones included."""
-        collator = self._row_collator(model)
-        if collator is None or not batch.is_text:
+        if self._rows == "unknown":  # at the first batch, when the model is where it is trained
+            self._rows = row_collator(self, model, self._path)
+        if self._rows is None or not batch.is_text:
             plain: Tensor = super().compute_loss(model, self._plain_inputs(batch))
             return plain
-        rows = collator(batch).to(self.accelerator.device)
-        with self._reference_in(rows):
-            loss: Tensor = super().compute_loss(RowModel(model, self.accelerator, rows), dict(rows.inputs))
+        device = self.accelerator.device
+        rows = self._rows(token_columns(batch)).to(device)
+        inputs = {name: to_device(part, device) for name, part in loss_inputs(batch).items()}
+        with self._reference_in(inputs, rows):
+            loss: Tensor = super().compute_loss(RowModel(model, self.accelerator, rows), inputs)
         return loss
 
     def _plain_inputs(self, batch: PairBatch) -> dict[str, Any]:
@@ -436,21 +442,14 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
         prepared: dict[str, Any] = self._prepare_inputs(inputs)
         return prepared
 
-    def _row_collator(self, model: Any) -> RowCollator | None:
-        """Made at the first batch, when the model is where it is trained."""
-        if self._rows == "unknown":
-            self._rows = row_collator(self, model, self._path)
-        return self._rows
-
     @contextlib.contextmanager
-    def _reference_in(self, rows: CollatedRows) -> Iterator[None]:
+    def _reference_in(self, inputs: dict[str, Tensor], rows: PairRows) -> Iterator[None]:
         """Inside, the inputs of TRL's loss carry the reference's log-probs, from the same rows."""
         if self.precompute_ref_logps:
             yield
             return
         reference = RowModel(self.ref_model or self.model, self.accelerator, rows)
-        chosen_B, rejected_B = self.compute_ref_log_probs(reference, rows.inputs)
-        rows.inputs[CHOSEN_COLUMN], rows.inputs[REJECTED_COLUMN] = chosen_B, rejected_B
+        inputs[CHOSEN_COLUMN], inputs[REJECTED_COLUMN] = self.compute_ref_log_probs(reference, inputs)
         # TRL reads the log-probs from the batch where it believes them computed beforehand.
         self.precompute_ref_logps = True
         try:
