@@ -22,12 +22,12 @@ from selective_dpo.training.checkpointing import (
     PROGRESS,
     TRAINER,
     CheckpointPlan,
+    Checkpoints,
     checkpoints_in,
     discard_checkpoints,
-    is_disk_error,
+    disk_reason,
     keep_only,
     newest_checkpoint,
-    require_layout,
     train_resumably,
     write_checkpoint,
 )
@@ -80,16 +80,17 @@ def test_how_often_checkpoints_are_made_is_no_part_of_what_they_are(plan: Checkp
 
 
 def test_another_layout_is_refused_with_both(plan: CheckpointPlan) -> None:
-    then, now = (
-        "8 process(es), 128 pairs an update, MULTI_GPU",
-        "4 process(es), 64 pairs an update, MULTI_GPU",
-    )
-    place = plan.place(3)
-    require_layout(then, then, place)
-    with pytest.raises(
-        ConfigError, match=r"8 process\(es\), 128 pairs .* 4 process\(es\), 64 pairs"
-    ) as caught:
-        require_layout(then, now, place)
+    args = SimpleNamespace(per_device_train_batch_size=8, gradient_accumulation_steps=8)
+    place = checkpoint_at(plan, 3)
+    now = "1 process(es), 64 pairs an update, NO"
+    checkpoints = Checkpoints(SimpleNamespace(args=args), plan, [], lambda: False)
+    with publish_folder(place, kind=KIND, key=plan.key) as partial:
+        write_json(partial / PROGRESS, {"step": 3, "steps": 9, "layout": now})
+    assert checkpoints.find() == place
+    with publish_folder(place, kind=KIND, key=plan.key) as partial:
+        write_json(partial / PROGRESS, {"layout": "8 process(es), 128 pairs an update, MULTI_GPU"})
+    with pytest.raises(ConfigError, match=r"8 process\(es\), 128 pairs .* 1 process\(es\), 64 p") as caught:
+        checkpoints.find()
     assert f"delete {plan.folder} to begin this training anew" in str(caught.value)
 
 
@@ -140,7 +141,7 @@ def test_what_the_disk_refuses_leaves_nothing(plan: CheckpointPlan, error: Excep
 
 
 def test_other_errors_are_not_taken_for_the_disk(plan: CheckpointPlan) -> None:
-    assert not is_disk_error(RuntimeError("CUDA error")) and not is_disk_error(ValueError("disk"))
+    assert disk_reason(RuntimeError("CUDA error")) == disk_reason(ValueError("disk")) == ""
 
     def write(folder: Path) -> None:
         raise RuntimeError("a bug")

@@ -50,7 +50,7 @@ from selective_dpo.training.checkpointing import (
     train_resumably,
 )
 from selective_dpo.training.publish import save_policy, trainer_facts, training_log
-from selective_dpo.training.train import TrainingProgress, training_folder, without_printed_logs
+from selective_dpo.training.train import TrainingProgress, training_folder
 from selective_dpo.training.trainer import PairTrainer
 
 logger = logging.getLogger(__name__)
@@ -171,7 +171,7 @@ def _make_trainer(
         peft_config=lora_config(config.lora, job.recipe.model.revision),
         callbacks=[evaluations, TrainingProgress(job.run.name)],
     )
-    return without_printed_logs(trainer), evaluations
+    return trainer, evaluations
 
 
 def forward_model(trainer: Any) -> Any:

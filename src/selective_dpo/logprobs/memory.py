@@ -1,8 +1,7 @@
 """Batches that fit into memory: budgets, cutting, and trying again with less.
 
-A batch of B rows of T tokens holds B * T activations and, for its mask and scores, B * T * T numbers.
-Both are bounded, so memory does not depend on how lengths are distributed. The costliest batch runs
-first: if memory runs out it does so at the beginning, the budget is halved, and what is left is cut anew.
+A batch of B rows of T tokens holds B * T activations and B * T * T numbers of its mask and scores; both are
+bounded. The costliest batch runs first, so that memory runs out at the beginning, if at all.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Which rows a model reads for pairs: packed ones, with the prompt shared, or padded ones.
 
-The rules know which of transformers' models compute packed rows rightly; the choice is tried on a pair. Where
-both are right, the cheaper ones are taken: packed rows hold fewer tokens, but their mask makes attention cost
-the square of a longer row.
+Rules know which of transformers' models compute packed rows rightly, and it is tried on a pair. Packed rows
+hold fewer tokens, but their mask makes attention cost the square of a longer row: the cheaper ones are taken.
 """
 
 from __future__ import annotations
@@ -41,30 +40,13 @@ _TAKES_ANY_MASK = ("sdpa", "eager", "flex_attention")
 _ORDINARY_LAYERS = frozenset({"full_attention", "sliding_attention"})
 
 
-class RowLayout(NamedTuple):
-    """How pairs go through a model, and why."""
+def packing_obstacle(model: Any, longest: int) -> str | None:
+    """What keeps a causal language model, wrapped or not, from sharing a prompt between two completions in
+    one row, if anything.
 
-    name: Literal["shared", "padded"]
-    """`shared`: prompt, chosen and rejected packed into one row; `padded`: a row for each completion."""
-    reason: str
-
-
-def choose_path(model: Any, longest: int) -> RowLayout:
-    """Packed rows where the model's attention can take them, padded rows where it cannot.
-
-    Args:
-        model: A causal language model, wrapped or not.
-        longest: Tokens of the longest prompt + completion that will be computed. Windows of attention
-            at least as long never cut anything, so they do not matter.
+    `longest` are the tokens of the longest prompt + completion that will be computed. Windows of attention
+    at least as long never cut anything.
     """
-    obstacle = _obstacle(model, longest)
-    if obstacle is not None:
-        return RowLayout("padded", obstacle)
-    return RowLayout("shared", f"{attention_of(model)} attention takes a mask for each token")
-
-
-def _obstacle(model: Any, longest: int) -> str | None:
-    """What keeps the model from sharing a prompt between two completions in one row, if anything."""
     inner = language_model(model)
     config = inner.config.get_text_config()
     if any(adapter.is_prompt_learning for adapter in getattr(model, "peft_config", {}).values()):
@@ -93,14 +75,15 @@ def _obstacle(model: Any, longest: int) -> str | None:
 
 
 class RowCosts(NamedTuple):
-    """What rows cost in one layer of a model, in FLOPs of a matrix product as fast as its linear layers."""
+    """What rows cost in one layer of a model, in FLOPs of a matrix product as fast as its linear layers.
+
+    For each token, padding included, and for each of the T * T cells of a row's attention: under a packed
+    row's mask all of them are computed, and causal attention skips about half of a padded row's.
+    """
 
     token: float
-    """Each token of a row, padding included."""
     packed_cell: float
-    """Each of the T * T cells of a packed row's attention, all of which are computed under a mask."""
     padded_cell: float
-    """Each of the T * T cells of a padded row's, about half of which causal attention skips."""
 
 
 _CELL_RATES = {"cpu": (1.1, 0.55), "cuda": (5.0, 0.9)}
@@ -195,20 +178,15 @@ def group_by_length(lengths_B: NDArray[np.int64], worth_a_pass: int) -> list[lis
     of 0..B-1 exactly once.
     """
     order = np.argsort(-lengths_B, kind="stable")
-    # costs[n]: of the best grouping of the n longest; starts[n]: where its last group begins.
-    costs, starts = [0], [0]
+    # best[n]: what the n longest pairs cost, and their groups.
+    best: list[tuple[int, list[list[int]]]] = [(0, [])]
     for end in range(1, len(order) + 1):
-        each = [
-            costs[start] + worth_a_pass + (end - start) * int(lengths_B[order[start]]) for start in range(end)
-        ]
-        starts.append(int(np.argmin(each)))
-        costs.append(each[starts[end]])
-    groups: list[list[int]] = []
-    end = len(order)
-    while end:
-        groups.insert(0, sorted(order[starts[end] : end].tolist()))
-        end = starts[end]
-    return groups
+        cost, start = min(
+            (best[start][0] + worth_a_pass + (end - start) * int(lengths_B[order[start]]), start)
+            for start in range(end)
+        )
+        best.append((cost, [*best[start][1], sorted(order[start:end].tolist())]))
+    return best[-1][1]
 
 
 # --- the choice ---------------------------------------------------------------------------------------------
@@ -252,17 +230,17 @@ def plan_rows(model: Any, tokens: Dataset, pad_token_id: int, name: PathName) ->
     packed, masked = RowPlan("packed", lengths.packed_P), RowPlan("masked", lengths.padded_P)
     if name != "auto":
         return packed if name == "shared" else masked
-    layout = choose_path(model, int(lengths.padded_P.max(initial=0)))
-    if layout.name == "shared" and len(tokens):
+    obstacle = packing_obstacle(model, int(lengths.padded_P.max(initial=0)))
+    if obstacle is None and len(tokens):
         difference, tolerance = _tried_difference(model, tokens, lengths.packed_P, pad_token_id)
         if difference > tolerance:
-            reason = f"shared rows change this model's log-probs by {difference:.2g} a token"
-            layout = RowLayout("padded", reason)
+            obstacle = f"shared rows change this model's log-probs by {difference:.2g} a token"
         elif not _packed_saves(row_costs(model), lengths.packed_P, lengths.padded_P):
-            say_once(RowLayout("padded", "at these lengths a shared prompt saves less than its mask costs"))
+            say_once(2, "at these lengths a shared prompt saves less than its mask costs")
             return RowPlan("padded", lengths.padded_P)
-    say_once(layout)
-    return packed if layout.name == "shared" else masked
+    plan = packed if obstacle is None else masked
+    say_once(plan.rows_per_pair, obstacle or f"{attention_of(model)} attention takes a mask for each token")
+    return plan
 
 
 class _Trial(NamedTuple):
@@ -325,8 +303,8 @@ def gap_per_token(ours_B2: Tensor, plain_B2: Tensor, counts_B2: Tensor) -> Tenso
 
 
 @functools.cache
-def say_once(layout: RowLayout) -> None:
+def say_once(rows_per_pair: int, reason: str) -> None:
     """Say which rows are computed and why, once for each answer."""
-    rows = "one row a pair" if layout.name == "shared" else "one row a completion"
     if this_process().is_main_process:
-        sys.stderr.write(f"log-probs: {rows} ({layout.reason})\n")
+        rows = "one row a pair" if rows_per_pair == 1 else "one row a completion"
+        sys.stderr.write(f"log-probs: {rows} ({reason})\n")

@@ -1,14 +1,11 @@
 """The rows of tokens that a model reads for pairs, packed or padded, and the forward pass over them.
 
-A packed row is `prompt, chosen without its last token, rejected without its last token`. Attention lets a
-token see the prompt and the earlier tokens of its own part, and positions start again after the prompt for
-each completion, so every token is computed as it would be in a row of its own. The prompt's last position
-predicts the first token of both completions; a completion's last token predicts nothing and is left out.
-A padded row holds a prompt and one completion.
+A packed row is `prompt, chosen without its last token, rejected without its last token`. A token sees the
+prompt and the earlier tokens of its own part, and positions start again after the prompt for each completion,
+so every token is computed as it would be in a row of its own. A padded row has the prompt and one completion.
 
-The head is TRL's (`trl.trainer.utils.add_fused_lm_head`): logit scaling, soft-capping, bias, sharded weights
-and its backward pass are not written a second time. It is shown only the positions that predict a token of
-a completion; on devices without Triton it would project every position.
+The head is TRL's (`trl.trainer.utils.add_fused_lm_head`), shown only the positions that predict a token of a
+completion; on devices without Triton it would project every position.
 
 Dimension suffixes: P pairs of a data set, B pairs of a batch, R rows (B packed or 2B padded ones), T tokens
 of a row, 2B the chosen completions followed by the rejected ones, N labels (tokens of all completions that
@@ -53,8 +50,7 @@ Pairs = Mapping[str, Sequence[Sequence[int]]]
 
 RowKind = Literal["packed", "padded", "masked"]
 """`packed`: a row for each pair; `padded`: one for each completion, without a mask, since causal attention
-hides padding at a row's end from every token before; `masked`: the same with a mask of the padding, for
-models whose attention is not causal, or that read more from it."""
+hides padding at a row's end; `masked`: the same with a mask of the padding, for models that want one."""
 
 
 class PartLengths(NamedTuple):
@@ -86,18 +82,17 @@ def part_lengths(tokens: Dataset) -> PartLengths:
 
 
 class RowBatch(NamedTuple):
-    """Right-padded rows, and where each completion's tokens are predicted in them."""
+    """Right-padded rows [R, T], and where each completion's tokens are predicted in them; all int64."""
 
     input_ids: Tensor
-    """[R, T] int64."""
     position_ids: Tensor | None
-    """[R, T] int64; each completion counts on from the prompt. None: not packed."""
+    """Each completion counts on from the prompt. None: not packed."""
     parts: Tensor | None
-    """[R, T] int64: PROMPT, CHOSEN, REJECTED or PADDING. None: not packed."""
+    """PROMPT, CHOSEN, REJECTED or PADDING. None: not packed."""
     attention_mask: Tensor | None
-    """[R, T] int64: 0 for padding. None: not masked."""
+    """0 for padding. None: not masked."""
     labels_N: Tensor
-    """The completions' tokens, int64, chosen ones first, completion by completion."""
+    """The completions' tokens, chosen ones first, completion by completion."""
     predicted_at_N: Tensor
     """The position, counted through the flattened [R * T], that predicts each label."""
     places_2BL: Tensor
@@ -285,7 +280,7 @@ def forward_fields(model: Any, rows: PairRows) -> dict[str, Tensor]:
 
     Differentiable, also where there is no label at all, so that every process has a gradient to share. Which
     of `TOKEN_FIELDS` there are is for the head to say that `model` carries. For packed rows,
-    `packing_support.choose_path` must have said that the model's attention can take them.
+    `packing_support.packing_obstacle` must have found none.
     """
     outputs = [row_outputs(model, group) for group in rows.groups]
     longest = max(group.places_2BL.shape[1] for group in rows.groups)

@@ -37,7 +37,7 @@ from selective_dpo.config import ModelConfig, Recipe, Settings
 from selective_dpo.difficulty.protocols import planned_runs
 from selective_dpo.errors import ConfigError
 from selective_dpo.logprobs.memory import Budget, TokenBudget, bounded_batches, most_tokens
-from selective_dpo.logprobs.packing_support import choose_path
+from selective_dpo.logprobs.packing_support import packing_obstacle
 from selective_dpo.models import load_model_config, load_policy, loading
 from selective_dpo.training.arguments import ORIGINAL_DEFAULTS, mixed_precision, weights_dtype
 from selective_dpo.training.checkpointing import KEPT
@@ -106,7 +106,7 @@ def models_of(recipe: Recipe) -> Models:
     model = build_on_meta(recipe.model)
     sizes = architecture_of(model)
     model.config._attn_implementation = recipe.model.attention
-    rows_per_pair = 1 if choose_path(model, recipe.data.max_length).name == "shared" else 2
+    rows_per_pair = 2 if packing_obstacle(model, recipe.data.max_length) else 1
     score_lora = None if recipe.curriculum else recipe.score.lora
     return Models(
         sizes,

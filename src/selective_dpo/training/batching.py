@@ -28,8 +28,7 @@ from selective_dpo.logprobs.memory import attempt
 from selective_dpo.logprobs.packing_support import (
     PathName,
     RowCollator,
-    RowLayout,
-    choose_path,
+    packing_obstacle,
     plan_rows,
     say_once,
 )
@@ -114,8 +113,7 @@ class PairBatch:
 class PairCollator:
     """Makes a `PairBatch` of rows, cut to `max_length` as TRL's collator cuts them.
 
-    The batch also has a tensor with as many entries as TRL's padded rows, from which transformers reads the
-    batch's size.
+    Beside it is a tensor with as many entries as TRL's padded rows, for transformers to read the size from.
     """
 
     def __init__(self, max_length: int | None, truncation_mode: str, *, has_tokens: bool) -> None:
@@ -157,12 +155,11 @@ def weigh_equally(
     An optimizer step averages over processes and over accumulated batches. The last update of an epoch has
     fewer pairs: its batches differ in size, and on several processes the data loader fills them with pairs
     from the epoch's beginning. Averages of averages would weigh some pairs more than others, and train on the
-    repeated ones twice, so a policy would depend on the number of processes. Here the update becomes the mean
-    over its own pairs, for every loss that is a mean over pairs (`losses.LOSSES`).
+    repeated ones twice. Here the update becomes the mean over its own pairs, for every loss that is a mean
+    over pairs (`losses.LOSSES`). A blank pair has no completion, hence log-probs of 0 without a gradient.
 
     Batches are dealt in rounds, in which each process in turn gets `batch_size` consecutive pairs of the
-    epoch's `pairs`. `first` is the update's first round. A blank pair has no completion, hence log-probs of
-    0 without a gradient. Nothing is blank in an update that is full.
+    epoch's `pairs`. `first` is the update's first round.
     """
     starts = [(first + number) * batch_size * processes for number in range(len(batches))]
     in_update = sum(min(batch_size * processes, pairs - start) for start in starts)
@@ -184,9 +181,8 @@ def can_group(batches: Sequence[PairBatch]) -> bool:
 def group_batches(batches: Sequence[PairBatch]) -> list[PairBatch]:
     """The same pairs in as many batches of the same sizes, pairs of similar length together, longest first.
 
-    Padding costs what the longest row of a batch is longer than the others. Within one optimizer step, which
-    averages over all of them, pairs may change places. The smallest batch gets the longest pairs. `batches`
-    must have passed `can_group`; weights go with the pairs.
+    That saves padding; the smallest batch gets the longest pairs. `batches` must have passed `can_group`;
+    weights go with the pairs.
     """
     a_pair = batches[0].weight / len(batches[0].pairs)
     left = sorted(
@@ -214,55 +210,6 @@ PAIR_MEANS = (
 """What TRL logs as means over the pairs of a batch."""
 
 
-class LoggedMeans:
-    """TRL's lists of numbers to log, kept right where batches are weighed, split or run again.
-
-    TRL appends one number a pass, the mean over its pairs or tokens, and logs the mean of each list. Its
-    count of tokens is kept right, too.
-    """
-
-    def __init__(self, trainer: Any) -> None:
-        self._trainer = trainer
-        self.start_update()
-
-    def weigh(self, weight: float) -> None:
-        """Weigh the last pass as its loss is.
-
-        TRL's mean over passes of each one's mean then becomes the mean over the update's own pairs; a blank
-        pair counts in it with 0.
-        """
-        for name in PAIR_MEANS:
-            self._lists[name][-1] *= weight
-
-    def start_update(self) -> None:
-        """What is logged from here on belongs to the next update."""
-        self.start_batch()
-        self._at_update, self._tokens = self._at_batch, self._trainer._total_train_tokens
-
-    def back_to_update(self) -> None:
-        """Forget what was logged since the update began."""
-        for name, values in self._lists.items():
-            del values[self._at_update.get(name, 0) :]
-        self._trainer._total_train_tokens = self._tokens
-
-    def start_batch(self) -> None:
-        """What is logged from here on belongs to the next batch."""
-        self._at_batch = {name: len(values) for name, values in self._lists.items()}
-
-    def join(self, pairs: Sequence[int]) -> None:
-        """The batch was run in passes of so many pairs, each weighed: make one number of theirs."""
-        share = np.array(pairs) / sum(pairs)
-        for name, values in self._lists.items():
-            start = self._at_batch.get(name, 0)
-            own = values[start:]
-            if len(own) == len(pairs):
-                values[start:] = [float(sum(own) if name in PAIR_MEANS else share @ own)]
-
-    @property
-    def _lists(self) -> Any:
-        return self._trainer._metrics["train"]
-
-
 def split_batch(batch: PairBatch, max_tokens: int | None) -> list[PairBatch]:
     """The batch in parts of at most `max_tokens` padded tokens, a pair being the least; the longest first.
 
@@ -286,24 +233,27 @@ class WithinMemory:
     of zero: no pair is lost, none counts twice. Several processes exchange gradients in each pass; there,
     running out of memory ends the training, with the remedy, and its checkpoints are kept.
 
+    TRL appends a number to each of its lists in each pass, a mean over its pairs or tokens, and logs the
+    mean of the list. The lists, and TRL's count of tokens, are kept right where a batch is split or run
+    again.
+
     Args:
         obstacle: why batches cannot be split, in a few words; empty: they can.
-        logged: what passes log.
-        zero_gradients: sets them to what they are when an update begins.
     """
 
-    def __init__(
-        self, *, obstacle: Callable[[], str], logged: LoggedMeans, zero_gradients: Callable[[], object]
-    ) -> None:
-        self._obstacle, self._logged, self._zero_gradients = obstacle, logged, zero_gradients
+    def __init__(self, trainer: Any, obstacle: Callable[[], str]) -> None:
+        self._trainer, self._obstacle = trainer, obstacle
         self.max_tokens: int | None = None
         """Padded tokens that a pass holds at most, once memory has run out; None: those of a whole batch."""
-        self._done: list[PairBatch] = []
+        self.start_update()
 
     def start_update(self) -> None:
-        """The next batch is the first of an update."""
-        self._done = []
-        self._logged.start_update()
+        """The next batch, and what is logged from here on, are those of another update."""
+        self._done: list[PairBatch] = []
+        self._logged_before, self._tokens_before = self._logged(), self._trainer._total_train_tokens
+
+    def _logged(self) -> dict[str, int]:
+        return {name: len(values) for name, values in self._trainer._metrics["train"].items()}
 
     def step(self, batch: PairBatch, run: Callable[[PairBatch], Tensor]) -> Tensor:
         """`run` the batch forward and backward, and return the sum of what it returns for its parts.
@@ -317,15 +267,17 @@ class WithinMemory:
             if loss is not None:
                 losses.append(loss)
                 continue
-            self._zero_gradients()
-            self._logged.back_to_update()
+            self._trainer.model.zero_grad()
+            for name, values in self._trainer._metrics["train"].items():
+                del values[self._logged_before.get(name, 0) :]
+            self._trainer._total_train_tokens = self._tokens_before
             batches, losses = [*self._done, batch], []
         self._done.append(batch)
         return losses[-1]
 
     def _run(self, batch: PairBatch, run: Callable[[PairBatch], Tensor]) -> Tensor | None:
         """The loss; None where memory ran out, and will be used more sparingly from now on."""
-        self._logged.start_batch()
+        before = self._logged()
         parts = split_batch(batch, self.max_tokens)
         losses = list[Tensor]()
         for part in parts:
@@ -335,7 +287,11 @@ class WithinMemory:
                 return None
             losses.append(loss)
         if len(parts) > 1:
-            self._logged.join([len(part.pairs) for part in parts])
+            share = np.array([len(part.pairs) for part in parts]) / len(batch.pairs)
+            for name, values in self._trainer._metrics["train"].items():
+                own = values[before.get(name, 0) :]
+                if len(own) == len(parts):  # the means over pairs are weighed already, as the losses are
+                    values[-len(own) :] = [float(sum(own) if name in PAIR_MEANS else share @ own)]
         return torch.stack(losses).sum()
 
     def _lower(self, part: PairBatch, problem: str) -> None:
@@ -426,7 +382,7 @@ def row_collator(trainer: Any, model: Any, path: PathName) -> RowCollator | None
     if obstacle is not None:
         if path == "shared":
             raise ConfigError(f'path="shared" cannot be had: {obstacle}; leave path out')
-        say_once(RowLayout("padded", obstacle))
+        say_once(2, obstacle)
         return None
     pad_token_id = trainer._tokenizer.pad_token_id
     was_training = model.training
@@ -461,8 +417,9 @@ def _obstacle(trainer: Any, model: nn.Module) -> str | None:
     ]
     found = next((reason for applies, reason in obstacles if applies), None)
     if found is None and reference is not None and not trainer.precompute_ref_logps:
-        layout = choose_path(reference, int(part_lengths(trainer.train_dataset).padded_P.max(initial=0)))
-        found = f"the reference model: {layout.reason}" if layout.name == "padded" else None
+        longest = int(part_lengths(trainer.train_dataset).padded_P.max(initial=0))
+        problem = packing_obstacle(reference, longest)
+        found = problem and f"the reference model: {problem}"
     return found
 
 

@@ -2,14 +2,12 @@
 
     RUN/checkpoints/JOB/step-000123/
       manifest.json            digests of all files, written last; the key of the job it belongs to
-      progress.json            where the training stood, and how it was distributed
+      progress.json            where the training stood: what transformers forgets, and how it was distributed
       trainer/checkpoint-123/  transformers' own: weights, optimizer, schedule, random states
       ...                      what else the training has gathered (see `Part`)
 
-Saving and resuming are transformers' own. This file adds: a checkpoint is written aside and published whole
-with its digests; it is made by time, on SIGTERM and at the end; and it also holds what transformers forgets:
-pending metrics, and the parts. So a resumed training ends in the same records, order, log and weights as an
-undisturbed one. Checkpoints are private to a run, and removed when the training's result is published.
+A resumed training ends in the same records, order, log and weights as an undisturbed one. Checkpoints are
+private to a run, and removed when the training's result is published.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from accelerate.utils import broadcast_object_list, gather_object
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import Trainer, TrainerCallback
+from transformers import PrinterCallback, Trainer, TrainerCallback
 from typing_extensions import override
 
 from selective_dpo.distributed.processes import on_any_process, this_process
@@ -118,22 +116,6 @@ def newest_checkpoint(plan: CheckpointPlan) -> tuple[Path | None, list[str]]:
     return None, passed_over
 
 
-def require_layout(then: str, now: str, folder: Path) -> None:
-    """Refuse to resume in another layout than that of the checkpoint in `folder`.
-
-    Another number of processes with the same settings is another number of pairs in an update, so the
-    training would not come to the same end; and what was computed so far is the user's to throw away.
-
-    Raises:
-        ConfigError: both layouts are named.
-    """
-    if then != now:
-        raise ConfigError(
-            f"{folder} was made by {then}; now there are {now}: start as many processes as before to go on, "
-            f"or delete {folder.parent} to begin this training anew"
-        )
-
-
 def checkpoints_in(folder: Path) -> list[Path]:
     """Folders of that name, whole or not, the oldest first."""
     numbers = {path: path.name.removeprefix("step-") for path in folder.glob("step-*")}
@@ -177,15 +159,15 @@ def write_checkpoint(place: Path, *, key: str, write: Callable[[Path], None]) ->
                 try:
                     folder = stack.enter_context(publish_folder(place, kind=KIND, key=key))
                 except (OSError, BusyError) as error:
-                    problem = disk_reason(error)
+                    problem = disk_reason(error) or str(error)
             folder, problem = from_main((folder, problem))
             if folder is not None:
                 try:
                     write(folder)
                 except Exception as error:
-                    if not is_disk_error(error):
-                        raise
                     problem = disk_reason(error)
+                    if not problem:
+                        raise
                 problem = next(filter(None, gather_object([problem])), "")
             if problem:
                 raise _NotWrittenError
@@ -196,17 +178,12 @@ def write_checkpoint(place: Path, *, key: str, write: Callable[[Path], None]) ->
     return from_main(problem)
 
 
-def is_disk_error(error: Exception) -> bool:
-    """Whether writing failed because of the disk, whatever library wrote."""
-    if isinstance(error, RuntimeError):
-        return any(text in str(error) for text in _TORCH_SAVE)
-    return isinstance(error, OSError | SafetensorError)
-
-
 def disk_reason(error: Exception) -> str:
-    """The system's message, on one line."""
-    if isinstance(error, RuntimeError):
+    """Why the disk refused, whatever library wrote, on one line; empty: it was not the disk."""
+    if isinstance(error, RuntimeError) and any(text in str(error) for text in _TORCH_SAVE):
         return "a file could not be written whole; is the disk full?"
+    if not isinstance(error, OSError | SafetensorError):
+        return ""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(text.split())[:200] or type(error).__name__
 
@@ -241,6 +218,7 @@ class ResumableTrainer(Trainer):
 
     def __init__(self, *args: Any, **others: Any) -> None:
         super().__init__(*args, **others)
+        self.remove_callback(PrinterCallback)  # log entries stay in the trainer's history
         self.weights = weights_of(self.model)
         """What the trained model is to be saved with."""
 
@@ -317,24 +295,28 @@ class Checkpoints(TrainerCallback):
     def find(self) -> Path | None:
         """What to resume from; the main process looks, and says so.
 
+        Another number of processes with the same settings is another number of pairs in an update, so the
+        training would not come to the same end; and what was computed so far is the user's to throw away.
+
         Raises:
-            ConfigError: on all processes; see `require_layout`.
+            ConfigError: on all processes: the checkpoint was made in another layout. Both are named.
         """
-        found, refusal = None, None
+        found, problem = None, ""
         if self._process.is_main_process:
             found, passed_over = newest_checkpoint(self._plan)
             for line in passed_over:
                 _say(line)
-            try:
-                if found is not None:
-                    progress = read_json(found / PROGRESS)
-                    require_layout(progress["layout"], self._layout, found)
-                    _say(f"going on from {found}, step {progress['step']:,} of {progress['steps']:,}")
-            except ConfigError as error:
-                refusal = error
-        found, refusal = from_main((found, refusal))
-        if refusal is not None:
-            raise refusal
+            progress = read_json(found / PROGRESS) if found is not None else {}
+            if progress and progress["layout"] != self._layout:
+                problem = (
+                    f"{found} was made by {progress['layout']}; now there are {self._layout}: start as many "
+                    f"processes as before to go on, or delete {self._plan.folder} to begin this training anew"
+                )
+            elif progress:
+                _say(f"going on from {found}, step {progress['step']:,} of {progress['steps']:,}")
+        found, problem = from_main((found, problem))
+        if problem:
+            raise ConfigError(problem)
         self._good = [] if found is None else [found]
         return found
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from selective_dpo.errors import ConfigError, ModelError, name_some
 from selective_dpo.models import shown_path
 from selective_dpo.storage.artifacts import read_json, write_json
-from selective_dpo.training.checkpointing import disk_reason, from_main, is_disk_error
+from selective_dpo.training.checkpointing import disk_reason, from_main
 
 _PEFT_SETS = ("target_modules", "exclude_modules")
 
@@ -44,9 +44,10 @@ def save_policy(trainer: Any, folder: Path, *, dtype: str) -> None:
         try:
             trainer._save(str(folder), state if adapter_only else _cast(state, getattr(torch, dtype)))
         except Exception as error:
-            if is_disk_error(error) and not isinstance(error, OSError):
-                raise OSError(errno.ENOSPC, disk_reason(error), str(folder)) from error
-            raise
+            reason = disk_reason(error)
+            if isinstance(error, OSError) or not reason:
+                raise
+            raise OSError(errno.ENOSPC, reason, str(folder)) from error
         for name in ("training_args.bin", "README.md"):
             (folder / name).unlink(missing_ok=True)
         _tidy(folder / "adapter_config.json", folder / "config.json", dtype)

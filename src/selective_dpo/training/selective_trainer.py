@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,7 +75,13 @@ class SelectiveDPOTrainer(PairTrainer):
                 f"curriculum is a {type(curriculum).__name__}: pass a Curriculum, as build_curriculum(...) "
                 "returns or Curriculum.load(FOLDER) reads it"
             )
-        _refuse_adapter(model)
+        if isinstance(model, str):
+            require_full_model(model)
+        elif getattr(model, "_hf_peft_config_loaded", False):
+            raise ModelError(
+                "model holds a PEFT adapter that transformers has loaded, whose place a new one would take: "
+                "load it with peft.AutoPeftModelForCausalLM.from_pretrained and pass its merge_and_unload()"
+            )
         if args is None:
             args = DPOConfig(
                 "selective-dpo",
@@ -145,50 +152,25 @@ class SelectiveDPOTrainer(PairTrainer):
             self._metrics["train"][DIFFICULTY].extend(self._difficulty_P[own].tolist())
 
 
-def _refuse_adapter(model: Any) -> None:
-    if isinstance(model, str):
-        require_full_model(model)
-    elif getattr(model, "_hf_peft_config_loaded", False):
-        raise ModelError(
-            "model holds a PEFT adapter that transformers has loaded, whose place a new one would take: load "
-            "it with peft.AutoPeftModelForCausalLM.from_pretrained and pass its merge_and_unload()"
-        )
+_KEEPS_ORDER: dict[str, tuple[Any, str]] = {
+    "train_sampling_strategy": (
+        "sequential",
+        'shuffle the curriculum (for a shuffled order, build it with order="shuffled")',
+    ),
+    "dataloader_drop_last": (False, "drop the curriculum's last pairs"),
+    "dataloader_in_order": (True, "train on whichever batch is ready first"),
+    "ignore_data_skip": (False, "begin the curriculum again after a checkpoint"),
+    "accelerator_config.even_batches": (True, "leave some processes without a last batch to share"),
+    "accelerator_config.dispatch_batches": (False, "join batches of different lengths"),
+}
+"""Arguments: what each one must be, and what it would do else."""
 
 
 def _require_order_kept(args: DPOConfig) -> None:
-    strategy, loading = args.train_sampling_strategy, args.accelerator_config
-    problems = [
-        (
-            strategy != "sequential",
-            f'train_sampling_strategy="{strategy}" would shuffle the curriculum: set it to "sequential" (for '
-            'a shuffled order, build the curriculum with order="shuffled")',
-        ),
-        (
-            args.dataloader_drop_last,
-            "dataloader_drop_last=True would drop the curriculum's last pairs: set it to False",
-        ),
-        (
-            not args.dataloader_in_order,
-            "dataloader_in_order=False would train on whichever batch is ready first: set it to True",
-        ),
-        (
-            args.ignore_data_skip,
-            "ignore_data_skip=True would begin the curriculum again after a checkpoint: set it to False",
-        ),
-        (
-            not loading.even_batches,
-            "accelerator_config.even_batches=False leaves some processes without a last batch to share "
-            "with the others: set it to True",
-        ),
-        (
-            bool(loading.dispatch_batches),
-            "accelerator_config.dispatch_batches=True joins batches of different lengths, which cannot be "
-            "done: leave it out",
-        ),
-    ]
-    for is_wrong, message in problems:
-        if is_wrong:
-            raise ConfigError(message)
+    for name, (needed, effect) in _KEEPS_ORDER.items():
+        value = attrgetter(name)(args)
+        if (value or False) != needed:
+            raise ConfigError(f"{name}={value!r} would {effect}: set it to {needed!r}")
 
 
 def _check_lengths(rows: Any, max_length: int | None) -> None:

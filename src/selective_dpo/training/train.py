@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers import PrinterCallback, TrainerCallback
+from transformers import TrainerCallback
 from typing_extensions import override
 
 from selective_dpo.config import TRAINING_SEED, Recipe, Settings, TrainConfig
@@ -118,7 +118,7 @@ def _make_trainer(job: TrainingJob, curriculum: Curriculum, folder: Path) -> Any
         sequential=True,
     )
     held = weights_dtype(recipe.model, recipe.train.lora, recipe.train.trainer)
-    trainer = _PolicyTrainer(
+    return _PolicyTrainer(
         hold_for_training(load_policy(recipe.model), args, held),
         args=args,
         train_dataset=rows,
@@ -128,7 +128,6 @@ def _make_trainer(job: TrainingJob, curriculum: Curriculum, folder: Path) -> Any
         curriculum=curriculum,
         callbacks=[TrainingProgress(job.name)],
     )
-    return without_printed_logs(trainer)
 
 
 def _require_same_pairs(curriculum: Curriculum, ids: list[str]) -> None:
@@ -238,9 +237,3 @@ class TrainingProgress(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._progress is not None:
             self._progress.close()
-
-
-def without_printed_logs(trainer: Any) -> Any:
-    """`trainer` without transformers' habit of printing each log entry; they stay in its history."""
-    trainer.remove_callback(PrinterCallback)
-    return trainer

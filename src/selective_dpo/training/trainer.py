@@ -27,8 +27,8 @@ from selective_dpo.logprobs.rows import PairRows, to_device
 from selective_dpo.losses import LOSSES, chance_loss
 from selective_dpo.models import attention_of
 from selective_dpo.training.batching import (
+    PAIR_MEANS,
     PAIRS,
-    LoggedMeans,
     PairBatch,
     PairCollator,
     RowModel,
@@ -46,8 +46,6 @@ from selective_dpo.training.batching import (
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
-PARTS = ("prompt", "chosen", "rejected")
-
 
 def has_reference(dataset: Any) -> bool:
     """Whether the rows carry reference log-probs."""
@@ -58,24 +56,20 @@ def with_reference_in_rows(args: DPOConfig, evaluated: Any) -> tuple[DPOConfig, 
     """For training rows that carry the reference's log-probs: `args`, and whether `evaluated` carry them.
 
     Where they do, TRL is to compute nothing. Else its `precompute_ref_log_probs` makes up for what they lack,
-    with the model as it is before training.
-
-    Args:
-        evaluated: as TRL takes it: one set of rows, several by name, or None.
+    with the model as it is before training. `evaluated` is as TRL takes it: one set of rows, several by name,
+    or None.
 
     Raises:
         ConfigError: `args` need a reference that fixed sums of log-probs cannot give.
     """
-    problems = [
-        (args.sync_ref_model, "sync_ref_model changes the reference during training"),
-        (args.ld_alpha is not None, "ld_alpha weighs the reference's tokens one by one"),
-    ]
-    for is_wrong, reason in problems:
-        if is_wrong:
-            raise ConfigError(
-                f"{reason}, but the rows carry its log-probs as sums ({CHOSEN_COLUMN}, {REJECTED_COLUMN}): "
-                "leave the option out, or remove the columns"
-            )
+    problem = "sync_ref_model changes the reference during training" if args.sync_ref_model else ""
+    if args.ld_alpha is not None:
+        problem = "ld_alpha weighs the reference's tokens one by one"
+    if problem:
+        raise ConfigError(
+            f"{problem}, but the rows carry its log-probs as sums ({CHOSEN_COLUMN}, {REJECTED_COLUMN}): "
+            "leave the option out, or remove the columns"
+        )
     sets = evaluated.values() if isinstance(evaluated, dict) else [] if evaluated is None else [evaluated]
     in_all = all(map(has_reference, sets))
     args = copy.copy(args)
@@ -90,15 +84,8 @@ def as_scored(row: Mapping[str, Any]) -> dict[str, Any]:
     left as it is.
     """
     pair = read_pair(row)
-    return {} if isinstance(pair, DropReason) else {part: getattr(pair, part) for part in PARTS}
-
-
-def _named_missing(before: Dataset, after: Dataset) -> str:
-    """The pairs that `after` lacks, where they have ids."""
-    if "pair_id" not in before.column_names:
-        return ""
-    left = set(after["pair_id"])
-    return f" ({name_some(pair for pair in before['pair_id'] if pair not in left)})"
+    parts = ("prompt", "chosen", "rejected")
+    return {} if isinstance(pair, DropReason) else {part: getattr(pair, part) for part in parts}
 
 
 # --- losses and gradients that are not finite ---------------------------------------------------------------
@@ -121,11 +108,15 @@ def require_finite_loss(
         NotFiniteError: on all processes alike.
     """
     is_bad = ~loss.detach().isfinite().all()
-    if _nowhere(trainer, is_bad):
+    if not _on_any_process(trainer, is_bad):
         return
     # Computed on every process, since the others wait for it; named where the loss is.
-    bad = _not_finite(batch, loss_of)
-    named = sorted(set(gather_object(bad.ids if is_bad else [])))
+    at_fault = []
+    if batch.is_text:
+        with torch.no_grad():
+            alone = [batch.take([place]) for place in range(len(batch.pairs))]
+            at_fault = [name for pair in alone if not loss_of(pair).isfinite() for name in pair.ids]
+    named = sorted(set(gather_object((at_fault or batch.ids) if is_bad else [])))
     # The same on all processes, blank and repeated pairs included.
     pairs = len(batch.pairs) * trainer.accelerator.num_processes
     which = name_some(named, limit=_NAMED) if named else "their ids are not known: the rows have no pair_id"
@@ -135,16 +126,6 @@ def require_finite_loss(
         "(data.exclude), or, if it is most of them, lower learning_rate or use bfloat16 or float32 instead "
         "of float16"
     )
-
-
-def _not_finite(batch: PairBatch, loss_of: Callable[[PairBatch], Tensor]) -> PairBatch:
-    """The pairs whose own loss is not finite; all of the batch where no pair is at fault alone."""
-    if not batch.is_text:
-        return batch
-    places = range(len(batch.pairs))
-    with torch.no_grad():
-        at_fault = [place for place in places if not loss_of(batch.take([place])).isfinite()]
-    return batch.take(at_fault) if at_fault else batch
 
 
 class FiniteGradients(TrainerCallback):
@@ -168,7 +149,10 @@ class FiniteGradients(TrainerCallback):
         gradients = [weight.grad for weight in trainer.model.parameters() if weight.grad is not None]
         # Of a gradient that is spread over processes, each one looks at its own part.
         parts = [part.to_local() if hasattr(part, "to_local") else part for part in gradients]
-        if _nowhere(trainer, _any_not_finite(parts, trainer.accelerator.device)):
+        # The norm is not finite if any number is not: one look at the device. It may also overflow by itself.
+        is_bad = bool(parts) and not torch.nn.utils.get_total_norm(parts).isfinite()
+        is_bad = is_bad and not all(bool(part.isfinite().all()) for part in parts)
+        if not _on_any_process(trainer, torch.tensor(is_bad, device=trainer.accelerator.device)):
             return
         named = sorted(set(gather_object(list(self._pairs()))))
         which = f" ({name_some(named, limit=_NAMED)})" if named else ""
@@ -179,18 +163,10 @@ class FiniteGradients(TrainerCallback):
         )
 
 
-def _nowhere(trainer: Any, flag: Tensor) -> bool:
-    """Whether `flag` is false on all processes."""
+def _on_any_process(trainer: Any, flag: Tensor) -> bool:
     if trainer.accelerator.num_processes > 1:
         flag = trainer.accelerator.gather(flag.reshape(1)).any()
-    return not bool(flag)
-
-
-def _any_not_finite(parts: list[Tensor], device: torch.device) -> Tensor:
-    # The norm is not finite if any number is not: one look at the device. It may also overflow by itself.
-    if not parts or bool(torch.nn.utils.get_total_norm(parts).isfinite()):
-        return torch.tensor(False, device=device)
-    return torch.tensor(not all(bool(part.isfinite().all()) for part in parts), device=device)
+    return bool(flag)
 
 
 # --- the trainer --------------------------------------------------------------------------------------------
@@ -255,21 +231,15 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
                 disable_dropout(self.ref_model)
         if self.accelerator.device.type == "cpu" and attention_of(self.model) == "flex_attention":
             raise ConfigError("flex_attention cannot be trained on a CPU: use sdpa (model.attention)")
-        self._logged = LoggedMeans(self)
-        self._memory = WithinMemory(
-            obstacle=self._obstacle_to_smaller_passes,
-            logged=self._logged,
-            zero_gradients=self.model.zero_grad,
-        )
+        self._memory = WithinMemory(self, self._obstacle_to_smaller_passes)
         self._update: list[PairBatch] = []
-        self.add_callback(FiniteGradients(self, self._ids_of_update))
-
-    def _ids_of_update(self) -> list[str]:
-        return [name for batch in self._update for name in batch.ids]
+        self.add_callback(
+            FiniteGradients(self, lambda: [name for batch in self._update for name in batch.ids])
+        )
 
     @property
     def ref_model(self) -> Any:
-        """TRL's reference model; None where the rows carry its log-probs, or an adapter can be left out."""
+        """TRL's; None where the rows carry its log-probs, or an adapter can be left out."""
         return self._ref_model
 
     @ref_model.setter
@@ -322,10 +292,13 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
         pairs = dataset.map(as_scored)
         prepared = super()._prepare_dataset(pairs, processing_class, args, dataset_name)
         if isinstance(dataset, Dataset) and len(prepared) != len(dataset):
+            which = ""
+            if PAIR_ID in dataset.column_names:
+                left = set(prepared[PAIR_ID])
+                which = f" ({name_some(pair for pair in dataset[PAIR_ID] if pair not in left)})"
             raise DataError(
                 f"{dataset_name} data: the prompt alone fills max_length {args.max_length} in "
-                f"{len(dataset) - len(prepared):,} pairs{_named_missing(dataset, prepared)}; raise "
-                "max_length, or leave them out"
+                f"{len(dataset) - len(prepared):,} pairs{which}; raise max_length, or leave them out"
             )
         return prepared
 
@@ -411,7 +384,10 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
             require_finite_loss(self, loss, batch, lambda pairs: self._mean_loss(model, pairs))
         if batch.weight == 1.0 and not batch.blanks:
             return loss
-        self._logged.weigh(batch.weight)
+        # TRL's mean over passes of each one's mean then becomes the mean over the update's own pairs; a blank
+        # pair counts in it with 0.
+        for name in PAIR_MEANS:
+            self._metrics["train"][name][-1] *= batch.weight
         if batch.blanks:  # A blank pair's log-probs are all 0, as an unmoved policy's log-ratios.
             loss = loss - batch.blanks / len(batch.pairs) * chance_loss(vars(self.args))
         return batch.weight * loss
