@@ -240,20 +240,16 @@ def remote_code(config: ModelConfig) -> dict[str, str] | None:
     return found
 
 
+@functools.cache
 def _announce_remote_code(config: ModelConfig) -> None:
     if config.trust_remote_code:
         tokenizer = f" and {config.tokenizer}" if config.tokenizer else ""
-        _say_once(f"{config.path} ({config.revision}){tokenizer}")
-
-
-@functools.cache
-def _say_once(where: str) -> None:
-    # Without any logging set up, Python writes warnings to stderr, and so does the command line.
-    logger.warning(
-        "WARNING: model.trust_remote_code is on: Python code that comes with %s runs with all your rights; "
-        "leave it off unless you have read that code",
-        where,
-    )
+        # Without any logging set up, Python writes warnings to stderr, and so does the command line.
+        logger.warning(
+            "WARNING: model.trust_remote_code is on: Python code that comes with %s runs with all your "
+            "rights; leave it off unless you have read that code",
+            f"{config.path} ({config.revision}){tokenizer}",
+        )
 
 
 def _explain(what: str, path: str, error: BaseException) -> str:

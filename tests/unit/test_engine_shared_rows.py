@@ -354,7 +354,7 @@ def test_a_pair_without_a_number_proves_nothing(monkeypatch: pytest.MonkeyPatch)
         model.get_input_embeddings().weight[9] = float("nan")  # a token of the longer pair only
     for _ in range(2):
         assert np.isnan(_measure(model, "auto", _pairs()).rejected_P[0])
-        assert model not in support._TRIALS
+        assert not support._TRIALS[model]
 
 
 def test_no_pairs_give_no_log_probs() -> None:

@@ -80,7 +80,7 @@ def test_how_often_checkpoints_are_made_is_no_part_of_what_they_are(plan: Checkp
 
 
 def test_another_layout_is_refused_with_both(plan: CheckpointPlan) -> None:
-    args = SimpleNamespace(per_device_train_batch_size=8, gradient_accumulation_steps=8)
+    args = SimpleNamespace(per_device_train_batch_size=8, gradient_accumulation_steps=8, output_dir="")
     place = checkpoint_at(plan, 3)
     now = "1 process(es), 64 pairs an update, NO"
     checkpoints = Checkpoints(SimpleNamespace(args=args), plan, [], lambda: False)

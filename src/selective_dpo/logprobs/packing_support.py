@@ -243,17 +243,10 @@ def plan_rows(model: Any, tokens: Dataset, pad_token_id: int, name: PathName) ->
     return plan
 
 
-class _Trial(NamedTuple):
-    """What came of trying packed and padded rows."""
+_Trials = dict[tuple[str, str, bool], tuple[int, float]]
+"""By attention, device and half precision: tokens of the pair that was tried, and the difference."""
 
-    under: tuple[str, str, bool]
-    """Attention, device, and whether in half precision."""
-    tokens: int
-    """Of the pair that was tried."""
-    difference: float
-
-
-_TRIALS: WeakKeyDictionary[torch.nn.Module, _Trial] = WeakKeyDictionary()
+_TRIALS: WeakKeyDictionary[torch.nn.Module, _Trials] = WeakKeyDictionary()
 
 
 def _tried_difference(
@@ -271,11 +264,10 @@ def _tried_difference(
     short = np.flatnonzero(packed_P <= _TRIED_TOKENS)
     row = int(short[np.argmax(packed_P[short])]) if len(short) else int(np.argmin(packed_P))
     length, under = int(packed_P[row]), (attention_of(model), device.type, half)
-    before = _TRIALS.get(inner)
-    if before is None or before.under != under:
-        before = _Trial(under, -1, 0.0)
-    if before.tokens >= min(length, _TRIED_TOKENS):
-        return before.difference, tolerance
+    trials = _TRIALS.setdefault(inner, {})
+    tried, difference = trials.get(under, (-1, 0.0))
+    if tried >= min(length, _TRIED_TOKENS):
+        return difference, tolerance
     pairs = tokens[[row]]
     kinds: tuple[RowKind, ...] = ("masked", "packed", "padded")
     collators = [RowCollator(model, pad_token_id=pad_token_id, kind=kind) for kind in kinds]
@@ -286,9 +278,9 @@ def _tried_difference(
     # All processes must choose alike, even if rounding differs between them.
     if this_process().num_processes > 1:
         gaps = gather(gaps.to(this_process().device))
-    difference = max(before.difference, float(gaps.nan_to_num(0.0, posinf=torch.inf).max()))
+    difference = max(difference, float(gaps.nan_to_num(0.0, posinf=torch.inf).max()))
     if not gaps.isnan().any():
-        _TRIALS[inner] = _Trial(under, length, difference)
+        trials[under] = (length, difference)
     return difference, tolerance
 
 

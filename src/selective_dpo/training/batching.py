@@ -172,26 +172,23 @@ def weigh_equally(
     return weighed
 
 
-def can_group(batches: Sequence[PairBatch]) -> bool:
-    """Whether pairs may change places between these batches: each weighs the same in the update."""
-    weights = {batch.weight / len(batch.pairs) for batch in batches}
-    return len(batches) > 1 and all(batch.is_text for batch in batches) and len(weights) == 1
-
-
 def group_batches(batches: Sequence[PairBatch]) -> list[PairBatch]:
     """The same pairs in as many batches of the same sizes, pairs of similar length together, longest first.
 
-    That saves padding; the smallest batch gets the longest pairs. `batches` must have passed `can_group`;
-    weights go with the pairs.
+    That saves padding; the smallest batch gets the longest pairs. Where a pair weighs more in one batch than
+    in another, or is no text, the batches stay as they are.
     """
-    a_pair = batches[0].weight / len(batches[0].pairs)
+    a_pair = [batch.weight / len(batch.pairs) for batch in batches]
+    is_equal = np.allclose(a_pair, a_pair[:1], rtol=1e-9)
+    if len(batches) == 1 or not is_equal or not all(batch.is_text for batch in batches):
+        return list(batches)
     left = sorted(
         (pair for batch in batches for pair in batch.pairs),
         key=lambda pair: (-2 * pair.lengths[0] - pair.lengths[1] - pair.lengths[2], -pair.longest),
     )
     grouped = []
     for size in sorted(len(batch.pairs) for batch in batches):
-        grouped.append(PairBatch(left[:size], a_pair * size))
+        grouped.append(PairBatch(left[:size], a_pair[0] * size))
         left = left[size:]
     return grouped
 

@@ -17,7 +17,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -197,17 +197,6 @@ def from_main(value: Value) -> Value:
     return values[0]
 
 
-@contextlib.contextmanager
-def _saving_to(args: Any, folder: Path, *, without_optimizer: bool) -> Iterator[None]:
-    """Inside, a trainer with these arguments saves its checkpoints below `folder`."""
-    before = args.output_dir, args.save_only_model
-    args.output_dir, args.save_only_model = str(folder), without_optimizer
-    try:
-        yield
-    finally:
-        args.output_dir, args.save_only_model = before
-
-
 # --- the training -------------------------------------------------------------------------------------------
 
 
@@ -228,6 +217,9 @@ class ResumableTrainer(Trainer):
 
     def create_model_card(self, *args: Any, **others: Any) -> None:
         """None of TRL's beside a checkpoint."""
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self.checkpoints.saving_to if self.checkpoints is not None else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         save = super()._save_checkpoint
@@ -284,6 +276,7 @@ class Checkpoints(TrainerCallback):
         self._started = self._last = time.monotonic()
         self.earlier_seconds = 0.0
         self._is_stopping = False
+        self.saving_to: str = trainer.args.output_dir
         self._good: list[Path] = []
         args, processes = trainer.args, self._process.num_processes
         pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
@@ -391,10 +384,9 @@ class Checkpoints(TrainerCallback):
         }
 
         def write(folder: Path) -> None:
-            with _saving_to(
-                trainer.args, folder / TRAINER, without_optimizer=_is_last(state) and not sharded
-            ):
-                write_files()
+            self.saving_to = str(folder / TRAINER)
+            trainer.args.save_only_model = _is_last(state) and not sharded
+            write_files()
             if self._process.is_main_process:
                 for pickled in folder.rglob("training_args.bin"):
                     pickled.unlink()  # transformers' arguments as a pickle; nobody needs them

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import safe_open
 from torch import Tensor
 
 from selective_dpo.errors import ConfigError, ModelError, name_some
@@ -26,21 +25,22 @@ def save_policy(trainer: Any, folder: Path, *, dtype: str) -> None:
 
     Weights that are spread over processes are gathered, whatever the settings say of checkpoints. Those of a
     whole model are written in `dtype`, the starting model's, although they may have been trained in float32.
-    transformers puts its training arguments beside them as a pickle, which nobody needs for using the
-    model and nobody should have to trust, and PEFT a card with the base's path: both are removed.
+    transformers' pickled arguments and PEFT's card, which holds the base's path, are removed.
 
     Args:
-        trainer: a `ResumableTrainer`; its `weights` are what must have been written in the end.
+        trainer: a `ResumableTrainer`; its `weights` are what must be there in the end.
 
     Raises:
-        ModelError: some of them were not; on all processes.
+        ModelError: some of them are not; on all processes.
         OSError: the disk is full, or refuses in another way.
     """
     adapter_only = isinstance(trainer.accelerator.unwrap_model(trainer.model), PeftModel)
     state = _gathered(trainer, adapter_only=adapter_only)
     problem = ""
     if trainer.args.should_save:
-        absent = trainer.weights.keys() - state.keys()
+        wanted = trainer.weights
+        absent = sorted(name for name in wanted if name not in state or state[name].numel() < wanted[name])
+        problem = f"{len(absent):,} of {len(wanted):,}, {name_some(absent, limit=2)}" if absent else ""
         try:
             trainer._save(str(folder), state if adapter_only else _cast(state, getattr(torch, dtype)))
         except Exception as error:
@@ -51,14 +51,11 @@ def save_policy(trainer: Any, folder: Path, *, dtype: str) -> None:
         for name in ("training_args.bin", "README.md"):
             (folder / name).unlink(missing_ok=True)
         _tidy(folder / "adapter_config.json", folder / "config.json", dtype)
-        written, wanted = _numbers_in(folder), sum(trainer.weights.values())
-        if absent or written < wanted:
-            problem = f"{written:,} of the model's {wanted:,} numbers were written"
-            problem += f", nothing of {name_some(sorted(absent), limit=2)}" if absent else ""
     if problem := from_main(problem):
         raise ModelError(
-            f"the trained weights could not be saved whole ({problem}); nothing was published, and the "
-            "training's checkpoints are kept: run the same command again, without sharding if it repeats"
+            f"the trained weights could not be gathered whole (without {problem}); nothing was published, "
+            "and the training's checkpoints are kept: run the same command again, without sharding if it "
+            "repeats"
         )
 
 
@@ -82,15 +79,6 @@ def _cast(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
             done[key] = tensor.to("cpu", dtype) if tensor.is_floating_point() else tensor
         cast[name] = done[key]  # weights that are tied to each other stay so
     return cast
-
-
-def _numbers_in(folder: Path) -> int:
-    """Numbers in all files of weights; their headers are read."""
-    count = 0
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-    return count
 
 
 def _tidy(adapter: Path, model: Path, dtype: str) -> None:
@@ -140,11 +128,10 @@ def training_log(trainer: Any) -> dict[str, Any]:
     A gradient norm, for one, is infinite where float16 training skips a step.
     """
     history = [
-        # Sorted, since a checkpoint does not keep the order of names.
         {
-            name: entry[name] if _is_json(entry[name]) else None
-            for name in sorted(entry)
-            if not _is_clock(name)
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in sorted(entry.items())  # a checkpoint does not keep the order of names
+            if not name.endswith(("_runtime", "_per_second"))
         }
         for entry in trainer.state.log_history
     ]
@@ -160,11 +147,3 @@ def trainer_facts(trainer: Any) -> dict[str, Any]:
         "device": trainer.accelerator.device.type,
         "trained_tokens": int(trainer._total_train_tokens),
     }
-
-
-def _is_clock(name: str) -> bool:
-    return name.endswith(("_runtime", "_per_second"))
-
-
-def _is_json(value: object) -> bool:
-    return not isinstance(value, float) or math.isfinite(value)

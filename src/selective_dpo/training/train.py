@@ -222,7 +222,6 @@ class TrainingProgress(TrainerCallback):
 
     def __init__(self, what: str) -> None:
         self._what = what
-        self._progress: Progress | None = None
 
     @override
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -230,10 +229,8 @@ class TrainingProgress(TrainerCallback):
 
     @override
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._progress is not None:
-            self._progress.advance(1)
+        self._progress.advance(1)
 
     @override
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._progress is not None:
-            self._progress.close()
+        self._progress.close()

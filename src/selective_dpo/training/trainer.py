@@ -33,7 +33,6 @@ from selective_dpo.training.batching import (
     PairCollator,
     RowModel,
     WithinMemory,
-    can_group,
     disable_dropout,
     group_batches,
     is_tokenized,
@@ -330,7 +329,7 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
                 processes=processes,
                 process=self.accelerator.process_index,
             )
-        if self._path != "padded" and self._means_over_pairs() and can_group(update):
+        if self._path != "padded" and self._means_over_pairs():
             update = group_batches(update)
         self._update = update
         return [{**batch, PAIRS: own} for batch, own in zip(batches, update, strict=True)], items
