@@ -3,8 +3,8 @@
     python benchmarks/rows.py --json benchmarks/results/rows.json
 
 `path="auto"` takes a row for each pair, its prompt once, or a row for each completion, whichever it expects
-to cost less; `path="padded"` is what TRL does. The model, pairs and thread are the same; A B A B, after both
-gave the same log-probs.
+to cost less; `path="padded"` takes a row for each completion, in training as TRL makes it. The model, pairs
+and thread are the same; A B A B, after both gave the same log-probs.
 """
 
 from __future__ import annotations

@@ -140,10 +140,6 @@ def discard_checkpoints(folder: Path) -> None:
 # --- writing: by all processes into one folder aside, published by the main one -----------------------------
 
 
-class _NotWrittenError(Exception):
-    """On all processes alike: one of them could not write its part."""
-
-
 def write_checkpoint(place: Path, *, key: str, write: Callable[[Path], None]) -> str:
     """Publish the checkpoint `place`; `write` fills the folder that it is given, on each process.
 
@@ -170,10 +166,8 @@ def write_checkpoint(place: Path, *, key: str, write: Callable[[Path], None]) ->
                         raise
                 problem = next(filter(None, gather_object([problem])), "")
             if problem:
-                raise _NotWrittenError
-    except _NotWrittenError:
-        pass
-    except OSError as error:  # of the main process, while publishing
+                raise OSError(problem)
+    except OSError as error:  # this one, or that of the main process while publishing
         problem = disk_reason(error)
     return from_main(problem)
 

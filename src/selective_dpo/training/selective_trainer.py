@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 from trl import DPOConfig
@@ -65,7 +64,6 @@ class SelectiveDPOTrainer(PairTrainer):
         eval_dataset: Any = None,
         processing_class: Any = None,
         compute_metrics: Any = None,
-        callbacks: list[TrainerCallback] | None = None,
         *rest: Any,
         curriculum: Curriculum,
         **others: Any,
@@ -109,7 +107,6 @@ class SelectiveDPOTrainer(PairTrainer):
             eval_dataset,
             processing_class,
             compute_metrics,
-            callbacks,
             *rest,
             **others,
         )
