@@ -258,6 +258,26 @@ def test_other_models_take_padded_rows_and_say_why(make: Any, reason: str) -> No
     assert found and re.search(reason, found), found
 
 
+@pytest.mark.parametrize("make", [_bloom, _mamba, _jamba, _prompt_tuning])
+def test_their_rows_do_not_depend_on_what_they_are_padded_to(make: Any) -> None:
+    model = make().eval()
+    together = _measure(model, "auto", _pairs())
+    for row in range(2):
+        alone = _measure(model, "padded", _pairs().select([row]))
+        for ids, found in (
+            ("chosen_ids", together.chosen_P[row]),
+            ("rejected_ids", together.rejected_P[row]),
+        ):
+            pair = _pairs()[row]
+            tokens = torch.tensor([pair["prompt_ids"] + pair[ids]])
+            with torch.no_grad():
+                logits = model(input_ids=tokens).logits[0, -tokens.shape[1] :]
+            first = len(pair["prompt_ids"])
+            log_probs = logits[first - 1 : -1].log_softmax(dim=-1).gather(1, tokens[0, first:, None])
+            assert found == pytest.approx(float(log_probs.sum()), abs=1e-4)
+        assert alone.chosen_P[0] == pytest.approx(together.chosen_P[row], abs=1e-4)
+
+
 def _pairs(prompt: int = 3) -> Dataset:
     rows = [
         {

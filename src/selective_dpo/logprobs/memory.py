@@ -62,8 +62,8 @@ def budget_for(model: Any, tokens: TokenBudget) -> Budget:
     # gate, up and product.
     token_bytes = (10 * config.hidden_size + 3 * inner) * size
     # The mask; eager attention also holds scores, masked scores, their float32 softmax and the result.
-    scores = config.num_attention_heads * (3 * size + 4) if attention_of(model) == "eager" else 0
-    cell_bytes = size + 2 + scores
+    heads = getattr(config, "num_attention_heads", 0) if attention_of(model) == "eager" else 0
+    cell_bytes = size + 2 + heads * (3 * size + 4)
     if tokens == "auto":
         tokens = _automatic_tokens(next(model.parameters()).device, token_bytes, config.vocab_size)
     return Budget(tokens, max(tokens, tokens * token_bytes // cell_bytes))

@@ -143,7 +143,7 @@ class RowCollator:
         splits: bool = False,
     ) -> None:
         self._pad_token_id, self._kind, self._splits = pad_token_id, kind, splits
-        self._costs = row_costs(model)
+        self._costs = row_costs(model) if kind is None else None
         self._multiple_of = math.lcm(multiple_of, 1 if kind == "masked" else width_multiple(model))
 
     def __call__(self, pairs: Pairs) -> PairRows:
@@ -163,6 +163,7 @@ class RowCollator:
     def _cheaper(self, lengths: PartLengths) -> RowKind:
         longest = (each.max(initial=1, keepdims=True) for each in (lengths.packed_P, lengths.padded_P))
         packed_1, padded_1 = (-(-each // self._multiple_of) * self._multiple_of for each in longest)
+        assert self._costs is not None
         return "packed" if _packed_saves(self._costs, packed_1, padded_1) else "padded"
 
 

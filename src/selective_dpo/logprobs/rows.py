@@ -303,7 +303,8 @@ def row_outputs(model: Any, batch: RowBatch) -> Any:
     positions = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
 
     def keep_predicting(module: Any, arguments: Any, output: Any) -> Any:
-        hidden_RTH = output.last_hidden_state
+        # Adapters of virtual tokens put them before each row.
+        hidden_RTH = output.last_hidden_state[:, -batch.input_ids.shape[1] :]
         at_N = batch.predicted_at_N.to(hidden_RTH.device)
         output.last_hidden_state = hidden_RTH.flatten(0, 1).index_select(0, at_N)[None]
         return output
