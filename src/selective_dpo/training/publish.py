@@ -31,32 +31,41 @@ def save_policy(trainer: Any, folder: Path, *, dtype: str) -> None:
         trainer: a `ResumableTrainer`; its `weights` are what must be there in the end.
 
     Raises:
-        ModelError: some of them are not; on all processes.
+        ConfigError: a weight is not finite; on all processes.
+        ModelError: some weights are not there; on all processes.
         OSError: the disk is full, or refuses in another way.
     """
     adapter_only = isinstance(trainer.accelerator.unwrap_model(trainer.model), PeftModel)
-    state = _gathered(trainer, adapter_only=adapter_only)
-    problem = ""
+    state, wanted = _gathered(trainer, adapter_only=adapter_only), trainer.weights
+    absent: list[str] = []
+    diverged = False
     if trainer.args.should_save:
-        wanted = trainer.weights
         absent = sorted(name for name in wanted if name not in state or state[name].numel() < wanted[name])
-        problem = f"{len(absent):,} of {len(wanted):,}, {name_some(absent, limit=2)}" if absent else ""
-        try:
-            trainer._save(str(folder), state if adapter_only else _cast(state, getattr(torch, dtype)))
-        except Exception as error:
-            reason = disk_reason(error)
-            if isinstance(error, OSError) or not reason:
-                raise
-            raise OSError(errno.ENOSPC, reason, str(folder)) from error
-        for name in ("training_args.bin", "README.md"):
-            (folder / name).unlink(missing_ok=True)
-        _tidy(folder / "adapter_config.json", folder / "config.json", dtype)
-    if problem := from_main(problem):
+        diverged = not all(bool(state[name].isfinite().all()) for name in wanted.keys() & state.keys())
+    absent, diverged = from_main((absent, diverged))
+    if absent:
         raise ModelError(
-            f"the trained weights could not be gathered whole (without {problem}); nothing was published, "
-            "and the training's checkpoints are kept: run the same command again, without sharding if it "
-            "repeats"
+            f"the trained weights could not be saved whole (without {len(absent):,} of {len(wanted):,}, "
+            f"{name_some(absent, limit=2)}); nothing was published, and the training's checkpoints are kept: "
+            "run the same command again, without sharding if it repeats"
         )
+    if diverged:
+        raise ConfigError(
+            f"the training diverged: weights are not finite after {trainer.state.global_step:,} updates; "
+            "lower learning_rate, or use bfloat16 or float32 instead of float16"
+        )
+    if not trainer.args.should_save:
+        return
+    try:
+        trainer._save(str(folder), state if adapter_only else _cast(state, getattr(torch, dtype)))
+    except Exception as error:
+        reason = disk_reason(error)
+        if isinstance(error, OSError) or not reason:
+            raise
+        raise OSError(errno.ENOSPC, reason, str(folder)) from error
+    for name in ("training_args.bin", "README.md"):
+        (folder / name).unlink(missing_ok=True)
+    _tidy(folder / "adapter_config.json", folder / "config.json", dtype)
 
 
 def _gathered(trainer: Any, *, adapter_only: bool) -> dict[str, Tensor]:
@@ -95,30 +104,6 @@ def _tidy(adapter: Path, model: Path, dtype: str) -> None:
         write_json(adapter, {**content, **sets, "base_model_name_or_path": base and shown_path(base)})
     if model.is_file():
         write_json(model, {**read_json(model), "dtype": dtype})
-
-
-def require_finite_weights(trainer: Any, *, settings: str) -> None:
-    """Refuse a training that ended in NaN or infinity; all processes must call this together.
-
-    Args:
-        settings: the recipe's key of the trainer settings, for the message.
-
-    Raises:
-        ConfigError: a trained weight is not finite, on any process.
-    """
-    trained = [weight for weight in trainer.model.parameters() if weight.requires_grad]
-    # Of a weight that is spread over processes (FSDP, ZeRO-3), each one looks at its own part.
-    parts = [
-        weight.to_local() if hasattr(weight, "to_local") else getattr(weight, "ds_tensor", weight)
-        for weight in trained
-    ]
-    bad = sum(int(not torch.isfinite(part).all()) for part in parts)
-    counts = trainer.accelerator.gather(torch.tensor([bad], device=trainer.accelerator.device))
-    if int(counts.sum()):
-        raise ConfigError(
-            f"the training diverged: weights are not finite after {trainer.state.global_step:,} updates; "
-            f"lower {settings}.learning_rate, or use bfloat16 or float32 instead of float16"
-        )
 
 
 def training_log(trainer: Any) -> dict[str, Any]:

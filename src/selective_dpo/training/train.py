@@ -32,7 +32,7 @@ from selective_dpo.training.checkpointing import (
     discard_checkpoints,
     train_resumably,
 )
-from selective_dpo.training.publish import require_finite_weights, save_policy, trainer_facts, training_log
+from selective_dpo.training.publish import save_policy, trainer_facts, training_log
 from selective_dpo.training.selective_trainer import SelectiveDPOTrainer
 
 
@@ -88,7 +88,6 @@ def train_policy(job: TrainingJob) -> None:
             f"digest {order.consumed_digest[:12]} instead of {trainer.args.num_train_epochs:g} times "
             f"{order.pairs:,} with {order.expected_digest[:12]}"
         )
-    require_finite_weights(trainer, settings="train.trainer")
     with publish_from_main(job.folder, kind="policy", key=job.key) as partial:
         save_policy(trainer, partial, dtype=job.recipe.model.dtype)
         if this_process().is_main_process:
