@@ -42,17 +42,17 @@ def test_a_batch_holds_chosen_then_rejected_and_labels_completions_only() -> Non
     batch = make_rows(rows, "masked", PAD_ID)
     pad = PAD_ID
     assert batch.input_ids.tolist() == [
-        [5, 7, 8, END_ID, pad, pad],
-        [5, 6, 7, 8, 9, pad],
-        [5, END_ID, pad, pad, pad, pad],
-        [5, 6, 7, 8, pad, END_ID],
+        [5, 7, 8, pad, pad],
+        [5, 6, 7, 8, pad],
+        [5, pad, pad, pad, pad],
+        [5, 6, 7, 8, pad],
     ]
     # A padding token inside a completion is one of its tokens.
     assert batch.attention_mask.tolist() == [
-        [1, 1, 1, 1, 0, 0],
-        [1, 1, 1, 1, 1, 0],
-        [1, 1, 0, 0, 0, 0],
-        [1, 1, 1, 1, 1, 1],
+        [1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 0],
+        [1, 0, 0, 0, 0],
+        [1, 1, 1, 1, 1],
     ]
     assert batch.labels_N.tolist() == [7, 8, END_ID, 9, END_ID, pad, END_ID]
 

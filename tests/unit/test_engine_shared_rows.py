@@ -74,15 +74,15 @@ def test_labels_are_predicted_by_the_token_before_them() -> None:
 def test_a_padded_row_holds_the_prompt_and_one_completion() -> None:
     batch, packed = make_rows(ROWS, "padded", 0, multiple_of=3), make_rows(ROWS, "packed", 0)
     assert batch.input_ids.tolist() == [
-        [1, 2, 10, 11, 12, 0],
-        [3, 20, 0, 0, 0, 0],
-        [1, 2, 13, 14, 0, 0],
-        [3, 21, 22, 0, 0, 0],
+        [1, 2, 10, 11, 0, 0],
+        [3, 0, 0, 0, 0, 0],
+        [1, 2, 13, 0, 0, 0],
+        [3, 21, 0, 0, 0, 0],
     ]
     assert batch.position_ids is None and batch.parts is None  # causal attention hides padding by itself
     masked = make_rows(ROWS, "masked", 0, multiple_of=3)
     assert batch.attention_mask is None and torch.equal(masked.input_ids, batch.input_ids)
-    assert masked.attention_mask.sum(dim=1).tolist() == [5, 2, 4, 3]
+    assert masked.attention_mask.sum(dim=1).tolist() == [4, 1, 3, 2]
     assert torch.equal(batch.labels_N, packed.labels_N) and torch.equal(batch.places_2BL, packed.places_2BL)
     assert batch.input_ids.flatten()[batch.predicted_at_N].tolist() == [2, 10, 11, 3, 2, 13, 3, 21]
 
@@ -340,10 +340,10 @@ def test_a_model_is_tried_once_and_again_on_a_longer_pair(monkeypatch: pytest.Mo
     model = tiny_family("llama")
     for _ in range(3):
         _measure(model, "auto", _pairs())
-    # Prompt 3, completions 2 and 4: with a mask of the padding, packed, and without.
-    assert tried == [7, 3 + 1 + 3, 7]
+    # Prompt 3, completions 2 and 4 without their last tokens: with a mask, packed, and without a mask.
+    assert tried == [3 + 3, 3 + 1 + 3, 3 + 3]
     _measure(model, "auto", _pairs(prompt=30))
-    assert tried[3:] == [34, 30 + 1 + 3, 34]
+    assert tried[3:] == [30 + 3, 30 + 1 + 3, 30 + 3]
     _measure(model, "auto", _pairs())
     pair_logps(
         model,

@@ -2,7 +2,8 @@
 
 A packed row is `prompt, chosen without its last token, rejected without its last token`. A token sees the
 prompt and the earlier tokens of its own part, and positions start again after the prompt for each completion,
-so every token is computed as it would be in a row of its own. A padded row has the prompt and one completion.
+so every token is computed as it would be in a row of its own. A padded row has the prompt and one completion,
+again without its last token, which predicts nothing.
 
 The head is TRL's (`trl.trainer.utils.add_fused_lm_head`), shown only the positions that predict a token of a
 completion; on devices without Triton it would project every position.
@@ -121,78 +122,51 @@ def make_rows(pairs: Pairs, kind: RowKind, pad_token_id: int, *, multiple_of: in
     T is rounded up to `multiple_of`, for attention kernels that want it. The first token of a completion has
     no label where the prompt is empty: nothing predicts it.
     """
-    triples = list(zip(*(pairs[name] for name in TOKEN_COLUMNS), strict=True))
-    counts_B3 = np.array([[len(part) for part in triple] for triple in triples], dtype=np.int64)
-    lengths = PartLengths(*counts_B3.reshape(-1, 3).T)
-    longest = lengths.packed_P if kind == "packed" else lengths.padded_P
-    width = -(-max(1, int(longest.max(initial=1))) // multiple_of) * multiple_of
-    make = _packed if kind == "packed" else _padded
-    batch = make(triples, width, pad_token_id)
-    if kind == "masked":
-        rows_2B = np.concatenate([lengths.prompt_P + lengths.chosen_P, lengths.prompt_P + lengths.rejected_P])
-        return batch._replace(attention_mask=torch.from_numpy(_first(rows_2B, width).astype(np.int64)))
-    return batch
-
-
-def _packed(triples: Sequence[Sequence[Sequence[int]]], width: int, pad_token_id: int) -> RowBatch:
-    input_ids_RT = np.full((len(triples), width), pad_token_id, dtype=np.int64)
+    prompts, *sides = (pairs[name] for name in TOKEN_COLUMNS)
+    if kind == "packed":
+        rows = list(zip(prompts, zip(*sides, strict=True), strict=True))
+    else:
+        rows = [(prompt, (ids,)) for side in sides for prompt, ids in zip(prompts, side, strict=True)]
+    lengths = [len(prompt) + sum(max(0, len(ids) - 1) for ids in completions) for prompt, completions in rows]
+    width = -(-max(1, *lengths) // multiple_of) * multiple_of
+    input_ids_RT = np.full((len(rows), width), pad_token_id, dtype=np.int64)
     position_ids_RT = np.zeros_like(input_ids_RT)
     parts_RT = np.full_like(input_ids_RT, PADDING)
     labels: tuple[list[_Labels], list[_Labels]] = ([], [])
-    for row, (prompt, *completions) in enumerate(triples):
+    for row, (prompt, completions) in enumerate(rows):
         start = len(prompt)
         input_ids_RT[row, :start] = prompt
         position_ids_RT[row, :start] = np.arange(start)
         parts_RT[row, :start] = PROMPT
-        for side, completion in enumerate(completions):
-            end = start + max(0, len(completion) - 1)
-            input_ids_RT[row, start:end] = completion[:-1]
+        for side, ids in enumerate(completions):
+            end = start + max(0, len(ids) - 1)
+            input_ids_RT[row, start:end] = ids[:-1]
             position_ids_RT[row, start:end] = np.arange(len(prompt), len(prompt) + end - start)
             parts_RT[row, start:end] = CHOSEN + side
             # Label 0 is predicted by the prompt's last token, label j by the completion's token j - 1.
             predicted_at = row * width + np.append(len(prompt) - 1, np.arange(start, end))
-            labels[side].append(_labels(prompt, completion, predicted_at))
+            first = 0 if len(prompt) else 1
+            labels[side].append((np.asarray(ids, dtype=np.int64)[first:], predicted_at[first : len(ids)]))
             start = end
     input_ids, position_ids, parts = map(torch.from_numpy, (input_ids_RT, position_ids_RT, parts_RT))
-    return RowBatch(input_ids, position_ids, parts, None, *_in_order([*labels[0], *labels[1]]))
-
-
-def _padded(triples: Sequence[Sequence[Sequence[int]]], width: int, pad_token_id: int) -> RowBatch:
-    rows = [(triple[0], triple[side]) for side in (CHOSEN, REJECTED) for triple in triples]
-    input_ids_RT = np.full((len(rows), width), pad_token_id, dtype=np.int64)
-    labels = []
-    for row, (prompt, completion) in enumerate(rows):
-        start, end = len(prompt), len(prompt) + len(completion)
-        input_ids_RT[row, :start] = prompt
-        input_ids_RT[row, start:end] = completion
-        labels.append(_labels(prompt, completion, row * width + np.arange(start - 1, end - 1)))
-    return RowBatch(torch.from_numpy(input_ids_RT), None, None, None, *_in_order(labels))
+    by_label = _in_order([*labels[0], *labels[1]])
+    if kind == "packed":
+        return RowBatch(input_ids, position_ids, parts, None, *by_label)
+    return RowBatch(input_ids, None, None, (parts != PADDING).long() if kind == "masked" else None, *by_label)
 
 
 _Labels = tuple[NDArray[np.int64], NDArray[np.int64]]
 """A completion's tokens, and the positions that predict them."""
 
 
-def _labels(prompt: Sequence[int], completion: Sequence[int], predicted_at: NDArray[np.int64]) -> _Labels:
-    first = 0 if len(prompt) else 1
-    return np.asarray(completion, dtype=np.int64)[first:], predicted_at[first : len(completion)]
-
-
 def _in_order(labels: Sequence[_Labels]) -> tuple[Tensor, Tensor, Tensor]:
     counts_2B = np.array([len(ids) for ids, _ in labels], dtype=np.int64)
     total = int(counts_2B.sum())
-    is_label_2BL = _first(counts_2B, max(1, int(counts_2B.max(initial=1))))
+    is_label_2BL = np.arange(max(1, counts_2B.max())) < counts_2B[:, None]
     places_2BL = np.full(is_label_2BL.shape, total)
     places_2BL[is_label_2BL] = np.arange(total)
-    nothing = [np.zeros(0, dtype=np.int64)]
-    columns = (np.concatenate([*column, *nothing]) for column in zip(*labels, strict=True))
-    ids_N, predicted_at_N = map(torch.from_numpy, columns)
+    ids_N, predicted_at_N = (torch.from_numpy(np.concatenate(column)) for column in zip(*labels, strict=True))
     return ids_N, predicted_at_N, torch.from_numpy(places_2BL)
-
-
-def _first(counts_R: NDArray[np.int64], width: int) -> NDArray[np.bool_]:
-    """Whether each place of a row is among its first so many: [R, width]."""
-    return np.arange(width) < counts_R[:, None]
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
