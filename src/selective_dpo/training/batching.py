@@ -2,7 +2,7 @@
 
 `PairCollator` hands on the pairs of a batch. `weigh_equally` gives each pair of an update the same weight,
 and `group_batches` puts those of similar length together. `WithinMemory` runs a batch in as many passes as
-memory allows, and `RowModel` stands for the model where TRL computes the loss of a pass. Nothing moves from
+memory allows, and `row_model` stands for the model where TRL computes the loss of a pass. Nothing moves from
 one update to another, or from one process to another.
 
 Dimension suffixes: B pairs of a batch, L labels of the longest completion.
@@ -317,21 +317,19 @@ class WithinMemory:
 # --- what stands for the model in TRL's loss ----------------------------------------------------------------
 
 
-class RowModel:
-    """A model as TRL's `_compute_loss` calls it; the model itself reads `rows`.
+def row_model(model: Any, accelerator: Any, rows: PairRows) -> Callable[..., FusedCausalLMOutput]:
+    """What TRL's `_compute_loss` calls as its model: TRL's fields, [2B, L], of `rows`; 0 without a label.
 
     `model` may be wrapped (DDP, FSDP): it is called as it is, and once where there are several processes.
     """
 
-    def __init__(self, model: Any, accelerator: Any, rows: PairRows) -> None:
-        self._model, self._accelerator, self._rows = model, accelerator, rows
-
-    def __call__(self, labels: Tensor, **inputs: Any) -> FusedCausalLMOutput:
-        """TRL's fields, [2B, L]; 0 where there is no label, as TRL has it."""
+    def run(labels: Tensor, **inputs: Any) -> FusedCausalLMOutput:
         # A packed row's mask is built in the precision of the forward pass, which accelerate hides in it.
-        with self._accelerator.autocast():
-            fields = forward_fields(self._model, self._rows)
+        with accelerator.autocast():
+            fields = forward_fields(model, rows)
         return FusedCausalLMOutput(label_mask=labels[:, 1:] != -100, **fields)
+
+    return run
 
 
 def loss_inputs(batch: PairBatch) -> dict[str, Tensor]:

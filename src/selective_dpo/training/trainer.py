@@ -23,7 +23,7 @@ from selective_dpo.data.adapters import DropReason, read_pair
 from selective_dpo.errors import ConfigError, DataError, NotFiniteError, name_some
 from selective_dpo.logprobs.packing_support import PathName, RowCollator
 from selective_dpo.logprobs.reference import CHOSEN_COLUMN, REJECTED_COLUMN
-from selective_dpo.logprobs.rows import PairRows, to_device
+from selective_dpo.logprobs.rows import to_device
 from selective_dpo.losses import LOSSES, chance_loss
 from selective_dpo.models import attention_of
 from selective_dpo.training.batching import (
@@ -31,13 +31,13 @@ from selective_dpo.training.batching import (
     PAIRS,
     PairBatch,
     PairCollator,
-    RowModel,
     WithinMemory,
     disable_dropout,
     group_batches,
     is_tokenized,
     loss_inputs,
     row_collator,
+    row_model,
     token_columns,
     weigh_equally,
 )
@@ -398,11 +398,18 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
         if self._rows is None or not batch.is_text:
             plain: Tensor = super().compute_loss(model, self._plain_inputs(batch))
             return plain
-        device = self.accelerator.device
+        device, is_given = self.accelerator.device, self.precompute_ref_logps
         rows = self._rows(token_columns(batch)).to(device)
         inputs = {name: to_device(part, device) for name, part in loss_inputs(batch).items()}
-        with self._reference_in(inputs, rows):
-            loss: Tensor = super().compute_loss(RowModel(model, self.accelerator, rows), inputs)
+        if not is_given:
+            reference = row_model(self.ref_model or self.model, self.accelerator, rows)
+            inputs[CHOSEN_COLUMN], inputs[REJECTED_COLUMN] = self.compute_ref_log_probs(reference, inputs)
+        # TRL reads the log-probs from the batch where it believes them computed beforehand.
+        self.precompute_ref_logps = True
+        try:
+            loss: Tensor = super().compute_loss(row_model(model, self.accelerator, rows), inputs)
+        finally:
+            self.precompute_ref_logps = is_given
         return loss
 
     def _plain_inputs(self, batch: PairBatch) -> dict[str, Any]:
@@ -416,21 +423,6 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
                     inputs[name] = inputs[name].masked_fill(blank, 0.0)
         prepared: dict[str, Any] = self._prepare_inputs(inputs)
         return prepared
-
-    @contextlib.contextmanager
-    def _reference_in(self, inputs: dict[str, Tensor], rows: PairRows) -> Iterator[None]:
-        """Inside, the inputs of TRL's loss carry the reference's log-probs, from the same rows."""
-        if self.precompute_ref_logps:
-            yield
-            return
-        reference = RowModel(self.ref_model or self.model, self.accelerator, rows)
-        inputs[CHOSEN_COLUMN], inputs[REJECTED_COLUMN] = self.compute_ref_log_probs(reference, inputs)
-        # TRL reads the log-probs from the batch where it believes them computed beforehand.
-        self.precompute_ref_logps = True
-        try:
-            yield
-        finally:
-            self.precompute_ref_logps = False
 
     def _send_telemetry(self) -> None:
         """Nothing leaves the machine that the user did not ask for."""
