@@ -343,6 +343,10 @@ def test_what_rules_shared_rows_out_is_said(
     asked.model.add_module("some_dropout", dropout)
     with pytest.raises(ConfigError, match=r"dropout is on.*leave path out"):
         asked.train()
+    windowed = {"model": model_of("mistral", seed=1, sliding_window=20), "extra": {"path": "shared"}}
+    asked = trainer_of(PairTrainer, tmp_path / "asked", pairs(8), **windowed, max_steps=1)
+    with pytest.raises(ConfigError, match=r"limited to 20 tokens.*leave path out"):
+        asked.train()
 
 
 @pytest.mark.parametrize("disabled", [True, False])

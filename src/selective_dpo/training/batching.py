@@ -371,7 +371,7 @@ def row_collator(trainer: Any, model: Any, path: PathName) -> RowCollator | None
     Packed rows are tried on one pair. `model` is called on all processes.
 
     Raises:
-        ConfigError: `path` is `shared`, and the settings do not allow it.
+        ConfigError: `path` is `shared`, and the settings or the model do not allow it.
     """
     obstacle = "asked for" if path == "padded" else _obstacle(trainer, model)
     if obstacle is not None:
@@ -400,7 +400,7 @@ def row_collator(trainer: Any, model: Any, path: PathName) -> RowCollator | None
 
 
 def _obstacle(trainer: Any, model: nn.Module) -> str | None:
-    """What in a trainer's settings rules collated rows out, if anything."""
+    """What in a trainer's settings and models rules collated rows out, if anything."""
     args, reference = trainer.args, trainer.ref_model
     obstacles = [
         (not is_tokenized(trainer.train_dataset), "the rows are not text tokenized beforehand"),
@@ -410,9 +410,12 @@ def _obstacle(trainer: Any, model: nn.Module) -> str | None:
         (args.n_gpu > 1, "DataParallel copies the model"),
         (args.torch_compile, "the model is compiled"),
     ]
-    found = next((reason for applies, reason in obstacles if applies), None)
+    for applies, reason in obstacles:
+        if applies:
+            return reason
+    longest = int(part_lengths(trainer.train_dataset).padded_P.max(initial=0))
+    found = packing_obstacle(model, longest)
     if found is None and reference is not None and not trainer.precompute_ref_logps:
-        longest = int(part_lengths(trainer.train_dataset).padded_P.max(initial=0))
         problem = packing_obstacle(reference, longest)
         found = problem and f"the reference model: {problem}"
     return found
