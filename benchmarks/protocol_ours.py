@@ -28,11 +28,11 @@ from selective_dpo.data.store import load_tokens
 from selective_dpo.difficulty.scorer import collect_losses, collect_records
 from selective_dpo.logprobs.compute import PairLogps
 from selective_dpo.logprobs.reference import load_reference
+from selective_dpo.logprobs.rows import TOKEN_COLUMNS
 from selective_dpo.run import run as verbs
 from selective_dpo.run.keys import Run
 from selective_dpo.run.stages import bring_up
 from selective_dpo.storage.artifacts import read_json
-from selective_dpo.training.batching import TOKEN_COLUMNS
 from workload import MAX_LENGTH
 
 PROTOCOLS = ("paper", "certified", "fast", "one-step")

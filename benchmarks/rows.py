@@ -3,8 +3,8 @@
     python benchmarks/rows.py --json benchmarks/results/rows.json
 
 `path="auto"` takes a row for each pair, its prompt once, or a row for each completion, whichever it expects
-to cost less; `path="padded"` is what TRL does. The model, pairs and thread are the same; A B A B, after both
-gave the same log-probs.
+to cost less; `path="padded"` takes a row for each completion, in training as TRL makes it. The model, pairs
+and thread are the same; A B A B, after both gave the same log-probs.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from trl import DPOConfig
 from harness import add_options, interleave, show, summary
 from selective_dpo.distributed.progress import quieten_libraries
 from selective_dpo.logprobs.compute import PairLogps, pair_logps
-from selective_dpo.logprobs.packed import log_probs_only
-from selective_dpo.logprobs.packing_support import plan_rows
+from selective_dpo.logprobs.packing_support import RowCollator, plan_rows
+from selective_dpo.logprobs.rows import forward_logps, log_probs_only
 from selective_dpo.storage.artifacts import write_json
 from selective_dpo.training.batching import PAIRS, PairBatch
 from selective_dpo.training.trainer import PairTrainer
@@ -115,12 +115,14 @@ def scoring(model: Any, pairs: Dataset) -> tuple[Sides, float]:
 
     def forward(path: Any) -> Callable[[], Any]:
         # The choice is made once for a data set, so it is no part of a batch's time.
-        with torch.no_grad(), log_probs_only(model):
-            plan, rows = plan_rows(model.eval(), pairs, 0, path), pairs[:]
+        with log_probs_only(model):
+            plan = plan_rows(model.eval(), pairs, 0, path)
+        collate, rows = RowCollator(model, pad_token_id=0, kind=plan.kind), pairs[:]
+        device = next(model.parameters()).device
 
         def run() -> Any:
             with torch.no_grad(), log_probs_only(model):
-                return plan.logps(rows)
+                return forward_logps(model, collate(rows).to(device))
 
         return run
 

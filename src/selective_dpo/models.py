@@ -240,42 +240,33 @@ def remote_code(config: ModelConfig) -> dict[str, str] | None:
     return found
 
 
+@functools.cache
 def _announce_remote_code(config: ModelConfig) -> None:
     if config.trust_remote_code:
         tokenizer = f" and {config.tokenizer}" if config.tokenizer else ""
-        _say_once(f"{config.path} ({config.revision}){tokenizer}")
-
-
-@functools.cache
-def _say_once(where: str) -> None:
-    # Without any logging set up, Python writes warnings to stderr, and so does the command line.
-    logger.warning(
-        "WARNING: model.trust_remote_code is on: Python code that comes with %s runs with all your rights; "
-        "leave it off unless you have read that code",
-        where,
-    )
+        # Without any logging set up, Python writes warnings to stderr, and so does the command line.
+        logger.warning(
+            "WARNING: model.trust_remote_code is on: Python code that comes with %s runs with all your "
+            "rights; leave it off unless you have read that code",
+            f"{config.path} ({config.revision}){tokenizer}",
+        )
 
 
 def _explain(what: str, path: str, error: BaseException) -> str:
     folder = Path(path).expanduser()
     if not folder.is_dir() and _LOCAL_PATH.match(path):
         return f"cannot load {what} {path!r}: there is no such folder; check the path"
-    reason = _reason(error)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    reason = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    if "ignore_mismatched_sizes" in str(error):  # transformers points to a report in its log
+        reason = "its weights have other shapes than config.json says"
+    elif not isinstance(error, _CLEAR_ERRORS) or not reason:
+        reason = f"{type(error).__name__}: {reason}"
     if folder.is_dir():
         remedy = "the folder needs config.json, the tokenizer's files and *.safetensors weights"
     else:
         remedy = "check the name, your access and the network, or name a local folder"
-    return f"cannot load {what} {path!r}: {reason}; {remedy}"
-
-
-def _reason(error: BaseException) -> str:
-    if "ignore_mismatched_sizes" in str(error):  # transformers points to a report in its log
-        return "its weights have other shapes than config.json says"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
-    message = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-    if not isinstance(error, _CLEAR_ERRORS) or not message:
-        message = f"{type(error).__name__}: {message}"
-    return message[:300].rstrip(" .:")
+    return f"cannot load {what} {path!r}: {reason[:300].rstrip(' .:')}; {remedy}"
 
 
 def language_model(model: Any) -> Any:
@@ -300,9 +291,5 @@ def is_sharded(model: Any) -> bool:
 
 def attention_of(model: Any) -> str:
     """Name of the attention implementation in use: `sdpa`, `eager`, ..."""
-    name: str = _text_config(model)._attn_implementation
+    name: str = language_model(model).config.get_text_config()._attn_implementation
     return name
-
-
-def _text_config(model: Any) -> Any:
-    return language_model(model).config.get_text_config()

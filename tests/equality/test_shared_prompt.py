@@ -11,8 +11,9 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
-from selective_dpo.logprobs.compute import PairLogps, batch_logps, make_batch, pair_logps
-from selective_dpo.logprobs.packed import log_probs_only, pack_pairs, row_log_probs
+from selective_dpo.logprobs.compute import PairLogps, pair_logps
+from selective_dpo.logprobs.packing_support import RowCollator
+from selective_dpo.logprobs.rows import forward_logps, log_probs_only
 from selective_dpo.losses import pair_losses
 from tests.fixtures.families import FAMILIES, VOCABULARY, tiny_family
 
@@ -63,6 +64,19 @@ def with_lora(model: Any) -> Any:
         torch.manual_seed(7)
         lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
         return get_peft_model(model, lora).eval()
+
+
+def one_by_one(model: Any) -> torch.Tensor:
+    """Log-probs of PAIRS [P, 2] from the logits of each completion alone."""
+    pairs = []
+    for pair in PAIRS:
+        sides = []
+        for side in ("chosen_ids", "rejected_ids"):
+            ids, first = torch.tensor([pair["prompt_ids"] + pair[side]]), len(pair["prompt_ids"])
+            log_probs = model(input_ids=ids).logits[0, first - 1 : -1].log_softmax(dim=-1)
+            sides.append(log_probs.gather(1, ids[0, first:, None]).sum())
+        pairs.append(torch.stack(sides))
+    return torch.stack(pairs)
 
 
 def losses(policy: PairLogps, reference: PairLogps) -> np.ndarray:
@@ -121,17 +135,16 @@ def test_bfloat16_stays_within_its_tolerance(family: str, weights: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_equal_those_of_padded_rows(family: str, lora: bool) -> None:
     gradients = []
-    for path in ("shared", "padded"):
+    for kind in ("packed", "plain"):
         model = tiny_family(family)
         model = with_lora(model) if lora else model
-        rows = PAIRS[:]
-        with log_probs_only(model):
-            if path == "shared":
-                logps_2B = row_log_probs(model, pack_pairs(rows, 0)).sum(dim=1)
-            else:
-                logps_2B = batch_logps(model, make_batch(rows, 0))
-            chosen_B, rejected_B = logps_2B.chunk(2)
-            (-torch.nn.functional.logsigmoid(BETA * (chosen_B - rejected_B)).mean()).backward()
+        if kind == "packed":
+            with log_probs_only(model):
+                logps_B2 = forward_logps(model, RowCollator(model, pad_token_id=0, kind="packed")(PAIRS[:]))
+        else:
+            logps_B2 = one_by_one(model)
+        chosen_B, rejected_B = logps_B2.T
+        (-torch.nn.functional.logsigmoid(BETA * (chosen_B - rejected_B)).mean()).backward()
         gradients.append(
             torch.cat([each.grad.flatten() for each in model.parameters() if each.grad is not None])
         )

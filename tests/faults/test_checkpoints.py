@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ FILES = (
     f"{TRAINER}/rng_state.pth",
     f"{TRAINER}/trainer_state.json",
     "progress.json",
-    "curriculum_order.json",
+    f"{TRAINER}/curriculum_order.json",
 )
 
 
@@ -85,8 +86,7 @@ def test_a_checkpoint_that_was_being_written_is_passed_over(killed: Killed, tria
 
 @pytest.mark.slow
 @pytest.mark.fault(row=4)
-@pytest.mark.parametrize("damage", [truncated, bit_flipped, removed], ids=lambda damage: damage.__name__)
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(("name", "damage"), list(zip(FILES, cycle([truncated, bit_flipped, removed]))))
 def test_a_damaged_checkpoint_is_passed_over(
     killed: Killed,  # noqa: F811
     name: str,

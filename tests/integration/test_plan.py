@@ -15,7 +15,7 @@ from selective_dpo.cli import main
 from selective_dpo.config import Recipe
 from selective_dpo.config.load import load_recipe
 from selective_dpo.errors import ConfigError, DataError
-from selective_dpo.logprobs.packing_support import difference_per_token
+from selective_dpo.logprobs import packing_support
 from selective_dpo.run import run as verbs
 from selective_dpo.run.plan import Job, Plan, make_plan, plan_text
 from selective_dpo.storage.artifacts import folder_digests, read_json
@@ -69,14 +69,16 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
             counts.forwarded += input_ids.numel()
         return forward(self, input_ids, *arguments, **options)
 
-    def uncounted(*arguments: Any) -> float:
+    tried_difference = packing_support._tried_difference
+
+    def uncounted(*arguments: Any) -> tuple[float, float]:
         counts.is_trying = True
-        difference = difference_per_token(*arguments)
+        difference = tried_difference(*arguments)
         counts.is_trying = False
         return difference
 
     monkeypatch.setattr(Qwen2Model, "forward", count)
-    monkeypatch.setattr("selective_dpo.logprobs.packing_support.difference_per_token", uncounted)
+    monkeypatch.setattr(packing_support, "_tried_difference", uncounted)
     return counts
 
 

@@ -280,11 +280,12 @@ def test_all_pairs_in_file_order_give_the_weights_of_plain_trl(
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"train_sampling_strategy": "random"}, 'train_sampling_strategy="random"'),
+        ({"train_sampling_strategy": "random"}, "train_sampling_strategy='random' would shuffle"),
         ({"train_sampling_strategy": "group_by_length"}, "would shuffle"),
         ({"train_sampling_strategy": "batch_rebalance"}, "would shuffle"),
         ({"dataloader_drop_last": True}, "dataloader_drop_last"),
         ({"dataloader_in_order": False}, "dataloader_in_order"),
+        ({"ignore_data_skip": True}, "ignore_data_skip"),
         ({"accelerator_config": {"even_batches": False}}, "even_batches"),
         ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches"),
     ],

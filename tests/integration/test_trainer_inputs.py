@@ -158,6 +158,18 @@ def test_a_curriculum_of_another_type_is_refused_with_what_to_pass(model_folder:
         )
 
 
+@pytest.mark.parametrize("path", ["pad", "packed", "", None])
+def test_a_misspelt_path_is_refused(model_folder: Path, tmp_path: Path, path: Any) -> None:
+    rows = text_rows(PAIRS)
+    with pytest.raises(ConfigError, match=rf"^path={path!r} is none of auto, shared, padded$"):
+        SelectiveDPOTrainer(
+            str(model_folder),
+            train_dataset=Dataset.from_list(rows),
+            curriculum=curriculum_of(rows, EASE),
+            path=path,
+        )
+
+
 def test_no_settings_are_right_on_a_cpu(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

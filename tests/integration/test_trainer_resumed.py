@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -124,9 +123,7 @@ def test_a_training_resumed_twice_remembers_all_of_it(
     last = make()
     last.train(resume_from_checkpoint=True)
     order = last.consumed_order
-    assert (
-        order.matches and order.consumed_digest == ids_digest(2 * CURRICULUM.order) and order.unrecorded == 0
-    )
+    assert order.matches and order.consumed_digest == ids_digest(2 * CURRICULUM.order)
     # And the same trainer from the beginning knows nothing of it.
     last.train()
     assert last.consumed_order.consumed == CONSUMED[UPDATES]
@@ -137,7 +134,6 @@ def test_what_a_checkpoint_says(make: Callable[..., SelectiveDPOTrainer], tmp_pa
     said = json.loads((tmp_path / "out" / "checkpoint-3" / STATE).read_text("utf-8"))
     assert said == {
         "curriculum": CURRICULUM.order_digest,
-        "unrecorded": 0,
         "repeated_to_fill": 0,
         "positions": [0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3],
     }
@@ -146,39 +142,21 @@ def test_what_a_checkpoint_says(make: Callable[..., SelectiveDPOTrainer], tmp_pa
 # --- other checkpoints -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("update", "before"), [(1, 4), (2, 7), (3, 11)])
-def test_a_checkpoint_of_trl_makes_the_order_partial(
-    make: Callable[..., SelectiveDPOTrainer],
-    model_folder: Path,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    update: int,
-    before: int,
+def test_a_checkpoint_of_trl_is_refused(
+    make: Callable[..., SelectiveDPOTrainer], model_folder: Path, tmp_path: Path
 ) -> None:
-    """What a plain `DPOTrainer` consumed is not known: `unrecorded` counts it, the rest is compared with the
-    curriculum from there on, and `matches` does not claim what nobody has seen."""
+    """What a plain `DPOTrainer` consumed is not known: nobody could say that the order was followed."""
     plain = DPOTrainer(
         load_model(model_folder),
-        args=dpo_config(tmp_path / "out", **{**SETTINGS, "save_steps": 1, "max_steps": update}),
+        args=dpo_config(tmp_path / "out", **{**SETTINGS, "save_steps": 1, "max_steps": 1}),
         train_dataset=CURRICULUM.apply(Dataset.from_list(ROWS), allow_unscored=True).select_columns(
             ["prompt", "chosen", "rejected"]
         ),
         processing_class=byte_tokenizer(bos=False),
     )
     plain.train()
-    trainer = make()
-    spy = InputSpy(trainer)
-    with caplog.at_level(logging.WARNING, logger="selective_dpo"):
-        trainer.train(resume_from_checkpoint=True)
-    assert f"checkpoint-{update} does not say which pairs were consumed before it" in caplog.text
-    order, rest = trainer.consumed_order, (2 * CURRICULUM.order)[before:]
-    assert (order.unrecorded, order.consumed) == (before, 14 - before)
-    assert sorted(spy.pairs(tokens_of(ROWS))) == sorted(rest)
-    assert order.consumed_digest == order.expected_digest == ids_digest(rest)
-    assert not order.matches and not order.to_json()["matches"]
-    # Its own checkpoints say so, too.
-    said = json.loads((tmp_path / "out" / "checkpoint-4" / STATE).read_text("utf-8"))
-    assert (said["unrecorded"], len(said["positions"])) == (before, 14 - before)
+    with pytest.raises(ArtifactError, match=r"checkpoint-1 does not say in .* which pairs were consumed"):
+        make().train(resume_from_checkpoint=True)
 
 
 def test_a_checkpoint_of_another_curriculum_is_refused(
@@ -201,7 +179,7 @@ def test_a_checkpoint_of_another_curriculum_is_refused(
         ("{", ArtifactError),
         ("[]", ArtifactError),
         ("{}", ArtifactError),
-        ('{"curriculum": "x", "unrecorded": 0, "repeated_to_fill": 0, "positions": []}', IdentityError),
+        ('{"curriculum": "x", "repeated_to_fill": 0, "positions": []}', IdentityError),
     ],
 )
 def test_what_is_no_record_is_refused(
@@ -211,20 +189,6 @@ def test_what_is_no_record_is_refused(
     (tmp_path / "out" / "checkpoint-1" / STATE).write_text(content)
     with pytest.raises(error, match=STATE):
         make().train(resume_from_checkpoint=True)
-
-
-def test_rows_that_are_not_skipped_are_consumed_twice(
-    make: Callable[..., SelectiveDPOTrainer], tmp_path: Path
-) -> None:
-    """`ignore_data_skip` begins the epoch again: 4 pairs go through the model twice, and `matches` says no.
-
-    The second of an epoch's two updates is made, with the first one's pairs."""
-    make(max_steps=1).train()
-    trainer = make(ignore_data_skip=True, num_train_epochs=1)
-    trainer.train(resume_from_checkpoint=True)
-    order = trainer.consumed_order
-    assert order.consumed == 4 + 4 and order.repeated_to_fill == 0 and not order.matches
-    assert order.consumed_digest == ids_digest(2 * CURRICULUM.order[:4])
 
 
 @pytest.mark.slow
@@ -244,4 +208,4 @@ def test_two_processes(model_folder: Path, tmp_path: Path, server: ForkServer) -
     assert train(max_steps=3)["consumed"] == 11
     order = train(resume_from_checkpoint=True)
     assert order["matches"] and (order["consumed"], order["repeated_to_fill"]) == (14, 2)
-    assert order["consumed_digest"] == ids_digest(2 * CURRICULUM.order) and order["unrecorded"] == 0
+    assert order["consumed_digest"] == ids_digest(2 * CURRICULUM.order)

@@ -10,7 +10,8 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
-from selective_dpo.logprobs.compute import IGNORED_LABEL, make_batch, pair_lengths, pair_logps
+from selective_dpo.logprobs.compute import pair_logps
+from selective_dpo.logprobs.rows import make_rows, part_lengths
 from tests.fixtures.by_hand import sequence_logp
 from tests.fixtures.models import tiny_model_folder
 from tests.fixtures.tokenizers import END_ID, PAD_ID
@@ -38,31 +39,26 @@ def measure(model: Any, **changes: Any) -> Any:
 
 def test_a_batch_holds_chosen_then_rejected_and_labels_completions_only() -> None:
     rows = {name: [row[name] for row in ROWS[:2]] for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
-    batch = make_batch(rows, PAD_ID)
-    pad, off = PAD_ID, IGNORED_LABEL
+    batch = make_rows(rows, "masked", PAD_ID)
+    pad = PAD_ID
     assert batch.input_ids.tolist() == [
-        [5, 7, 8, END_ID, pad, pad],
-        [5, 6, 7, 8, 9, pad],
-        [5, END_ID, pad, pad, pad, pad],
-        [5, 6, 7, 8, pad, END_ID],
+        [5, 7, 8, pad, pad],
+        [5, 6, 7, 8, pad],
+        [5, pad, pad, pad, pad],
+        [5, 6, 7, 8, pad],
     ]
     # A padding token inside a completion is one of its tokens.
     assert batch.attention_mask.tolist() == [
-        [1, 1, 1, 1, 0, 0],
-        [1, 1, 1, 1, 1, 0],
-        [1, 1, 0, 0, 0, 0],
-        [1, 1, 1, 1, 1, 1],
+        [1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 0],
+        [1, 0, 0, 0, 0],
+        [1, 1, 1, 1, 1],
     ]
-    assert batch.labels.tolist() == [
-        [off, 7, 8, END_ID, off, off],
-        [off, off, off, off, 9, off],
-        [off, END_ID, off, off, off, off],
-        [off, off, off, off, pad, END_ID],
-    ]
+    assert batch.labels_N.tolist() == [7, 8, END_ID, 9, END_ID, pad, END_ID]
 
 
 def test_lengths_are_those_of_the_longer_side() -> None:
-    assert pair_lengths(Dataset.from_list(ROWS)).tolist() == [1 + 3, 4 + 2, 2 + 20]
+    assert part_lengths(Dataset.from_list(ROWS)).padded_P.tolist() == [1 + 3, 4 + 2, 2 + 20]
 
 
 @pytest.mark.parametrize("tokens_per_batch", [1, 30, 1000])

@@ -26,21 +26,20 @@ from trl.trainer.utils import add_fused_lm_head
 from selective_dpo.errors import ModelError
 from selective_dpo.logprobs import packing_support as support
 from selective_dpo.logprobs.compute import pair_logps
-from selective_dpo.logprobs.packed import (
+from selective_dpo.logprobs.packing_support import RowCollator, packing_obstacle
+from selective_dpo.logprobs.rows import (
     CHOSEN,
     PADDING,
     PROMPT,
     REJECTED,
     additive_mask,
     block_mask,
+    forward_fields,
+    forward_logps,
     log_probs_only,
-    pack_pairs,
-    pad_pairs,
-    row_log_probs,
-    shared_lengths,
+    make_rows,
+    part_lengths,
 )
-from selective_dpo.logprobs.packing_support import choose_path
-from selective_dpo.logprobs.padded import PartLengths
 from selective_dpo.models import is_sharded, language_model
 from tests.fixtures.families import tiny_family
 
@@ -52,7 +51,7 @@ ROWS = {
 
 
 def test_a_row_holds_the_prompt_once_and_completions_without_their_last_token() -> None:
-    batch = pack_pairs(ROWS, 0)
+    batch = make_rows(ROWS, "packed", 0)
     # 2 + (3 - 1) + (2 - 1) = 5 tokens, and 1 + 0 + 1 = 2.
     assert batch.input_ids.tolist() == [[1, 2, 10, 11, 13], [3, 21, 0, 0, 0]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 2], [0, 1, 0, 0, 0]]
@@ -60,11 +59,11 @@ def test_a_row_holds_the_prompt_once_and_completions_without_their_last_token() 
         [PROMPT, PROMPT, CHOSEN, CHOSEN, REJECTED],
         [PROMPT, REJECTED, PADDING, PADDING, PADDING],
     ]
-    assert shared_lengths(np.array([2, 1]), np.array([3, 1]), np.array([2, 2])).tolist() == [5, 2]
+    assert part_lengths(Dataset.from_dict(ROWS)).packed_P.tolist() == [5, 2]
 
 
 def test_labels_are_predicted_by_the_token_before_them() -> None:
-    batch = pack_pairs(ROWS, 0)
+    batch = make_rows(ROWS, "packed", 0)
     assert batch.labels_N.tolist() == [10, 11, 12, 20, 13, 14, 21, 22]
     # Place 8 is that of no label: the end of a completion.
     assert batch.places_2BL.tolist() == [[0, 1, 2], [3, 8, 8], [4, 5, 8], [6, 7, 8]]
@@ -73,20 +72,23 @@ def test_labels_are_predicted_by_the_token_before_them() -> None:
 
 
 def test_a_padded_row_holds_the_prompt_and_one_completion() -> None:
-    batch, packed = pad_pairs(ROWS, 0, multiple_of=3), pack_pairs(ROWS, 0)
+    batch, packed = make_rows(ROWS, "padded", 0, multiple_of=3), make_rows(ROWS, "packed", 0)
     assert batch.input_ids.tolist() == [
-        [1, 2, 10, 11, 12, 0],
-        [3, 20, 0, 0, 0, 0],
-        [1, 2, 13, 14, 0, 0],
-        [3, 21, 22, 0, 0, 0],
+        [1, 2, 10, 11, 0, 0],
+        [3, 0, 0, 0, 0, 0],
+        [1, 2, 13, 0, 0, 0],
+        [3, 21, 0, 0, 0, 0],
     ]
     assert batch.position_ids is None and batch.parts is None  # causal attention hides padding by itself
+    masked = make_rows(ROWS, "masked", 0, multiple_of=3)
+    assert batch.attention_mask is None and torch.equal(masked.input_ids, batch.input_ids)
+    assert masked.attention_mask.sum(dim=1).tolist() == [4, 1, 3, 2]
     assert torch.equal(batch.labels_N, packed.labels_N) and torch.equal(batch.places_2BL, packed.places_2BL)
     assert batch.input_ids.flatten()[batch.predicted_at_N].tolist() == [2, 10, 11, 3, 2, 13, 3, 21]
 
 
 def test_width_is_rounded_up_with_padding() -> None:
-    batch = pack_pairs(ROWS, 9, multiple_of=8)
+    batch = make_rows(ROWS, "packed", 9, multiple_of=8)
     assert batch.input_ids.shape == (2, 8)
     assert batch.input_ids[0].tolist() == [1, 2, 10, 11, 13, 9, 9, 9]
     assert batch.input_ids.flatten()[batch.predicted_at_N].tolist() == [2, 10, 11, 3, 2, 13, 3, 21]
@@ -94,14 +96,15 @@ def test_width_is_rounded_up_with_padding() -> None:
 
 def test_an_empty_prompt_predicts_nothing() -> None:
     rows = {"prompt_ids": [[]], "chosen_ids": [[5, 6]], "rejected_ids": [[7]]}
-    batch = pack_pairs(rows, 0)
+    batch = make_rows(rows, "packed", 0)
     assert batch.input_ids.tolist() == [[5]]
     assert batch.labels_N.tolist() == [6] and batch.places_2BL.tolist() == [[0], [1]]
-    assert pad_pairs(rows, 0).labels_N.tolist() == [6] and pad_pairs(rows, 0).predicted_at_N.tolist() == [0]
+    padded = make_rows(rows, "padded", 0)
+    assert padded.labels_N.tolist() == [6] and padded.predicted_at_N.tolist() == [0]
 
 
 def test_a_token_sees_the_prompt_and_its_own_part_up_to_itself() -> None:
-    parts = pack_pairs(ROWS, 0).parts
+    parts = make_rows(ROWS, "packed", 0).parts
     lowest = torch.finfo(torch.float32).min
     visible = [
         [
@@ -125,7 +128,7 @@ def test_a_token_sees_the_prompt_and_its_own_part_up_to_itself() -> None:
 
 
 def test_the_block_mask_follows_the_same_rule() -> None:
-    parts = pack_pairs(ROWS, 0, multiple_of=8).parts
+    parts = make_rows(ROWS, "packed", 0, multiple_of=8).parts
     mask, wanted = block_mask(parts), additive_mask(parts, torch.float32)[:, 0] == 0
     at = torch.arange(8)
     for row in range(2):
@@ -144,20 +147,31 @@ def test_the_head_is_shown_only_positions_that_predict_a_completion(monkeypatch:
             return kernel.apply(hidden, *others)
 
     monkeypatch.setattr(trl.trainer.utils, "_ChunkedLogProbFunction", Spy)
-    model, batch = tiny_family("llama"), pack_pairs(ROWS, 0)
+    model = tiny_family("llama")
+    rows = RowCollator(model, pad_token_id=0, kind="packed")(ROWS)
     with log_probs_only(model):
-        log_probs = row_log_probs(model, batch)
+        fields = forward_fields(model, rows)
     assert shown == [(3 + 1 + 2 + 2, 32)]
-    assert log_probs.shape == (4, 3)
-    assert torch.equal(log_probs != 0, batch.places_2BL < 8)
+    assert list(fields) == ["log_probs"] and fields["log_probs"].shape == (4, 3)
+    assert torch.equal(fields["log_probs"] != 0, rows.groups[0].places_2BL < 8)
+
+
+def test_groups_that_go_through_the_model_apart_give_what_one_batch_gives() -> None:
+    model, pairs = tiny_family("llama"), {name: [[1], *[[2] * 300, [3, 4]]] for name in ROWS}
+    with log_probs_only(model), torch.no_grad():
+        apart, together = (
+            RowCollator(model, pad_token_id=0, kind="packed", splits=splits)(pairs)
+            for splits in (True, False)
+        )
+        assert (len(apart.groups), len(together.groups)) == (2, 1)
+        torch.testing.assert_close(forward_logps(model, apart), forward_logps(model, together))
 
 
 def test_the_hook_is_taken_away_after_an_error() -> None:
     model = tiny_family("llama")
+    pairs = {"prompt_ids": [[10**6]], "chosen_ids": [[1]], "rejected_ids": [[1]]}
     with log_probs_only(model), pytest.raises(IndexError):
-        row_log_probs(
-            model, pad_pairs({"prompt_ids": [[10**6]], "chosen_ids": [[1]], "rejected_ids": [[1]]}, 0)
-        )
+        forward_logps(model, RowCollator(model, pad_token_id=0)(pairs))
     assert not model.base_model._forward_hooks
 
 
@@ -185,8 +199,8 @@ def test_the_language_model_is_found_inside_wrappers() -> None:
 
 def test_models_with_ordinary_attention_take_shared_rows() -> None:
     for family in ("llama", "qwen2", "mistral", "gemma2"):
-        assert choose_path(tiny_family(family), 200).name == "shared"
-    assert choose_path(tiny_family("mistral", sliding_window=None), 10**6).name == "shared"
+        assert packing_obstacle(tiny_family(family), 200) is None
+    assert packing_obstacle(tiny_family("mistral", sliding_window=None), 10**6) is None
 
 
 def _bloom() -> Any:
@@ -240,9 +254,28 @@ def _prompt_tuning() -> Any:
     ],
 )
 def test_other_models_take_padded_rows_and_say_why(make: Any, reason: str) -> None:
-    path = choose_path(make(), 201)
-    assert path.name == "padded"
-    assert re.search(reason, path.reason), path.reason
+    found = packing_obstacle(make(), 201)
+    assert found and re.search(reason, found), found
+
+
+@pytest.mark.parametrize("make", [_bloom, _mamba, _jamba, _prompt_tuning])
+def test_their_rows_do_not_depend_on_what_they_are_padded_to(make: Any) -> None:
+    model = make().eval()
+    together = _measure(model, "auto", _pairs())
+    for row in range(2):
+        alone = _measure(model, "padded", _pairs().select([row]))
+        for ids, found in (
+            ("chosen_ids", together.chosen_P[row]),
+            ("rejected_ids", together.rejected_P[row]),
+        ):
+            pair = _pairs()[row]
+            tokens = torch.tensor([pair["prompt_ids"] + pair[ids]])
+            with torch.no_grad():
+                logits = model(input_ids=tokens).logits[0, -tokens.shape[1] :]
+            first = len(pair["prompt_ids"])
+            log_probs = logits[first - 1 : -1].log_softmax(dim=-1).gather(1, tokens[0, first:, None])
+            assert found == pytest.approx(float(log_probs.sum()), abs=1e-4)
+        assert alone.chosen_P[0] == pytest.approx(together.chosen_P[row], abs=1e-4)
 
 
 def _pairs(prompt: int = 3) -> Dataset:
@@ -296,16 +329,52 @@ def test_a_model_that_ignores_the_mask_is_found_out(capsys: pytest.CaptureFixtur
     assert "shared rows change this model's log-probs" in capsys.readouterr().err
 
 
+def test_a_model_is_tried_once_and_again_on_a_longer_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+
+    def counting(model: Any, rows: Any) -> Any:
+        tried.append(rows.groups[0].input_ids.shape[1])
+        return forward_logps(model, rows)
+
+    monkeypatch.setattr(support, "forward_logps", counting)
+    model = tiny_family("llama")
+    for _ in range(3):
+        _measure(model, "auto", _pairs())
+    # Prompt 3, completions 2 and 4 without their last tokens: with a mask, packed, and without a mask.
+    assert tried == [3 + 3, 3 + 1 + 3, 3 + 3]
+    _measure(model, "auto", _pairs(prompt=30))
+    assert tried[3:] == [30 + 3, 30 + 1 + 3, 30 + 3]
+    _measure(model, "auto", _pairs())
+    pair_logps(
+        model,
+        _pairs(),
+        tokens_per_batch=500,
+        pad_token_id=0,
+        autocast_dtype=torch.bfloat16,
+        what="test",
+    )
+    assert len(tried) == 9  # another precision is another computation
+
+
 def test_shared_rows_without_a_number_are_not_taken() -> None:
-    row = {name: [[1, 2]] for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
+    nan, inf = float("nan"), float("inf")
 
-    def plan(*logps: float) -> support.RowPlan:
-        return support.RowPlan(np.array([4]), 1, lambda rows: torch.tensor(logps), packable=True)
+    def gap(ours: list[float], plain: list[float]) -> list[float]:
+        found: list[float] = support.gap_per_token(*map(torch.tensor, (ours, plain, [2.0, 2.0]))).tolist()
+        return found
 
-    nan = float("nan")
-    assert support.difference_per_token(plan(-3.0, -4.0), plan(-3.0, -5.0), row) == 0.5  # 1 nat over 2 tokens
-    assert support.difference_per_token(plan(nan, -4.0), plan(-3.0, -4.0), row) == float("inf")
-    assert support.difference_per_token(plan(nan, -4.0), plan(nan, -4.0), row) == 0.0
+    assert gap([-3.0, -4.0], [-3.0, -5.0]) == [0.0, 0.5]  # 1 nat over 2 tokens
+    assert gap([nan, -4.0], [-3.0, -4.0]) == [inf, 0.0]
+    assert np.isnan(gap([nan, -4.0], [nan, -4.0])[0])
+
+
+def test_a_pair_without_a_number_proves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_family("llama")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[9] = float("nan")  # a token of the longer pair only
+    for _ in range(2):
+        assert np.isnan(_measure(model, "auto", _pairs()).rejected_P[0])
+        assert not support._TRIALS[model]
 
 
 def test_no_pairs_give_no_log_probs() -> None:
@@ -314,10 +383,6 @@ def test_no_pairs_give_no_log_probs() -> None:
 
 # A layer has 4 x 8 x 8 + 3 x 8 x 16 = 640 weights; a masked cell costs twice a causal one.
 COSTS = support.RowCosts(token=2.0 * 640, packed_cell=4.0 * 8 * 1.1, padded_cell=4.0 * 8 * 0.55)
-
-
-def lengths_of(*pairs: tuple[int, int, int]) -> PartLengths:
-    return PartLengths(*np.array(pairs).T)
 
 
 def test_costs_come_from_the_models_sizes() -> None:
@@ -330,17 +395,26 @@ def test_costs_come_from_the_models_sizes() -> None:
     assert support.row_costs(LlamaForCausalLM(config)).padded_cell == pytest.approx(COSTS.packed_cell)
 
 
-def test_a_long_prompt_is_worth_packing_and_long_completions_are_not() -> None:
+def test_a_long_prompt_is_worth_packing_and_long_completions_are_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def packs(costs: support.RowCosts, *lengths: tuple[int, int, int], multiple_of: int = 1) -> bool:
+        monkeypatch.setattr(support, "row_costs", lambda model: costs)
+        collate = RowCollator(tiny_family("llama"), pad_token_id=0, multiple_of=multiple_of)
+        pairs = zip(*([[1] * count for count in pair] for pair in lengths), strict=True)
+        (group,) = collate(dict(zip(ROWS, pairs, strict=True))).groups
+        return group.parts is not None
+
     # 698 tokens x 1280 + 698^2 x 35.2 = 18.0 million against 2 x (600 x 1280 + 600^2 x 17.6) = 14.2 million:
     # for so narrow a model attention is all that counts.
-    assert not support.packed_is_cheaper(COSTS, lengths_of((500, 100, 100)))
+    assert not packs(COSTS, (500, 100, 100))
     # With 100 times the weights, 106 against 166 million; the last token is not read in either completion.
     wide = COSTS._replace(token=100 * COSTS.token)
-    assert support.packed_is_cheaper(wide, lengths_of((500, 100, 100)))
+    assert packs(wide, (500, 100, 100))
     # 1,014 tokens against 2 x 516: 129.8 + 36.2 million against 132.1 + 9.4 million.
-    assert not support.packed_is_cheaper(wide, lengths_of((16, 500, 500)))
+    assert not packs(wide, (16, 500, 500))
     # Rounded up to 128, 640 tokens against 2 x 640 are still less; in a batch the longest pair decides.
-    assert support.packed_is_cheaper(wide, lengths_of((1, 1, 1), (500, 70, 60)), multiple_of=128)
+    assert packs(wide, (1, 1, 1), (500, 70, 60), multiple_of=128)
 
 
 def test_scoring_takes_padded_rows_without_a_mask_where_they_cost_less(

@@ -11,7 +11,7 @@ from transformers import MambaConfig
 
 from selective_dpo.config import ModelConfig
 from selective_dpo.errors import ConfigError
-from selective_dpo.logprobs.padded import PartLengths
+from selective_dpo.logprobs.rows import PartLengths
 from selective_dpo.run.costs import (
     Architecture,
     Memory,
@@ -74,29 +74,29 @@ def test_rows_of_a_training_are_the_cheaper_ones_on_the_device(tmp_path: Path) -
     recipe = tiny_recipe(tmp_path)
     # All but a CPU have a GPU's rates: "meta" stands for one here.
     cpu, gpu = RowCounter(recipe, "cpu"), RowCounter(recipe, "meta")
-    # A prompt that is worth sharing on a CPU: 40 + 1 + 1 packed. For a GPU the mask makes up for it: 2 x 42.
+    # A prompt that is worth sharing on a CPU: 40 + 1 + 1 packed. For a GPU the mask makes up for it: 2 x 41.
     shared = lengths((40, 2, 2), (40, 2, 2))
     assert cpu.training(shared, training()) == 2 * 42
-    assert gpu.training(shared, training()) == 4 * 42
-    # Without a prompt there is nothing to share: 59 + 59 packed cost more than two rows of 60.
-    assert cpu.training(lengths((0, 60, 60)), training()) == 2 * 60
+    assert gpu.training(shared, training()) == 4 * 41
+    # Without a prompt there is nothing to share: 59 + 59 packed cost more than two rows of 59.
+    assert cpu.training(lengths((0, 60, 60)), training()) == 2 * 59
     # On a CPU lengths that differ by more than a pass is worth go through the model one after the other.
     apart = lengths((300, 2, 2), (10, 2, 2))
     assert cpu.training(apart, training()) == 302 + 12
-    assert gpu.training(apart, training()) == 4 * 302
+    assert gpu.training(apart, training()) == 4 * 301
 
 
 def test_rows_of_a_forward_pass_within_a_token_budget(tmp_path: Path) -> None:
     padded, packed = padded_counter(tmp_path), RowCounter(tiny_recipe(tmp_path), "cpu")
     given = lengths((1, 1, 2), (5, 2, 2), (4, 1, 1))  # 3, 7, 5 padded; 2, 7, 4 packed
-    # 28 tokens hold 2 pairs as long as the longest (4 x 7 = 28): (7, 5), then (3).
-    assert padded.forward(given, 28) == 4 * 7 + 2 * 3
+    # 28 tokens hold 2 pairs as long as the longest (4 x 7 = 28): (7, 5), then (3). No row holds a last token.
+    assert padded.forward(given, 28) == 4 * 6 + 2 * 2
     # A row a pair: 4 would fit.
     assert packed.forward(given, 28) == 3 * 7
     # A pair that exceeds the budget is a batch of its own.
     assert packed.forward(given, 5) == 7 + 4 + 2
     # All pairs together cost less in padded rows.
-    assert packed.forward(lengths((0, 60, 60)), 512) == 2 * 60
+    assert packed.forward(lengths((0, 60, 60)), 512) == 2 * 59
 
 
 def test_flops_of_forward_passes_and_training(tmp_path: Path) -> None:

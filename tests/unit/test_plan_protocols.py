@@ -17,7 +17,7 @@ from selective_dpo.curriculum.import_ import import_records
 from selective_dpo.curriculum.records import LossTable
 from selective_dpo.curriculum.select import Rule, select
 from selective_dpo.curriculum.table import curriculum_losses
-from selective_dpo.logprobs.padded import PartLengths
+from selective_dpo.logprobs.rows import PartLengths
 from selective_dpo.run.costs import Architecture, Models, RowCounter
 from selective_dpo.run.plan import (
     MEASURED,
@@ -110,9 +110,9 @@ def test_padding_of_one_long_pair(recipe: Recipe) -> None:
     columns[1:, 5] = 99
     fast = planned(recipe, PartLengths(*columns))["fast"]
     # Forward passes compute all pairs alike: 512 tokens hold 2 pairs in 4 rows of 100; then the other 22.
-    forward = 4 * 100 + 2 * 22 * 3
+    forward = 4 * 99 + 2 * 22 * 2  # without the last tokens
     # In training the long pair's rows are a group of their own, and the others packed rows of 1 + 1 + 1.
-    assert fast.tokens == 3 * forward + (2 * 100 + 23 * 3)
+    assert fast.tokens == 3 * forward + (2 * 99 + 23 * 3)
 
 
 def test_without_pairs_or_sizes(recipe: Recipe) -> None:

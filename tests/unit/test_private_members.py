@@ -49,10 +49,9 @@ OVERRIDDEN_TO_NOTHING = {"_send_telemetry"}
 """Where a version has it, it sends nothing."""
 
 OUR_OWN = {
-    "_can_weigh_equally", "_collating_pairs", "_difficulty_P", "_ids_of_update", "_logged",
-    "_mean_loss", "_means_over_pairs", "_memory", "_note_update", "_obstacle_to_smaller_passes", "_order_log",
-    "_order_record", "_order_starts", "_path", "_plain_inputs", "_position", "_ref_model", "_reference_in",
-    "_row_collator", "_rows", "_update",
+    "_can_weigh_equally", "_collating_pairs", "_difficulty_P", "_mean_loss", "_means_over_pairs", "_memory",
+    "_note_update", "_obstacle_to_smaller_passes", "_order_log", "_path", "_plain_inputs", "_position",
+    "_ref_model", "_rows", "_update",
 }  # fmt: skip
 """Names of this package's own trainers, which must not be those of the libraries."""
 

@@ -13,7 +13,6 @@ from selective_dpo.config import ModelConfig
 from selective_dpo.errors import ConfigError
 from selective_dpo.training.arguments import (
     autocast_dtype,
-    beta,
     dpo_arguments,
     lora_config,
     optimizer_steps,
@@ -71,8 +70,7 @@ def test_settings_are_read_without_a_config_that_changes_the_process(monkeypatch
     """With ZeRO-3 in it, a `DPOConfig` has transformers spread each model that is loaded from then on."""
     monkeypatch.setattr("selective_dpo.training.arguments.DPOConfig", lambda *_, **__: pytest.fail("made"))
     model = ModelConfig.model_validate({"path": "m", "dtype": "bfloat16"})
-    settings = {"deepspeed": {"zero_optimization": {"stage": 3}}, "beta": 0.5}
-    assert (beta(settings), beta({})) == (0.5, 0.01)
+    settings = {"deepspeed": {"zero_optimization": {"stage": 3}}}
     assert autocast_dtype(settings, model) is torch.bfloat16
 
 

@@ -22,13 +22,12 @@ from selective_dpo.training.checkpointing import (
     PROGRESS,
     TRAINER,
     CheckpointPlan,
-    Layout,
+    Checkpoints,
     checkpoints_in,
     discard_checkpoints,
-    find_checkpoint,
-    is_disk_error,
+    disk_reason,
     keep_only,
-    require_layout,
+    newest_checkpoint,
     train_resumably,
     write_checkpoint,
 )
@@ -57,39 +56,41 @@ def test_the_newest_by_number_not_by_time(plan: CheckpointPlan) -> None:
     newest = checkpoint_at(plan, 1_000_000)  # more digits than the others
     checkpoint_at(plan, 999_999)
     checkpoint_at(plan, 9)
-    found = find_checkpoint(plan)
-    assert found.folder == newest and found.passed_over == []
-    assert found.trainer_folder == newest / TRAINER / "checkpoint-1000000"
+    (plan.folder / "step-else").mkdir()
+    assert newest_checkpoint(plan) == (newest, [])
 
 
 def test_none_is_none(plan: CheckpointPlan) -> None:
-    assert find_checkpoint(plan) == (None, [])
-    assert find_checkpoint(plan).trainer_folder is None
+    assert newest_checkpoint(plan) == (None, [])
 
 
 def test_another_job_or_library_version_is_another_training(
     plan: CheckpointPlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint_at(plan, 3)
-    other = find_checkpoint(plan._replace(job="another key"))
-    assert other.folder is None and "other settings, inputs or library versions" in other.passed_over[0]
+    found, (reason,) = newest_checkpoint(plan._replace(job="another key"))
+    assert found is None and "other settings, inputs or library versions" in reason
     monkeypatch.setattr(module, "version", lambda name: "0.0")
-    assert find_checkpoint(plan).folder is None
+    assert newest_checkpoint(plan)[0] is None
 
 
 def test_how_often_checkpoints_are_made_is_no_part_of_what_they_are(plan: CheckpointPlan) -> None:
     place = checkpoint_at(plan, 3)
-    assert find_checkpoint(plan._replace(minutes=1.0, steps=7)).folder == place
+    assert newest_checkpoint(plan._replace(minutes=1.0, steps=7)) == (place, [])
 
 
 def test_another_layout_is_refused_with_both(plan: CheckpointPlan) -> None:
-    then, now = Layout(8, 128, "MULTI_GPU"), Layout(4, 64, "MULTI_GPU")
-    place = plan.place(3)
-    require_layout({"layout": then._asdict()}, then, place)
-    with pytest.raises(
-        ConfigError, match=r"8 process\(es\), 128 pairs .* 4 process\(es\), 64 pairs"
-    ) as caught:
-        require_layout({"layout": then._asdict()}, now, place)
+    args = SimpleNamespace(per_device_train_batch_size=8, gradient_accumulation_steps=8, output_dir="")
+    place = checkpoint_at(plan, 3)
+    now = "1 process(es), 64 pairs an update, NO"
+    checkpoints = Checkpoints(SimpleNamespace(args=args), plan, [], lambda: False)
+    with publish_folder(place, kind=KIND, key=plan.key) as partial:
+        write_json(partial / PROGRESS, {"step": 3, "steps": 9, "layout": now})
+    assert checkpoints.find() == place
+    with publish_folder(place, kind=KIND, key=plan.key) as partial:
+        write_json(partial / PROGRESS, {"layout": "8 process(es), 128 pairs an update, MULTI_GPU"})
+    with pytest.raises(ConfigError, match=r"8 process\(es\), 128 pairs .* 1 process\(es\), 64 p") as caught:
+        checkpoints.find()
     assert f"delete {plan.folder} to begin this training anew" in str(caught.value)
 
 
@@ -107,7 +108,7 @@ def test_discarding_leaves_other_trainings(plan: CheckpointPlan) -> None:
     other = plan._replace(folder=plan.folder.parent / "control")
     checkpoint_at(other, 1)
     discard_checkpoints(plan.folder)
-    assert not plan.folder.exists() and find_checkpoint(other).folder is not None
+    assert not plan.folder.exists() and newest_checkpoint(other)[0] is not None
     discard_checkpoints(other.folder)
     assert not plan.folder.parent.exists()
     discard_checkpoints(other.folder)  # nothing is there
@@ -140,7 +141,7 @@ def test_what_the_disk_refuses_leaves_nothing(plan: CheckpointPlan, error: Excep
 
 
 def test_other_errors_are_not_taken_for_the_disk(plan: CheckpointPlan) -> None:
-    assert not is_disk_error(RuntimeError("CUDA error")) and not is_disk_error(ValueError("disk"))
+    assert disk_reason(RuntimeError("CUDA error")) == disk_reason(ValueError("disk")) == ""
 
     def write(folder: Path) -> None:
         raise RuntimeError("a bug")
@@ -171,21 +172,17 @@ def test_the_order_consumed_goes_on(tmp_path: Path, consumed: int) -> None:
     rows = [0, 1, 2, 3, 4, 0, 1, 2, 3, 4]
     whole, first, second = OrderLog(ORDER), OrderLog(ORDER), OrderLog(ORDER)
     for start in range(0, 10, 5):
-        whole.start_epoch()
         whole.add(rows[start : start + 5])
     for start in range(0, consumed, 5):
-        first.start_epoch()
         first.add(rows[start : min(start + 5, consumed)])
     first.write_state(tmp_path)
-    second.start_epoch()
-    second.add([3])  # as new, or not: it is replaced
+    second.add([3])  # it is replaced
     second.read_state(tmp_path)
     rest = rows[consumed:]
     while rest:
         left = 5 - (10 - len(rest)) % 5
         # The loader fills an epoch's last batch with rows from its beginning, which are no part of it.
         second.add([*rest[:left], 0])
-        second.start_epoch()
         rest = rest[left:]
     result = second.result()
     assert result._replace(repeated_to_fill=0) == whole.result()
@@ -194,7 +191,6 @@ def test_the_order_consumed_goes_on(tmp_path: Path, consumed: int) -> None:
 
 def test_repeated_rows_are_remembered(tmp_path: Path) -> None:
     log = OrderLog(ORDER)
-    log.start_epoch()
     log.add([0, 1, 2, 3])
     log.add([4, 0, 1, 2])
     log.write_state(tmp_path)

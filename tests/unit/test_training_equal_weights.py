@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler
 
-from selective_dpo.training.batching import PairBatch, PairRow, Share, share_of, weigh_equally
+from selective_dpo.training.batching import PairBatch, PairRow, weigh_equally
 
 
 def dealt(pairs: int, batch_size: int, processes: int) -> list[list[list[int]]]:
@@ -24,14 +24,6 @@ def dealt(pairs: int, batch_size: int, processes: int) -> list[list[list[int]]]:
 
 def collated(rows: list[int]) -> PairBatch:
     return PairBatch([PairRow({"pair_id": str(row)}, ([1], [2], [3])) for row in rows])
-
-
-def test_shares_by_hand() -> None:
-    # 7 pairs, two processes with batches of 2: the second round has pairs 4, 5 for one and 6 for the other.
-    shares = [
-        [share_of(batch, pairs=7, batch_size=2, processes=2, process=p) for p in (0, 1)] for batch in (0, 1)
-    ]
-    assert shares == [[Share(2, 4), Share(2, 4)], [Share(2, 3), Share(1, 3)]]
 
 
 def test_a_last_update_by_hand() -> None:

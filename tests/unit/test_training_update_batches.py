@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 import torch
 
+from selective_dpo.logprobs.packing_support import RowCollator, group_by_length
+from selective_dpo.logprobs.rows import to_device
 from selective_dpo.training.batching import (
     PAIRS,
     PairBatch,
     PairCollator,
     PairRow,
-    RowCollator,
-    can_group,
     group_batches,
-    group_by_length,
+    loss_inputs,
+    token_columns,
     weigh_equally,
 )
 from tests.fixtures.families import tiny_family
@@ -42,7 +43,6 @@ def contents(batch: PairBatch) -> list[tuple[int, int]]:
 
 def test_similar_lengths_come_together() -> None:
     batches = [batch_of((1, 2), (9, 8)), batch_of((2, 2), (7, 9))]
-    assert can_group(batches)
     long, short = group_batches(batches)
     assert contents(long) == [(9, 8), (7, 9)] and contents(short) == [(2, 2), (1, 2)]
     assert (long.padded_tokens, short.padded_tokens) == (4 * 11, 4 * 4)
@@ -71,10 +71,14 @@ def test_blank_pairs_move_to_the_end() -> None:
 
 def test_what_must_not_change_places() -> None:
     pair = batch_of((1, 2), (9, 8))
-    assert not can_group([pair])  # nowhere to go
-    assert not can_group([pair, PairBatch([PairRow({"images": []}, None)] * 2)])
-    # Unweighted batches of different sizes: a pair would weigh more in the smaller one.
-    assert not can_group([pair, batch_of((1, 1))])
+    unlike: list[list[PairBatch]] = [
+        [batch_of((1, 2), (9, 8), (3, 4))],  # nowhere to go
+        [pair, PairBatch([PairRow({"images": []}, None)] * 2)],
+        # Unweighted batches of different sizes: a pair would weigh more in the smaller one.
+        [pair, batch_of((1, 1))],
+    ]
+    for batches in unlike:
+        assert group_batches(batches) == batches
 
 
 def test_groups_of_similar_length_by_hand() -> None:
@@ -103,33 +107,34 @@ def test_rows_are_cut_as_trl_cuts_them(mode: str, tokens: list[Any]) -> None:
     assert batch.is_text == (mode == "keep_start")
 
 
-@pytest.mark.parametrize("path", ["auto", "shared"])
+@pytest.mark.parametrize("kind", [None, "packed"])
 @pytest.mark.parametrize("splits", [True, False])
-def test_what_trls_loss_reads_in_place_of_its_padded_batch(path: Any, splits: bool) -> None:
-    model = tiny_family("llama")
-    collator = RowCollator(model, pad_token_id=0, multiple_of=1, path=path, splits=splits)
+def test_what_trls_loss_reads_in_place_of_its_padded_batch(kind: Any, splits: bool) -> None:
+    collate = RowCollator(tiny_family("llama"), pad_token_id=0, kind=kind, splits=splits)
     batch = batch_of((1, 3), (2, 1), (300, 1))
     blank = PairRow(batch.pairs[1].example, ([1], [2], [3]), is_blank=True)
     batch = PairBatch([batch.pairs[0], blank, batch.pairs[2]])
-    rows = collator(batch)
+    inputs, rows = loss_inputs(batch), collate(token_columns(batch))
     assert len(rows.groups) == (2 if splits else 1)
-    mask = rows.inputs["completion_mask"]
+    mask = inputs["completion_mask"]
     assert mask.sum(dim=1).tolist() == [1, 0, 300, 3, 0, 1] and mask.shape == (6, 301)
     # Its tokens count although they are not trained on, as TRL has it.
-    assert rows.inputs["attention_mask"].tolist() == [3, 2, 302, 5, 2, 3]
-    assert rows.inputs["ref_chosen_logps"].tolist() == [-1.0, 0.0, -300.0]
-    # The labels in the order of the groups: each completion is one run of places.
-    labels = torch.cat([group.labels_N for group in rows.groups])
-    for row, (token, count) in enumerate([(3, 1), (0, 0), (3, 300), (4, 3), (0, 0), (4, 1)]):
-        assert labels[rows.places_2BL[row][:count]].tolist() == count * [token]
-        assert (rows.places_2BL[row][count:] == len(labels)).all()
+    assert inputs["attention_mask"].tolist() == [3, 2, 302, 5, 2, 3]
+    assert inputs["ref_chosen_logps"].tolist() == [-1.0, 0.0, -300.0]
+    # The labels of each completion, found through the groups.
+    labels = [
+        group.labels_N[places[places < len(group.labels_N)]].tolist()
+        for group in rows.groups
+        for places in group.places_2BL
+    ]
+    expected = [[3], [], 300 * [3], 3 * [4], [], [4]]
+    assert [labels[place] for place in rows.order_2B] == expected
 
 
 def test_an_empty_prompt_leaves_the_first_token_without_a_label() -> None:
-    collator = RowCollator(tiny_family("llama"), pad_token_id=0, multiple_of=1, path="auto", splits=False)
-    rows = collator(PairBatch([PairRow({}, ([], [5, 6], [7]))]))
+    inputs = loss_inputs(PairBatch([PairRow({}, ([], [5, 6], [7]))]))
     # TRL counts the first token as part of the completion, and shifts it away.
-    assert rows.inputs["completion_mask"].tolist() == [[1, 1], [1, 0]]
+    assert inputs["completion_mask"].tolist() == [[1, 1], [1, 0]]
 
 
 class Copied:
@@ -150,8 +155,6 @@ class Copied:
 
 
 def test_rows_go_to_a_gpu_without_waiting() -> None:
-    from selective_dpo.logprobs.packed import to_device
-
     tensor: Any = Copied()
     to_device(tensor, torch.device("cuda"))
     assert tensor.calls == [("pinned",), ("cuda", True)]

@@ -31,8 +31,8 @@ from selective_dpo.errors import name_some
 from selective_dpo.identity import positions_of
 from selective_dpo.logprobs.compute import PairLogps, pair_logps
 from selective_dpo.logprobs.nonfinite import read_quarantine, require_few, write_quarantine
-from selective_dpo.logprobs.padded import part_lengths
 from selective_dpo.logprobs.reference import load_reference, with_reference, without_quarantined
+from selective_dpo.logprobs.rows import part_lengths
 from selective_dpo.losses import pair_losses
 from selective_dpo.models import load_policy, load_tokenizer
 from selective_dpo.storage.artifacts import write_json
@@ -51,7 +51,7 @@ from selective_dpo.training.checkpointing import (
     train_resumably,
 )
 from selective_dpo.training.publish import save_policy, trainer_facts, training_log
-from selective_dpo.training.train import TrainingProgress, training_folder, without_printed_logs
+from selective_dpo.training.train import TrainingProgress, training_folder
 from selective_dpo.training.trainer import PairTrainer
 
 logger = logging.getLogger(__name__)
@@ -173,7 +173,7 @@ def _make_trainer(
         peft_config=lora_config(config.lora, job.recipe.model.revision),
         callbacks=[evaluations, TrainingProgress(job.run.name)],
     )
-    return without_printed_logs(trainer), evaluations
+    return trainer, evaluations
 
 
 def to_records(

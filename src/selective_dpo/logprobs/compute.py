@@ -13,25 +13,12 @@ from numpy.typing import NDArray
 
 from selective_dpo.distributed.processes import combine_by_position, on_any_process, this_process
 from selective_dpo.distributed.progress import Progress
+from selective_dpo.distributed.signals import REMEDY
 from selective_dpo.errors import Interrupted
 from selective_dpo.logprobs.memory import TokenBudget, bounded_batches, budget_for, run_within_memory
-from selective_dpo.logprobs.packed import IGNORED_LABEL, log_probs_only
-from selective_dpo.logprobs.packing_support import PathName, plan_rows
-from selective_dpo.logprobs.padded import PairBatch, batch_logps, make_batch, pair_lengths
+from selective_dpo.logprobs.packing_support import PathName, RowCollator, plan_rows
+from selective_dpo.logprobs.rows import forward_logps, log_probs_only
 from selective_dpo.models import is_sharded
-
-__all__ = [
-    "IGNORED_LABEL",
-    "PairBatch",
-    "PairLogps",
-    "batch_logps",
-    "make_batch",
-    "pair_lengths",
-    "pair_logps",
-]
-
-
-_REMEDY = "run the same command to go on"
 
 
 class MeasurementStopped(Interrupted):
@@ -82,21 +69,25 @@ def pair_logps(
     with (
         _evaluating(model),
         log_probs_only(model),
-        _autocast(device, autocast_dtype),
+        torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None),
         Progress(len(ids), what) as progress,
     ):
-        rows_of = plan_rows(model, tokens, pad_token_id, path)
+        plan = plan_rows(model, tokens, pad_token_id, path)
+        collate = RowCollator(model, pad_token_id=pad_token_id, kind=plan.kind)
         budget = budget_for(model, tokens_per_batch)
-        batches = bounded_batches(rows_of.lengths_P, budget, rows_per_pair=rows_of.rows_per_pair)
+        batches = bounded_batches(plan.lengths_P, budget, rows_per_pair=plan.rows_per_pair)
 
         def stop_if_asked() -> None:
             # Those that share a model's weights wait for each other in each batch, so they stop together.
             if on_any_process(stop()) if sharded else stop():
-                raise MeasurementStopped(f"interrupted by SIGTERM while measuring {what}: {_REMEDY}")
+                raise MeasurementStopped(f"interrupted by SIGTERM while measuring {what}: {REMEDY}")
+
+        def logps_of(rows: NDArray[np.int64]) -> torch.Tensor:
+            stop_if_asked()
+            return forward_logps(model, collate(tokens[rows]).to(device))
 
         def run(rows: NDArray[np.int64]) -> None:
-            stop_if_asked()
-            values_P2[rows] = rows_of.logps(tokens[rows]).view(2, -1).T.double().cpu().numpy()
+            values_P2[rows] = logps_of(rows).double().cpu().numpy()
             done_P[rows] = True
             # Of the others it is only known that they have as much to do.
             progress.advance(len(rows) * process.num_processes)
@@ -106,16 +97,15 @@ def pair_logps(
         stopped: MeasurementStopped | None = None
         try:
             run_within_memory(
-                run, mine, rows_of.lengths_P, budget, rows_per_pair=rows_of.rows_per_pair, recover=not sharded
+                run, mine, plan.lengths_P, budget, rows_per_pair=plan.rows_per_pair, recover=not sharded
             )
             if sharded and len(mine) * process.num_processes < len(batches):
                 # The others run one batch more, and need this process's share of the weights for it.
-                stop_if_asked()
-                rows_of.logps(tokens[batches[-1]])
+                logps_of(batches[-1])
         except MeasurementStopped as error:
             stopped = error
         if on_any_process(stopped is not None):
-            raise stopped or MeasurementStopped(f"another process was interrupted by SIGTERM: {_REMEDY}")
+            raise stopped or MeasurementStopped(f"another process was interrupted by SIGTERM: {REMEDY}")
     values_P2 = combine_by_position(values_P2, done_P, ids, what=what)
     return PairLogps(ids, values_P2[:, 0], values_P2[:, 1])
 
@@ -130,10 +120,3 @@ def _evaluating(model: Any) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
-
-
-def _autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[None]:
-    if dtype is None:
-        return contextlib.nullcontext()
-    context: contextlib.AbstractContextManager[None] = torch.autocast(device.type, dtype=dtype)
-    return context

@@ -1,24 +1,23 @@
 """Batches that fit into memory: budgets, cutting, and trying again with less.
 
-A batch of B rows of T tokens holds B * T activations and, for its mask and scores, B * T * T numbers.
-Both are bounded, so memory does not depend on how lengths are distributed. The costliest batch runs
-first: if memory runs out it does so at the beginning, the budget is halved, and what is left is cut anew.
+A batch of B rows of T tokens holds B * T activations and B * T * T numbers of its mask and scores; both are
+bounded. The costliest batch runs first, so that memory runs out at the beginning, if at all.
 """
 
 from __future__ import annotations
 
+import functools
 import gc
 import logging
 import os
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from accelerate.utils import gather
 from numpy.typing import NDArray
-from torch import Tensor
 
 from selective_dpo.distributed.processes import this_process
 from selective_dpo.errors import ModelError, is_out_of_memory
@@ -26,20 +25,17 @@ from selective_dpo.models import attention_of, language_model
 
 logger = logging.getLogger(__name__)
 
-_SHARE = {"cpu": 0.25}
-
-_GPU_SHARE = 0.5
+_CPU_SHARE, _GPU_SHARE = 0.25, 0.5
 """Part of the free memory to plan with. The rest is for what the estimate leaves out and, on a CPU, for
 neighbours: there, a system out of memory ends a process without asking."""
 
-_MAX_TOKENS = {"cpu": 4_096}
-
-_MAX_GPU_TOKENS = 65_536
+_MAX_CPU_TOKENS, _MAX_GPU_TOKENS = 4_096, 65_536
 """Beyond these, larger batches are not faster."""
 
 _HEAD_TILE = (4_096, 32_768)
 """Positions by vocabulary entries that TRL's fused head projects at a time."""
 
+Value = TypeVar("Value")
 
 TokenBudget = int | Literal["auto"]
 
@@ -60,15 +56,51 @@ def budget_for(model: Any, tokens: TokenBudget) -> Budget:
     Masks and scores, which grow with the square of the length, may take as much memory as the
     activations of a full batch of short rows, and no more.
     """
-    token_bytes, cell_bytes = _activation_bytes(model), _cell_bytes(model)
+    config, size = language_model(model).config.get_text_config(), language_model(model).dtype.itemsize
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    # At the peak of a layer: residual, normalised input, queries, keys, values, rotated ones and outputs;
+    # gate, up and product.
+    token_bytes = (10 * config.hidden_size + 3 * inner) * size
+    # The mask; eager attention also holds scores, masked scores, their float32 softmax and the result.
+    heads = getattr(config, "num_attention_heads", 0) if attention_of(model) == "eager" else 0
+    cell_bytes = size + 2 + heads * (3 * size + 4)
     if tokens == "auto":
-        tokens = _least_of_all(_automatic_tokens(model, token_bytes))
+        tokens = _automatic_tokens(next(model.parameters()).device, token_bytes, config.vocab_size)
     return Budget(tokens, max(tokens, tokens * token_bytes // cell_bytes))
 
 
 def most_tokens(device_type: str) -> int:
     """The largest automatic budget, in tokens, on a device of this type."""
-    return _MAX_TOKENS.get(device_type, _MAX_GPU_TOKENS)
+    return _MAX_CPU_TOKENS if device_type == "cpu" else _MAX_GPU_TOKENS
+
+
+def _automatic_tokens(device: torch.device, token_bytes: int, vocabulary: int) -> int:
+    usable = int(_free_bytes(device) * (_CPU_SHARE if device.type == "cpu" else _GPU_SHARE))
+    positions, entries = _HEAD_TILE
+    # Projected logits, and what is computed from them, as float32: about four arrays of a tile's size.
+    logit_bytes = 16 * min(entries, vocabulary)
+    # Twice: cells may take as much again as the activations.
+    tokens = usable // (2 * token_bytes + logit_bytes)
+    if tokens > positions:
+        tokens = (usable - positions * logit_bytes) // (2 * token_bytes)
+    # A power of two: the memory that happens to be free a little more or less must not change how sums round.
+    tokens = 1 << (max(1, min(tokens, most_tokens(device.type))).bit_length() - 1)
+    process = this_process()
+    if process.num_processes == 1:
+        return tokens
+    return int(gather(torch.tensor([tokens], device=process.device)).min())
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        free: int = torch.cuda.mem_get_info(device)[0]
+        return free
+    try:
+        pages, size = os.sysconf("SC_AVPHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):  # not every system tells
+        return 4 * 2**30
+    return pages * size
 
 
 def bounded_batches(
@@ -114,7 +146,8 @@ def run_within_memory(
     waiting = deque(batches)
     while waiting:
         rows = waiting[0]
-        if _enough_memory(run, rows):
+        _, problem = attempt(functools.partial(run, rows))
+        if not problem:
             waiting.popleft()
             continue
         cost = _cost(lengths_P[rows], rows_per_pair)
@@ -131,85 +164,26 @@ def run_within_memory(
             f"{budget.tokens:,}",
         )
         left = np.concatenate(list(waiting))
-        waiting = deque(
-            left[batch] for batch in bounded_batches(lengths_P[left], budget, rows_per_pair=rows_per_pair)
-        )
+        again = bounded_batches(lengths_P[left], budget, rows_per_pair=rows_per_pair)
+        waiting = deque(left[batch] for batch in again)
     return budget
 
 
-def _enough_memory(run: Callable[[NDArray[np.int64]], None], rows: NDArray[np.int64]) -> bool:
+def attempt(run: Callable[[], Value]) -> tuple[Value | None, str]:
+    """What `run` returns and, where it ran out of memory instead, the error's message."""
     try:
-        run(rows)
+        return run(), ""
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-    else:
-        return True
-    # Only here, after the handler, are the failed forward's tensors no longer held by its traceback.
+        problem = str(error) or type(error).__name__
+    # Only here, after the handler, are the failed pass's tensors no longer held by its traceback.
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return False
+    return None, problem
 
 
 def _cost(lengths_B: NDArray[np.int64], rows_per_pair: int) -> Budget:
     longest, rows = max(1, int(lengths_B.max())), len(lengths_B) * rows_per_pair
     return Budget(rows * longest, rows * longest**2)
-
-
-def _automatic_tokens(model: Any, token_bytes: int) -> int:
-    device = next(model.parameters()).device
-    share = _SHARE.get(device.type, _GPU_SHARE)
-    usable = int(_free_bytes(device) * share)
-    positions, entries = _HEAD_TILE
-    # Projected logits, and what is computed from them, as float32: about four arrays of a tile's size.
-    logit_bytes = 16 * min(entries, language_model(model).config.get_text_config().vocab_size)
-    tokens: int
-    # Twice: cells may take as much again as the activations.
-    tokens = usable // (2 * token_bytes + logit_bytes)
-    if tokens > positions:
-        tokens = (usable - positions * logit_bytes) // (2 * token_bytes)
-    # A power of two: the memory that happens to be free a little more or less must not change how sums round.
-    return 1 << (max(1, min(tokens, most_tokens(device.type))).bit_length() - 1)
-
-
-def _least_of_all(tokens: int) -> int:
-    process = this_process()
-    if process.num_processes == 1:
-        return tokens
-    least: Tensor = gather(torch.tensor([tokens], device=process.device))
-    return int(least.min())
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        free: int = torch.cuda.mem_get_info(device)[0]
-        return free
-    try:
-        pages, size = os.sysconf("SC_AVPHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):  # not every system tells
-        return 4 * 2**30
-    return pages * size
-
-
-def _activation_bytes(model: Any) -> int:
-    """Bytes that one token holds at the peak of a layer's forward pass, about."""
-    config = language_model(model).config.get_text_config()
-    hidden = config.hidden_size
-    inner = getattr(config, "intermediate_size", None) or 4 * hidden
-    # Residual, normalised input, queries, keys, values, rotated ones and outputs; gate, up and product.
-    return int((10 * hidden + 3 * inner) * _element_bytes(model))
-
-
-def _cell_bytes(model: Any) -> int:
-    """Bytes for each pair of positions: the mask, and the scores where attention writes them out."""
-    config, size = language_model(model).config.get_text_config(), _element_bytes(model)
-    # Eager attention holds scores, masked scores, their float32 softmax and the result for every head.
-    scores = config.num_attention_heads * (3 * size + 4) if attention_of(model) == "eager" else 0
-    return int(size + 2 + scores)
-
-
-def _element_bytes(model: Any) -> int:
-    dtype: torch.dtype = language_model(model).dtype
-    return dtype.itemsize

@@ -1,17 +1,17 @@
 """Which rows a model reads for pairs: packed ones, with the prompt shared, or padded ones.
 
-The rules know which of transformers' models compute packed rows rightly; the choice is tried on a pair. Where
-both are right, the cheaper ones are taken: packed rows hold fewer tokens, but their mask makes attention cost
-the square of a longer row.
+Rules know which of transformers' models compute packed rows rightly, and it is tried on a pair. Packed rows
+hold fewer tokens, but their mask makes attention cost the square of a longer row: the cheaper ones are taken.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import math
 import sys
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -21,21 +21,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from selective_dpo.distributed.processes import this_process
-from selective_dpo.logprobs.packed import (
+from selective_dpo.logprobs.rows import (
+    TOKEN_COLUMNS,
+    PairRows,
     Pairs,
-    pack_pairs,
-    pad_pairs,
-    row_log_probs,
-    shared_lengths,
-    width_multiple,
-)
-from selective_dpo.logprobs.padded import (
-    PairBatch,
     PartLengths,
-    batch_logps,
-    make_batch,
-    pair_lengths,
+    RowKind,
+    forward_logps,
+    make_rows,
     part_lengths,
+    width_multiple,
 )
 from selective_dpo.models import attention_of, language_model
 
@@ -45,30 +40,13 @@ _TAKES_ANY_MASK = ("sdpa", "eager", "flex_attention")
 _ORDINARY_LAYERS = frozenset({"full_attention", "sliding_attention"})
 
 
-class RowLayout(NamedTuple):
-    """How pairs go through a model, and why."""
+def packing_obstacle(model: Any, longest: int) -> str | None:
+    """What keeps a causal language model, wrapped or not, from sharing a prompt between two completions in
+    one row, if anything.
 
-    name: Literal["shared", "padded"]
-    """`shared`: prompt, chosen and rejected packed into one row; `padded`: a row for each completion."""
-    reason: str
-
-
-def choose_path(model: Any, longest: int) -> RowLayout:
-    """Packed rows where the model's attention can take them, padded rows where it cannot.
-
-    Args:
-        model: A causal language model, wrapped or not.
-        longest: Tokens of the longest prompt + completion that will be computed. Windows of attention
-            at least as long never cut anything, so they do not matter.
+    `longest` are the tokens of the longest prompt + completion that will be computed. Windows of attention
+    at least as long never cut anything.
     """
-    obstacle = _obstacle(model, longest)
-    if obstacle is not None:
-        return RowLayout("padded", obstacle)
-    return RowLayout("shared", f"{attention_of(model)} attention takes a mask for each token")
-
-
-def _obstacle(model: Any, longest: int) -> str | None:
-    """What keeps the model from sharing a prompt between two completions in one row, if anything."""
     inner = language_model(model)
     config = inner.config.get_text_config()
     if any(adapter.is_prompt_learning for adapter in getattr(model, "peft_config", {}).values()):
@@ -77,7 +55,8 @@ def _obstacle(model: Any, longest: int) -> str | None:
         return f"{config._attn_implementation} attention takes no mask"
     if inner._is_stateful:
         return f"{config.model_type} carries a state from token to token"
-    other_layers = set(getattr(config, "layer_types", None) or ()) - _ORDINARY_LAYERS
+    layers = getattr(config, "layer_types", None) or ()
+    other_layers = set(layers) - _ORDINARY_LAYERS
     if other_layers:
         return f"{config.model_type} has layers of {', '.join(sorted(other_layers))}"
     if "position_ids" not in inspect.signature(inner.base_model.forward).parameters:
@@ -86,32 +65,25 @@ def _obstacle(model: Any, longest: int) -> str | None:
         return f"{config.model_type} takes distances from the row, not from positions"
     if getattr(config, "output_router_logits", False):
         return "the router's balancing loss needs a plain padding mask"
-    window = _window(config)
-    if window is not None and longest > window:
+    window = getattr(config, "sliding_window", None)
+    if window is not None and longest > window and (not layers or "sliding_attention" in layers):
         return f"attention is limited to {window:,} tokens and the longest pair has {longest:,}"
     return None
-
-
-def _window(config: Any) -> int | None:
-    layers = getattr(config, "layer_types", None)
-    if layers and "sliding_attention" not in layers:
-        return None
-    window: int | None = getattr(config, "sliding_window", None)
-    return window
 
 
 # --- cost ---------------------------------------------------------------------------------------------------
 
 
 class RowCosts(NamedTuple):
-    """What rows cost in one layer of a model, in FLOPs of a matrix product as fast as its linear layers."""
+    """What rows cost in one layer of a model, in FLOPs of a matrix product as fast as its linear layers.
+
+    For each token, padding included, and for each of the T * T cells of a row's attention: under a packed
+    row's mask all of them are computed, and causal attention skips about half of a padded row's.
+    """
 
     token: float
-    """Each token of a row, padding included."""
     packed_cell: float
-    """Each of the T * T cells of a packed row's attention, all of which are computed under a mask."""
     padded_cell: float
-    """Each of the T * T cells of a padded row's, about half of which causal attention skips."""
 
 
 _CELL_RATES = {"cpu": (1.1, 0.55), "cuda": (5.0, 0.9)}
@@ -144,14 +116,78 @@ def row_costs(model: Any) -> RowCosts:
     return RowCosts(2.0 * weights, 4.0 * width * packed, 4.0 * width * padded)
 
 
-def packed_is_cheaper(costs: RowCosts, lengths: PartLengths, *, multiple_of: int = 1) -> bool:
-    """Whether pairs of these lengths cost less in packed rows than in padded ones, as one batch."""
-    packed_T = int(shared_lengths(*lengths).max(initial=1))
-    padded_T = int((lengths.prompt_P + np.maximum(lengths.chosen_P, lengths.rejected_P)).max(initial=1))
-    packed_T = -(-packed_T // multiple_of) * multiple_of
-    packed = packed_T * costs.token + packed_T**2 * costs.packed_cell
-    padded = 2 * (padded_T * costs.token + padded_T**2 * costs.padded_cell)
-    return packed < padded
+def packed_saves(costs: RowCosts, packed_P: NDArray[np.int64], padded_P: NDArray[np.int64]) -> bool:
+    """Whether rows of these lengths cost less packed, each in a batch of its own."""
+    packed, padded = packed_P.astype(float), padded_P.astype(float)
+    packed_cost = (packed * costs.token + packed**2 * costs.packed_cell).sum()
+    return bool(packed_cost < 2 * (padded * costs.token + padded**2 * costs.padded_cell).sum())
+
+
+class RowCollator:
+    """Makes the rows of pairs for one model, on the CPU.
+
+    Args:
+        kind: of the rows; None: packed or padded ones, whichever cost less, batch by batch.
+        multiple_of: what the length of rows should be a multiple of, besides what the model wants.
+        splits: pairs of different length go through the model one group after the other. A CPU gains nothing
+            from larger batches.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        pad_token_id: int,
+        kind: RowKind | None = None,
+        multiple_of: int = 1,
+        splits: bool = False,
+    ) -> None:
+        self._pad_token_id, self._kind, self._splits = pad_token_id, kind, splits
+        self._costs = row_costs(model) if kind is None else None
+        self._multiple_of = math.lcm(multiple_of, 1 if kind == "masked" else width_multiple(model))
+
+    def __call__(self, pairs: Pairs) -> PairRows:
+        """The rows of a batch of pairs."""
+        counts_3B = np.array([[len(part) for part in pairs[name]] for name in TOKEN_COLUMNS], dtype=np.int64)
+        lengths = PartLengths(*counts_3B)
+        count = len(lengths.prompt_P)
+        groups = group_by_length(lengths.packed_P, WORTH_A_PASS) if self._splits else [list(range(count))]
+        rows = []
+        for group in groups:
+            own = {name: [pairs[name][place] for place in group] for name in TOKEN_COLUMNS}
+            kind = self._kind or self._cheaper(PartLengths(*counts_3B[:, group]))
+            rows.append(make_rows(own, kind, self._pad_token_id, multiple_of=self._multiple_of))
+        at_2B = np.concatenate([[*group, *(count + place for place in group)] for group in groups])
+        return PairRows(rows, torch.from_numpy(np.argsort(at_2B)))
+
+    def _cheaper(self, lengths: PartLengths) -> RowKind:
+        longest = (each.max(initial=1, keepdims=True) for each in (lengths.packed_P, lengths.padded_P))
+        packed_1, padded_1 = (-(-each // self._multiple_of) * self._multiple_of for each in longest)
+        assert self._costs is not None
+        return "packed" if packed_saves(self._costs, packed_1, padded_1) else "padded"
+
+
+WORTH_A_PASS = 256
+"""Tokens of padding that are worth another pass through the model on a CPU."""
+
+
+def group_by_length(lengths_B: NDArray[np.int64], worth_a_pass: int) -> list[list[int]]:
+    """Groups of pairs, the longest pairs first, that cost the fewest tokens: those of their padded rows, and
+    `worth_a_pass` for each group.
+
+    Shapes: lengths_B [B]. Numbers of pairs, rising in each group; together the groups hold each
+    of 0..B-1 exactly once.
+    """
+    order = np.argsort(-lengths_B, kind="stable")
+    # best[n]: what the n longest pairs cost, and their groups.
+    best: list[tuple[int, list[list[int]]]] = [(0, [])]
+    for end in range(1, len(order) + 1):
+        cost, start = min(
+            (best[start][0] + worth_a_pass + (end - start) * int(lengths_B[order[start]]), start)
+            for start in range(end)
+        )
+        best.append((cost, [*best[start][1], sorted(order[start:end].tolist())]))
+    return best[-1][1]
 
 
 # --- the choice ---------------------------------------------------------------------------------------------
@@ -163,7 +199,8 @@ _TRIED_TOKENS = 256
 """Length of the pair that the choice is tried on, where there is one as long."""
 
 _TOLERANCE_32, _TOLERANCE_16 = 1e-3, 0.1
-"""Nats a token that packed and padded rows may differ by, in single and in half precision.
+"""Nats a token that rows without and with a mask of their padding may differ by, in single and in half
+precision.
 
 Far above rounding, and far below what a completion changes that sees the other one.
 """
@@ -172,93 +209,95 @@ Far above rounding, and far below what a completion changes that sees the other 
 class RowPlan(NamedTuple):
     """How the pairs of a data set go through a model."""
 
+    kind: RowKind
+    """`masked` also where the model was not found to compute the others rightly."""
     lengths_P: NDArray[np.int64]
     """Tokens of each pair's row, or of the longer of its two."""
-    rows_per_pair: int
-    logps: Callable[[Pairs], Tensor]
-    """Summed log-probability of each completion: [2B] float32, the chosen ones first."""
-    packable: bool
-    """Whether the model computes packed rows rightly."""
+
+    @property
+    def rows_per_pair(self) -> int:
+        """Rows of each pair."""
+        return 1 if self.kind == "packed" else 2
 
 
 def plan_rows(model: Any, tokens: Dataset, pad_token_id: int, name: PathName) -> RowPlan:
-    """Rows of the layout called `name`; for `auto`, the cheaper of those that this model computes rightly.
+    """Packed rows for `shared`, masked ones for `padded`; for `auto`, the cheapest of those that this model
+    computes rightly, all pairs together.
 
-    Packed rows are tried on one pair first. A model that does not honour the mask (a custom model, say)
-    gives other log-probs in them than in padded rows, which then are used. `model` must carry TRL's
-    fused head, and be in evaluation mode without gradients.
+    A model that does not honour the mask of packed rows (a custom model, say) gives other log-probs in them,
+    so they are tried on a pair, once a model. `model` must carry TRL's fused head, and drop nothing out.
     """
-    device = next(model.parameters()).device
-
-    def plain_logps(pairs: Pairs) -> Tensor:
-        return batch_logps(model, PairBatch(*(part.to(device) for part in make_batch(pairs, pad_token_id))))
-
-    def padded_logps(pairs: Pairs) -> Tensor:
-        return row_log_probs(model, pad_pairs(pairs, pad_token_id).to(device)).sum(dim=1)
-
-    def packed_logps(pairs: Pairs) -> Tensor:
-        batch = pack_pairs(pairs, pad_token_id, multiple_of=width_multiple(model))
-        return row_log_probs(model, batch.to(device)).sum(dim=1)
-
     lengths = part_lengths(tokens)
-    plain = RowPlan(pair_lengths(tokens), 2, plain_logps, packable=False)
-    packed = RowPlan(shared_lengths(*lengths), 1, packed_logps, packable=True)
+    packed, masked = RowPlan("packed", lengths.packed_P), RowPlan("masked", lengths.padded_P)
     if name != "auto":
-        return packed if name == "shared" else plain
-    layout = choose_path(model, int(plain.lengths_P.max(initial=0)))
-    if layout.name == "shared" and len(tokens):
-        pair = tokens[[_pair_to_try(packed.lengths_P)]]
-        padded = plain._replace(logps=padded_logps, packable=True)
-        difference = max(difference_per_token(each, plain, pair) for each in (packed, padded))
-        if difference > _tolerance(model, device):
-            reason = f"shared rows change this model's log-probs by {difference:.2g} a token"
-            layout = RowLayout("padded", reason)
-        elif not packed_saves(row_costs(model), lengths):
-            say_once(RowLayout("padded", "at these lengths a shared prompt saves less than its mask costs"))
-            return padded
-    say_once(layout)
-    return packed if layout.name == "shared" else plain
+        return packed if name == "shared" else masked
+    obstacle = packing_obstacle(model, int(lengths.padded_P.max(initial=0)))
+    if obstacle is None and len(tokens):
+        difference, tolerance = _tried_difference(model, tokens, lengths.packed_P, pad_token_id)
+        if difference > tolerance:
+            obstacle = f"shared rows change this model's log-probs by {difference:.2g} a token"
+        elif not packed_saves(row_costs(model), lengths.packed_P, lengths.padded_P):
+            say_once(2, "at these lengths a shared prompt saves less than its mask costs")
+            return RowPlan("padded", lengths.padded_P)
+    plan = packed if obstacle is None else masked
+    say_once(plan.rows_per_pair, obstacle or f"{attention_of(model)} attention takes a mask for each token")
+    return plan
 
 
-def packed_saves(costs: RowCosts, lengths: PartLengths) -> bool:
-    """Whether all pairs together cost less packed, each in a batch of its own length."""
-    packed_P = shared_lengths(*lengths).astype(float)
-    padded_P = (lengths.prompt_P + np.maximum(lengths.chosen_P, lengths.rejected_P)).astype(float)
-    packed = (packed_P * costs.token + packed_P**2 * costs.packed_cell).sum()
-    return bool(packed < 2 * (padded_P * costs.token + padded_P**2 * costs.padded_cell).sum())
+_Trials = dict[tuple[str, str, bool], tuple[int, float]]
+"""By attention, device and half precision: tokens of the pair that was tried, and the difference."""
+
+_TRIALS: WeakKeyDictionary[torch.nn.Module, _Trials] = WeakKeyDictionary()
 
 
-def _pair_to_try(lengths_P: NDArray[np.int64]) -> int:
-    """The longest pair within `_TRIED_TOKENS`, else the shortest."""
-    short = np.flatnonzero(lengths_P <= _TRIED_TOKENS)
-    return int(short[np.argmax(lengths_P[short])]) if len(short) else int(np.argmin(lengths_P))
+def _tried_difference(
+    model: Any, tokens: Dataset, packed_P: NDArray[np.int64], pad_token_id: int
+) -> tuple[float, float]:
+    """By how many nats a token rows without a mask of their padding differ, and may differ.
 
-
-def difference_per_token(one: RowPlan, plain: RowPlan, pairs: Pairs) -> float:
-    """The largest difference of a completion's log-prob a token between two plans.
-
-    It is infinite where only the first gives no number.
+    A model is tried once for each precision, device and attention, and again where a longer pair says more.
     """
-    completions = [*pairs["chosen_ids"], *pairs["rejected_ids"]]
-    counts = torch.tensor([max(1, len(ids)) for ids in completions])
-    ours, theirs = (plan.logps(pairs).cpu() for plan in (one, plain))
-    gap = (ours - theirs).abs() / counts
-    # Where plain rows give no number either, the loss will say so; where only ours do not, they are wrong.
-    gap = gap.where(ours.isfinite(), torch.inf).where(theirs.isfinite(), 0.0)
+    inner = language_model(model)
+    device = next(model.parameters()).device
+    half = torch.is_autocast_enabled(device.type) or inner.dtype.itemsize < 4
+    tolerance = _TOLERANCE_16 if half else _TOLERANCE_32
+    # The longest pair that is short enough, else the shortest.
+    short = np.flatnonzero(packed_P <= _TRIED_TOKENS)
+    row = int(short[np.argmax(packed_P[short])]) if len(short) else int(np.argmin(packed_P))
+    length, under = int(packed_P[row]), (attention_of(model), device.type, half)
+    trials = _TRIALS.setdefault(inner, {})
+    tried, difference = trials.get(under, (-1, 0.0))
+    if tried >= min(length, _TRIED_TOKENS):
+        return difference, tolerance
+    pairs = tokens[[row]]
+    kinds: tuple[RowKind, ...] = ("masked", "packed", "padded")
+    collators = [RowCollator(model, pad_token_id=pad_token_id, kind=kind) for kind in kinds]
+    with torch.no_grad():
+        plain_B2, *others = (forward_logps(model, collate(pairs).to(device)) for collate in collators)
+    counts_2 = torch.tensor([max(1, len(pairs[name][0])) for name in TOKEN_COLUMNS[1:]], device=device)
+    gaps = torch.stack([gap_per_token(each_B2, plain_B2, counts_2) for each_B2 in others])
     # All processes must choose alike, even if rounding differs between them.
     if this_process().num_processes > 1:
-        gap = gather(gap.to(this_process().device))
-    return float(gap.max())
+        gaps = gather(gaps.to(this_process().device))
+    difference = max(difference, float(gaps.nan_to_num(0.0, posinf=torch.inf).max()))
+    if not gaps.isnan().any():
+        trials[under] = (length, difference)
+    return difference, tolerance
 
 
-def _tolerance(model: Any, device: torch.device) -> float:
-    half = torch.is_autocast_enabled(device.type) or language_model(model).dtype.itemsize < 4
-    return _TOLERANCE_16 if half else _TOLERANCE_32
+def gap_per_token(ours_B2: Tensor, plain_B2: Tensor, counts_B2: Tensor) -> Tensor:
+    """The difference of each completion's log-prob a token: [B, 2], as are the log-probs and their tokens.
+
+    Infinite where only ours is not a number, and so wrong; NaN where plain rows give none either, which the
+    loss will say.
+    """
+    gap_B2 = (ours_B2 - plain_B2).abs() / counts_B2
+    return gap_B2.where(ours_B2.isfinite(), torch.inf).where(plain_B2.isfinite(), torch.nan)
 
 
 @functools.cache
-def say_once(layout: RowLayout) -> None:
+def say_once(rows_per_pair: int, reason: str) -> None:
     """Say which rows are computed and why, once for each answer."""
-    rows = "one row a pair" if layout.name == "shared" else "one row a completion"
     if this_process().is_main_process:
-        sys.stderr.write(f"log-probs: {rows} ({layout.reason})\n")
+        rows = "one row a pair" if rows_per_pair == 1 else "one row a completion"
+        sys.stderr.write(f"log-probs: {rows} ({reason})\n")

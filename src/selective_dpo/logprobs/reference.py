@@ -24,6 +24,7 @@ from selective_dpo.identity import positions_of
 from selective_dpo.logprobs.compute import PairLogps, pair_logps
 from selective_dpo.logprobs.memory import TokenBudget
 from selective_dpo.logprobs.nonfinite import quarantined_pair, read_quarantine, require_few, write_quarantine
+from selective_dpo.logprobs.rows import TOKEN_COLUMNS
 
 FILE = "logps.parquet"
 
@@ -102,7 +103,7 @@ def require_embedded(model: Any, tokens: Dataset) -> None:
     """Raise `ModelError` where the model has no row for a token of the pairs, which are named."""
     rows, table = model.get_input_embeddings().weight.shape[0], tokens.with_format("arrow")[:]
     beyond: set[int] = set()
-    for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
+    for name in TOKEN_COLUMNS:
         ids = table[name].combine_chunks()
         beyond |= set(pc.list_parent_indices(ids).filter(pc.greater_equal(ids.flatten(), rows)).to_pylist())
     if beyond:
@@ -145,11 +146,9 @@ def _not_finite(logps: PairLogps, tokens: Dataset) -> list[dict[str, Any]]:
     found = []
     for row in np.flatnonzero(~_is_finite(logps)).tolist():
         sides = {"chosen": logps.chosen_P[row], "rejected": logps.rejected_P[row]}
+        values = [name for name, value in sides.items() if not np.isfinite(value)]
         entry = quarantined_pair(logps.pair_ids[row], tokens[row]["prompt_id"])
-        entry["not_finite"].append(
-            {"values": [name for name, value in sides.items() if not np.isfinite(value)]}
-        )
-        found.append(entry)
+        found.append({**entry, "not_finite": [{"values": values}]})
     return sorted(found, key=lambda entry: str(entry["pair_id"]))
 
 
@@ -178,10 +177,9 @@ def require_finite_reference(folder: Path) -> None:
 
 def without_quarantined(tokens: Dataset, folder: Path) -> Dataset:
     """`tokens` without the pairs that were set aside when the reference in `folder` was computed."""
-    quarantined = read_quarantine([folder])
-    if not quarantined:
+    if not (aside := read_quarantine([folder])):
         return tokens
-    return tokens.select([row for row, name in enumerate(tokens["pair_id"]) if name not in quarantined])
+    return tokens.select([row for row, name in enumerate(tokens["pair_id"]) if name not in aside])
 
 
 def with_reference(tokens: Dataset, reference: PairLogps) -> Dataset:

@@ -32,12 +32,11 @@ from selective_dpo.config import ModelConfig, Recipe, ScoreConfig, Settings, Tra
 from selective_dpo.difficulty.protocols import planned_runs
 from selective_dpo.errors import ConfigError
 from selective_dpo.logprobs.memory import Budget, TokenBudget, bounded_batches, most_tokens
-from selective_dpo.logprobs.packed import shared_lengths, width_multiple
-from selective_dpo.logprobs.packing_support import choose_path, packed_saves, row_costs
-from selective_dpo.logprobs.padded import PartLengths
+from selective_dpo.logprobs.packing_support import RowCollator, packed_saves, packing_obstacle, row_costs
+from selective_dpo.logprobs.rows import Pairs, PartLengths, RowKind
 from selective_dpo.models import load_model_config, load_policy, loading
 from selective_dpo.training.arguments import TrainingSettings, training_settings, weights_dtype
-from selective_dpo.training.batching import PairBatch, PairRow, RowCollator, group_batches
+from selective_dpo.training.batching import PairBatch, PairRow, group_batches, token_columns
 from selective_dpo.training.checkpointing import KEPT
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -124,13 +123,13 @@ def models_of(recipe: Recipe) -> Models:
     """
     model = build_on_meta(recipe.model)
     sizes = architecture_of(model)
-    layout = choose_path(model, recipe.data.max_length)
+    obstacle = packing_obstacle(model, recipe.data.max_length)
     score_lora = None if recipe.curriculum else recipe.score.lora
     return Models(
         sizes,
         adapter_parameters(build_on_meta(recipe.model), score_lora, "score.lora") if score_lora else 0,
         adapter_parameters(model, recipe.train.lora, "train.lora"),
-        rows_per_pair=1 if layout.name == "shared" else 2,
+        rows_per_pair=1 if obstacle is None else 2,
     )
 
 
@@ -208,52 +207,49 @@ class RowCounter:
         self._model, self._device = build_on_meta(recipe.model), device
         # What rows cost depends on the device of the first parameter.
         self._model.register_parameter("placed", torch.nn.Parameter(torch.empty(0, device=device)))
-        self._collator: RowCollator | None = None
-        if choose_path(self._model, recipe.data.max_length).name == "shared":
-            splits = device == "cpu" and recipe.launch.processes == 1
-            self._collator = RowCollator(
-                self._model, pad_token_id=0, multiple_of=1, path="auto", splits=splits
-            )
+        self._is_packable = packing_obstacle(self._model, recipe.data.max_length) is None
+        self._splits = device == "cpu" and recipe.launch.processes == 1
 
     def forward(self, lengths: PartLengths, budget: TokenBudget) -> int:
         """One forward pass over the pairs, in batches of at most `budget` tokens, sorted by length.
 
         Batches that memory makes smaller hold less padding.
         """
-        packed_P, padded_P = shared_lengths(*lengths), padded_lengths(lengths)
-        is_packed = self._collator is not None and packed_saves(row_costs(self._model), lengths)
-        lengths_P, rows = (packed_P, 1) if is_packed else (padded_P, 2)
-        multiple = width_multiple(self._model) if is_packed else 1
+        kind: RowKind = "masked"
+        if self._is_packable:
+            saves = packed_saves(row_costs(self._model), lengths.packed_P, lengths.padded_P)
+            kind = "packed" if saves else "padded"
+        lengths_P, rows = (lengths.packed_P, 1) if kind == "packed" else (lengths.padded_P, 2)
         tokens = most_tokens(self._device) if budget == "auto" else budget
         unbounded = Budget(tokens, tokens * int(lengths_P.max(initial=1)))
         batches = bounded_batches(lengths_P, unbounded, rows_per_pair=rows)
-        longest = [-(-int(lengths_P[batch].max()) // multiple) * multiple for batch in batches]
-        return sum(rows * len(batch) * width for batch, width in zip(batches, longest, strict=True))
+        collate = RowCollator(self._model, pad_token_id=0, kind=kind)
+        updates = (PairBatch([PairRow({}, pair) for pair in _blank_pairs(lengths, rows)]) for rows in batches)
+        return sum(_tokens(collate, token_columns(batch)) for batch in updates)
 
     def training(self, lengths: PartLengths, settings: TrainingSettings) -> int:
         """One epoch of training on the pairs in this order, on one process."""
         size, per_update = settings.pairs_per_batch, settings.pairs_per_batch * settings.accumulation
-        lengths_P3, tokens = np.stack(lengths, axis=1), 0
-        for start in range(0, len(lengths_P3), per_update):
-            update = [_blank_pair(parts) for parts in lengths_P3[start : start + per_update]]
+        collate = RowCollator(self._model, pad_token_id=0, splits=self._splits) if self._is_packable else None
+        order_P, tokens = np.arange(len(lengths.prompt_P)), 0
+        for start in range(0, len(order_P), per_update):
+            update = [
+                PairRow({}, pair) for pair in _blank_pairs(lengths, order_P[start : start + per_update])
+            ]
             cut = [update[at : at + size] for at in range(0, len(update), size)]
-            batches = [PairBatch(pairs, weight=len(pairs)) for pairs in cut]
-            for batch in group_batches(batches) if len(batches) > 1 else batches:
-                if self._collator is None:
-                    tokens += batch.padded_tokens
-                else:
-                    tokens += sum(rows.input_ids.numel() for rows in self._collator(batch).groups)
+            for batch in group_batches([PairBatch(pairs, weight=len(pairs)) for pairs in cut]):
+                # TRL's own rows hold the last token, too.
+                tokens += _tokens(collate, token_columns(batch)) if collate else batch.padded_tokens
         return tokens
 
 
-def padded_lengths(lengths: PartLengths) -> NDArray[np.int64]:
-    """Tokens of the longer of prompt + chosen and prompt + rejected: [P]."""
-    return lengths.prompt_P + np.maximum(lengths.chosen_P, lengths.rejected_P)
+def _blank_pairs(lengths: PartLengths, rows: NDArray[np.int64]) -> list[Any]:
+    """Prompt, chosen and rejected of some pairs, as long as theirs."""
+    return [tuple(np.zeros(part_P[row], dtype=np.int64) for part_P in lengths) for row in rows]
 
 
-def _blank_pair(lengths_3: NDArray[np.int64]) -> PairRow:
-    tokens: Any = tuple(np.zeros(length, dtype=np.int64) for length in lengths_3)
-    return PairRow({}, tokens)
+def _tokens(collate: RowCollator, pairs: Pairs) -> int:
+    return sum(rows.input_ids.numel() for rows in collate(pairs).groups)
 
 
 def job_flops(recipe: Recipe, models: Models, kind: JobKind, trained: float, forwarded: float) -> float:
@@ -306,8 +302,7 @@ def job_memory(recipe: Recipe, models: Models, kind: JobKind, lengths: PartLengt
     # A shared row holds one prompt and two completions: at most twice the longest sequence.
     length = recipe.data.max_length * (2 if models.rows_per_pair == 1 else 1)
     if lengths is not None:
-        row = shared_lengths(*lengths) if models.rows_per_pair == 1 else padded_lengths(lengths)
-        length = int(row.max())
+        length = int((lengths.packed_P if models.rows_per_pair == 1 else lengths.padded_P).max())
 
     def layer(rows: int) -> float:
         values = _VALUES_PER_LAYER * BYTES[settings.compute_dtype] * rows * length * sizes.hidden

@@ -28,7 +28,7 @@ from selective_dpo.difficulty.protocols import split_pairs
 from selective_dpo.errors import DataError, ModelError, RunChangedError
 from selective_dpo.evaluation.evaluate import check_evaluation
 from selective_dpo.identity import positions_of
-from selective_dpo.logprobs.padded import PartLengths, part_lengths
+from selective_dpo.logprobs.rows import PartLengths, part_lengths
 from selective_dpo.report.tables import label_for, text_table
 from selective_dpo.run import costs
 from selective_dpo.run.costs import (
@@ -184,7 +184,7 @@ def _settings(recipe: Recipe) -> list[TrainingSettings]:
 
 def _measured_rates(recipe: Recipe, models: Models, device: Device, lengths: PartLengths) -> dict[str, float]:
     """FLOP/s of forward passes over rows of the median length, by type."""
-    longest = max(1, int(np.median(costs.padded_lengths(lengths))))
+    longest = max(1, int(np.median(lengths.padded_P)))
     return {
         name: costs.measured_rate(recipe.model, models.sizes, device, longest=longest, compute_dtype=name)
         for name in sorted({settings.compute_dtype for settings in _settings(recipe)})

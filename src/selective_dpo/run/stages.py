@@ -60,7 +60,6 @@ from selective_dpo.evaluation.results import (
 from selective_dpo.identity import positions_of
 from selective_dpo.logprobs.compute import pair_logps
 from selective_dpo.logprobs.nonfinite import read_quarantine
-from selective_dpo.logprobs.padded import part_lengths
 from selective_dpo.logprobs.reference import (
     load_reference,
     publish_logps,
@@ -68,6 +67,7 @@ from selective_dpo.logprobs.reference import (
     require_finite_reference,
     without_quarantined,
 )
+from selective_dpo.logprobs.rows import part_lengths
 from selective_dpo.losses import chance_loss
 from selective_dpo.models import load_policy, loading
 from selective_dpo.report.tables import label_for, seeds_note

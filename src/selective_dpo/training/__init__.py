@@ -1,9 +1,6 @@
-"""DPO training with TRL: on prepared pairs, and on a curriculum.
+"""DPO training with TRL.
 
-1. `arguments`: a recipe's settings as TRL's `DPOConfig`.
-2. `trainer`: `PairTrainer`, TRL's `DPOTrainer` for tokenized rows that carry reference log-probs;
-   `batching`: the batches of an update.
-3. `selective_trainer`: `SelectiveDPOTrainer`, the public trainer that follows a curriculum.
-4. `checkpointing`: trainings that survive being killed.
-5. `train`: the training stage; `publish` and `card`: what is kept of it.
+`arguments` are a recipe's settings as TRL's; `trainer` is TRL's trainer for prepared pairs, `batching` its
+batches, and `selective_trainer` the public one that follows a curriculum. `checkpointing` lets trainings
+survive; `train` is the stage, `publish` and `card` what is kept of it.
 """

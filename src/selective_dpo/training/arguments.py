@@ -75,11 +75,6 @@ def dpo_arguments(
 # transformers spreads every model that is loaded from then on over the processes.
 
 
-def beta(settings: Settings) -> float:
-    """DPO's beta in a training with these settings."""
-    return float({**ORIGINAL_DEFAULTS, **settings}["beta"])
-
-
 def mixed_precision(settings: Settings, model: ModelConfig) -> str:
     """The type that a training with these settings computes in where it is not the weights' own; else ""."""
     if settings.get("bf16", model.dtype == "bfloat16" and not settings.get("fp16")):

@@ -1,72 +1,42 @@
 """The batches of an update: pairs as lists of tokens, until a pass makes the rows that the model reads.
 
-1. `PairCollator` hands on the pairs of a batch as they are.
-2. `weigh_equally` gives each pair of an update the same weight, however the update is divided among processes
-   and batches.
-3. `group_batches` puts pairs of similar length into the same batch of an update.
-4. `WithinMemory` runs a batch, in smaller passes where memory runs out.
-5. `RowCollator` makes the rows of one pass, on the CPU, once; `RowModel` runs them where TRL's loss calls
-   its model.
-
-Nothing moves from one update to another, or from one process to another, so the effective batch, the schedule
-and the order consumed stay what they are.
+`PairCollator` hands on the pairs of a batch. `weigh_equally` gives each pair of an update the same weight,
+and `group_batches` puts those of similar length together. `WithinMemory` runs a batch in as many passes as
+memory allows, and `row_model` stands for the model where TRL computes the loss of a pass. Nothing moves from
+one update to another, or from one process to another.
 
 Dimension suffixes: B pairs of a batch, L labels of the longest completion.
 """
 
 from __future__ import annotations
 
-import gc
 import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from trl.trainer.utils import FusedCausalLMOutput
 
 from selective_dpo.curriculum.table import PAIR_ID
-from selective_dpo.errors import ConfigError, ModelError, is_out_of_memory
-from selective_dpo.logprobs.packed import (
-    RowBatch,
-    by_completion,
-    pack_pairs,
-    pad_pairs,
-    row_outputs,
-    shared_lengths,
-    to_device,
-    width_multiple,
-)
+from selective_dpo.errors import ConfigError, ModelError
+from selective_dpo.logprobs.memory import attempt
 from selective_dpo.logprobs.packing_support import (
     PathName,
-    RowLayout,
-    choose_path,
-    packed_is_cheaper,
+    RowCollator,
+    packing_obstacle,
     plan_rows,
-    row_costs,
     say_once,
 )
-from selective_dpo.logprobs.padded import PartLengths, pair_lengths
 from selective_dpo.logprobs.reference import CHOSEN_COLUMN, REJECTED_COLUMN
-
-TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
-"""TRL's tokenized pair."""
+from selective_dpo.logprobs.rows import TOKEN_COLUMNS, PairRows, forward_fields, part_lengths
 
 PAIRS = "pairs"
 """Key of a batch: its `PairBatch`."""
-
-WORTH_A_PASS = 256
-"""Tokens of padding that are worth another pass through the model on a CPU, which gains nothing from
-batches."""
-
-_TOKEN_FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-
-_REFERENCE = (CHOSEN_COLUMN, REJECTED_COLUMN)
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +46,7 @@ def is_tokenized(dataset: Any) -> bool:
     return isinstance(dataset, Dataset) and set(TOKEN_COLUMNS) <= set(dataset.column_names)
 
 
-# --- 1. pairs -----------------------------------------------------------------------------------------------
+# --- pairs --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -91,16 +61,9 @@ class PairRow:
     """Whether it only fills the batch: it is not trained on."""
 
     @property
-    def pair_id(self) -> str | None:
-        """Its id, where the rows have ids."""
-        return self.example.get(PAIR_ID)
-
-    @property
     def lengths(self) -> tuple[int, int, int]:
         """Tokens of prompt, chosen and rejected; a blank pair is not computed and has none."""
-        if self.is_blank or self.tokens is None:
-            return (0, 0, 0)
-        prompt, chosen, rejected = self.tokens
+        prompt, chosen, rejected = ((), (), ()) if self.is_blank or self.tokens is None else self.tokens
         return (len(prompt), len(chosen), len(rejected))
 
     @property
@@ -126,7 +89,7 @@ class PairBatch:
     @property
     def ids(self) -> list[str]:
         """The pairs' ids, as far as they have any."""
-        return [pair.pair_id for pair in self.pairs if pair.pair_id is not None]
+        return [pair.example[PAIR_ID] for pair in self.pairs if PAIR_ID in pair.example]
 
     @property
     def is_text(self) -> bool:
@@ -150,8 +113,7 @@ class PairBatch:
 class PairCollator:
     """Makes a `PairBatch` of rows, cut to `max_length` as TRL's collator cuts them.
 
-    The batch also has a tensor with as many entries as TRL's padded rows, from which transformers reads the
-    batch's size.
+    Beside it is a tensor with as many entries as TRL's padded rows, for transformers to read the size from.
     """
 
     def __init__(self, max_length: int | None, truncation_mode: str, *, has_tokens: bool) -> None:
@@ -176,26 +138,7 @@ class PairCollator:
         return prompt[:most], chosen[:left], rejected[:left]
 
 
-# --- 2. equal weights ---------------------------------------------------------------------------------------
-
-
-class Share(NamedTuple):
-    """One process's part of one batch round."""
-
-    own: int
-    """Pairs that are this process's to train on."""
-    everyones: int
-    """Pairs that all processes train on."""
-
-
-def share_of(batch: int, *, pairs: int, batch_size: int, processes: int, process: int) -> Share:
-    """What is left of an epoch of `pairs` pairs for its `batch`-th round (from 0).
-
-    In a round each process in turn gets `batch_size` consecutive pairs.
-    """
-    start = batch * batch_size * processes
-    own = min(batch_size, max(0, pairs - start - process * batch_size))
-    return Share(own, min(batch_size * processes, pairs - start))
+# --- weights and places in an update ------------------------------------------------------------------------
 
 
 def weigh_equally(
@@ -212,143 +155,56 @@ def weigh_equally(
     An optimizer step averages over processes and over accumulated batches. The last update of an epoch has
     fewer pairs: its batches differ in size, and on several processes the data loader fills them with pairs
     from the epoch's beginning. Averages of averages would weigh some pairs more than others, and train on the
-    repeated ones twice, so a policy would depend on the number of processes. Here the update becomes the mean
-    over its own pairs, for every loss that is a mean over pairs (`losses.LOSSES`).
+    repeated ones twice. Here the update becomes the mean over its own pairs, for every loss that is a mean
+    over pairs (`losses.LOSSES`). A blank pair has no completion, hence log-probs of 0 without a gradient.
 
-    `first` is the update's first round. A blank pair has no completion, hence log-probs of 0 without a
-    gradient. Nothing is blank in an update that is full.
+    Batches are dealt in rounds, in which each process in turn gets `batch_size` consecutive pairs of the
+    epoch's `pairs`. `first` is the update's first round.
     """
-    shares = [
-        share_of(first + number, pairs=pairs, batch_size=batch_size, processes=processes, process=process)
-        for number in range(len(batches))
-    ]
-    in_update = sum(share.everyones for share in shares)
+    starts = [(first + number) * batch_size * processes for number in range(len(batches))]
+    in_update = sum(min(batch_size * processes, pairs - start) for start in starts)
     weighed = []
-    for batch, share in zip(batches, shares, strict=True):
+    for batch, start in zip(batches, starts, strict=True):
+        own = pairs - start - process * batch_size  # what is left of the epoch for this process and the next
+        marked = [replace(pair, is_blank=place >= own) for place, pair in enumerate(batch.pairs)]
         # The step averages over pairs, processes and batches; the factor makes it 1 / in_update for each.
-        weight = len(batch.pairs) * processes * len(batches) / in_update
-        own = [replace(pair, is_blank=place >= share.own) for place, pair in enumerate(batch.pairs)]
-        weighed.append(PairBatch(own, weight))
+        weighed.append(PairBatch(marked, len(batch.pairs) * processes * len(batches) / in_update))
     return weighed
-
-
-# --- 3. batches of similar length ---------------------------------------------------------------------------
-
-
-def can_group(batches: Sequence[PairBatch]) -> bool:
-    """Whether pairs may change places between these batches: each weighs the same in the update."""
-    weights = {batch.weight / len(batch.pairs) for batch in batches}
-    return len(batches) > 1 and all(batch.is_text for batch in batches) and len(weights) == 1
 
 
 def group_batches(batches: Sequence[PairBatch]) -> list[PairBatch]:
     """The same pairs in as many batches of the same sizes, pairs of similar length together, longest first.
 
-    Padding costs what the longest row of a batch is longer than the others. Within one optimizer step, which
-    averages over all of them, pairs may change places. The smallest batch gets the longest pairs. `batches`
-    must have passed `can_group`; weights go with the pairs.
+    That saves padding; the smallest batch gets the longest pairs. Where a pair weighs more in one batch than
+    in another, or is no text, the batches stay as they are.
     """
-    a_pair = batches[0].weight / len(batches[0].pairs)
+    a_pair = [batch.weight / len(batch.pairs) for batch in batches]
+    is_equal = np.allclose(a_pair, a_pair[:1], rtol=1e-9)
+    if len(batches) == 1 or not is_equal or not all(batch.is_text for batch in batches):
+        return list(batches)
     left = sorted(
         (pair for batch in batches for pair in batch.pairs),
         key=lambda pair: (-2 * pair.lengths[0] - pair.lengths[1] - pair.lengths[2], -pair.longest),
     )
     grouped = []
     for size in sorted(len(batch.pairs) for batch in batches):
-        grouped.append(PairBatch(left[:size], a_pair * size))
+        grouped.append(PairBatch(left[:size], a_pair[0] * size))
         left = left[size:]
     return grouped
 
 
-def group_by_length(lengths_B: NDArray[np.int64], worth_a_pass: int) -> list[list[int]]:
-    """Groups of pairs, the longest pairs first, that cost the fewest tokens: those of their padded rows, and
-    `worth_a_pass` for each group.
-
-    Shapes: lengths_B [B]. Numbers of pairs, rising in each group; together the groups hold each
-    of 0..B-1 exactly once.
-    """
-    order = np.argsort(-lengths_B, kind="stable")
-    # costs[n]: of the best grouping of the n longest; starts[n]: where its last group begins.
-    costs, starts = [0], [0]
-    for end in range(1, len(order) + 1):
-        each = [
-            costs[start] + worth_a_pass + (end - start) * int(lengths_B[order[start]]) for start in range(end)
-        ]
-        starts.append(int(np.argmin(each)))
-        costs.append(each[starts[end]])
-    groups: list[list[int]] = []
-    end = len(order)
-    while end:
-        groups.insert(0, sorted(order[starts[end] : end].tolist()))
-        end = starts[end]
-    return groups
+# --- memory -------------------------------------------------------------------------------------------------
 
 
-# --- 4. memory ----------------------------------------------------------------------------------------------
-
-
-PAIR_MEANS = tuple(
-    f"{kind}/{part}"
-    for kind, parts in (
-        ("rewards", ("chosen", "rejected", "accuracies", "margins")),
-        ("logps", ("chosen", "rejected")),
-    )
-    for part in parts
+PAIR_MEANS = (
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
 )
 """What TRL logs as means over the pairs of a batch."""
-
-
-class LoggedMeans:
-    """TRL's lists of numbers to log, kept right where batches are weighed, split or run again.
-
-    TRL appends one number a pass, the mean over its pairs or tokens, and logs the mean of each list. Its
-    count of tokens is kept right, too.
-    """
-
-    def __init__(self, trainer: Any) -> None:
-        self._trainer = trainer
-        self.start_update()
-
-    def weigh(self, weight: float) -> None:
-        """Weigh the last pass as its loss is.
-
-        TRL's mean over passes of each one's mean then becomes the mean over the update's own pairs; a blank
-        pair counts in it with 0.
-        """
-        for name in PAIR_MEANS:
-            self._lists[name][-1] *= weight
-
-    def start_update(self) -> None:
-        """What is logged from here on belongs to the next update."""
-        self._at_update = self._lengths()
-        self._tokens = self._trainer._total_train_tokens
-        self._at_batch = self._at_update
-
-    def back_to_update(self) -> None:
-        """Forget what was logged since the update began."""
-        for name, values in self._lists.items():
-            del values[self._at_update.get(name, 0) :]
-        self._trainer._total_train_tokens = self._tokens
-
-    def start_batch(self) -> None:
-        """What is logged from here on belongs to the next batch."""
-        self._at_batch = self._lengths()
-
-    def join(self, pairs: Sequence[int]) -> None:
-        """The batch was run in passes of so many pairs, each weighed: make one number of theirs."""
-        share = np.array(pairs) / sum(pairs)
-        for name, values in self._lists.items():
-            start = self._at_batch.get(name, 0)
-            own = values[start:]
-            if len(own) == len(pairs):
-                values[start:] = [float(sum(own) if name in PAIR_MEANS else share @ own)]
-
-    @property
-    def _lists(self) -> Any:
-        return self._trainer._metrics["train"]
-
-    def _lengths(self) -> dict[str, int]:
-        return {name: len(values) for name, values in self._lists.items()}
 
 
 def split_batch(batch: PairBatch, max_tokens: int | None) -> list[PairBatch]:
@@ -371,28 +227,30 @@ class WithinMemory:
     """Runs the batches of one update after the other, each in as many passes as memory allows.
 
     A failed backward pass may have left part of its gradient, so the whole update is repeated from gradients
-    of zero: no pair is lost, none counts twice. transformers' `auto_find_batch_size` starts the training
-    again with other batches instead. Several processes exchange gradients in each pass; there, running out
-    of memory ends the training, with the remedy, and its checkpoints are kept.
+    of zero: no pair is lost, none counts twice. Several processes exchange gradients in each pass; there,
+    running out of memory ends the training, with the remedy, and its checkpoints are kept.
+
+    TRL appends a number to each of its lists in each pass, a mean over its pairs or tokens, and logs the
+    mean of the list. The lists, and TRL's count of tokens, are kept right where a batch is split or run
+    again.
 
     Args:
         obstacle: why batches cannot be split, in a few words; empty: they can.
-        logged: what passes log.
-        zero_gradients: sets them to what they are when an update begins.
     """
 
-    def __init__(
-        self, *, obstacle: Callable[[], str], logged: LoggedMeans, zero_gradients: Callable[[], object]
-    ) -> None:
-        self._obstacle, self._logged, self._zero_gradients = obstacle, logged, zero_gradients
+    def __init__(self, trainer: Any, obstacle: Callable[[], str]) -> None:
+        self._trainer, self._obstacle = trainer, obstacle
         self.max_tokens: int | None = None
         """Padded tokens that a pass holds at most, once memory has run out; None: those of a whole batch."""
-        self._done: list[PairBatch] = []
+        self.start_update()
 
     def start_update(self) -> None:
-        """The next batch is the first of an update."""
-        self._done = []
-        self._logged.start_update()
+        """The next batch, and what is logged from here on, are those of another update."""
+        self._done: list[PairBatch] = []
+        self._logged_before, self._tokens_before = self._logged(), self._trainer._total_train_tokens
+
+    def _logged(self) -> dict[str, int]:
+        return {name: len(values) for name, values in self._trainer._metrics["train"].items()}
 
     def step(self, batch: PairBatch, run: Callable[[PairBatch], Tensor]) -> Tensor:
         """`run` the batch forward and backward, and return the sum of what it returns for its parts.
@@ -402,45 +260,35 @@ class WithinMemory:
         """
         batches, losses = [batch], list[Tensor]()
         while len(losses) < len(batches):
-            before = self.max_tokens
             loss = self._run(batches[len(losses)], run)
             if loss is not None:
                 losses.append(loss)
                 continue
-            logger.warning(
-                "out of memory%s: this update is repeated, and all go on, in passes of at most %s padded "
-                "tokens; its pairs and their weights stay the same",
-                "" if before is None else f" with {before:,} tokens a pass",
-                f"{self.max_tokens:,}",
-            )
-            self._zero_gradients()
-            self._logged.back_to_update()
+            self._trainer.model.zero_grad()
+            for name, values in self._trainer._metrics["train"].items():
+                del values[self._logged_before.get(name, 0) :]
+            self._trainer._total_train_tokens = self._tokens_before
             batches, losses = [*self._done, batch], []
         self._done.append(batch)
         return losses[-1]
 
     def _run(self, batch: PairBatch, run: Callable[[PairBatch], Tensor]) -> Tensor | None:
         """The loss; None where memory ran out, and will be used more sparingly from now on."""
-        self._logged.start_batch()
+        before = self._logged()
         parts = split_batch(batch, self.max_tokens)
-        losses = []
+        losses = list[Tensor]()
         for part in parts:
-            problem = ""
-            try:
-                losses.append(run(part))
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                problem = str(error)
-            if problem:
-                # After the handler: until then its traceback holds the failed pass's tensors.
-                gc.collect()
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
+            loss, problem = attempt(partial(run, part))
+            if loss is None:
                 self._lower(part, problem)
                 return None
+            losses.append(loss)
         if len(parts) > 1:
-            self._logged.join([len(part.pairs) for part in parts])
+            share = np.array([len(part.pairs) for part in parts]) / len(batch.pairs)
+            for name, values in self._trainer._metrics["train"].items():
+                own = values[before.get(name, 0) :]
+                if len(own) == len(parts):  # the means over pairs are weighed already, as the losses are
+                    values[-len(own) :] = [float(sum(own) if name in PAIR_MEANS else share @ own)]
         return torch.stack(losses).sum()
 
     def _lower(self, part: PairBatch, problem: str) -> None:
@@ -457,119 +305,64 @@ class WithinMemory:
                 "gradient_accumulation_steps by the same factor, which leaves each update its pairs; "
                 "checkpoints are kept, for the same command where there is more memory"
             )
-        self.max_tokens = part.padded_tokens // 2
-
-
-# --- 5. rows ------------------------------------------------------------------------------------------------
-
-
-class CollatedRows(NamedTuple):
-    """What one pass reads: rows for the model, and what TRL's loss reads instead of its padded batch."""
-
-    groups: list[RowBatch]
-    """On a CPU pairs of similar length, else all pairs."""
-    places_2BL: Tensor
-    """As in `RowBatch`, over the labels of all groups."""
-    inputs: dict[str, Tensor]
-    """For TRL's `_compute_loss`. Its rows hold completions only, [2B, 1 + L]; the first column stands for the
-    prompt. Of `attention_mask` TRL takes nothing but the sum, to count tokens: it holds each row's length."""
-
-    def to(self, device: torch.device) -> CollatedRows:
-        """The same rows on `device`."""
-        return CollatedRows(
-            [group.to(device) for group in self.groups],
-            to_device(self.places_2BL, device),
-            {name: to_device(part, device) for name, part in self.inputs.items()},
+        before, self.max_tokens = self.max_tokens, part.padded_tokens // 2
+        logger.warning(
+            "out of memory%s: this update is repeated, and all go on, in passes of at most %s padded "
+            "tokens; its pairs and their weights stay the same",
+            "" if before is None else f" with {before:,} tokens a pass",
+            f"{self.max_tokens:,}",
         )
 
 
-class RowCollator:
-    """Makes the rows of a pass for one model, in the layout that costs less.
-
-    Args:
-        splits: whether pairs of different length may go through the model one group after the other.
-    """
-
-    def __init__(
-        self, model: Any, *, pad_token_id: int, multiple_of: int, path: PathName, splits: bool
-    ) -> None:
-        self._pad_token_id, self._path, self._splits = pad_token_id, path, splits
-        self._costs = row_costs(model)
-        self._multiple_of = math.lcm(multiple_of, width_multiple(model))
-
-    def __call__(self, batch: PairBatch) -> CollatedRows:
-        """Collate `batch`, which is text."""
-        counts_B3 = np.array([pair.lengths for pair in batch.pairs], dtype=np.int64)
-        lengths = PartLengths(*counts_B3.T)
-        everyone = list(range(len(batch.pairs)))
-        groups = group_by_length(shared_lengths(*lengths), WORTH_A_PASS) if self._splits else [everyone]
-        rows = [self._rows(batch, group, PartLengths(*counts_B3[group].T)) for group in groups]
-        places_2BL = _joined_places(groups, rows)
-        total = sum(len(each.labels_N) for each in rows)
-        counted_3B = np.array([[len(part) for part in pair.tokens or ()] for pair in batch.pairs]).T
-        prompt_2B, completion_2B = np.tile(lengths.prompt_P, 2), np.concatenate(lengths[1:])
-        # To TRL, the first token after an empty prompt is part of a completion, although nothing predicts it.
-        unpredicted_2B = torch.from_numpy((prompt_2B == 0) & (completion_2B > 0))
-        completion_mask = torch.cat([unpredicted_2B[:, None], places_2BL < total], dim=1).long()
-        inputs = {
-            "input_ids": completion_mask,  # its values are nobody's
-            "attention_mask": torch.from_numpy(counted_3B[0] + counted_3B[1:]).flatten(),
-            "completion_mask": completion_mask,
-        }
-        for name in _REFERENCE:
-            if name in batch.pairs[0].example:
-                values = [0.0 if pair.is_blank else pair.example[name] for pair in batch.pairs]
-                inputs[name] = torch.tensor(values)
-        return CollatedRows(rows, places_2BL, inputs)
-
-    def _rows(self, batch: PairBatch, group: list[int], lengths: PartLengths) -> RowBatch:
-        tokens = [batch.pairs[place] for place in group]
-        columns = zip(*(pair.tokens if not pair.is_blank else ([], [], []) for pair in tokens), strict=True)
-        pairs = dict(zip(TOKEN_COLUMNS, columns, strict=True))
-        is_packed = self._path == "shared" or packed_is_cheaper(
-            self._costs, lengths, multiple_of=self._multiple_of
-        )
-        make = pack_pairs if is_packed else pad_pairs
-        return make(pairs, self._pad_token_id, multiple_of=self._multiple_of)
+# --- what stands for the model in TRL's loss ----------------------------------------------------------------
 
 
-def _joined_places(groups: Sequence[Sequence[int]], rows: Sequence[RowBatch]) -> Tensor:
-    """`places_2BL` over the labels of all groups, one after the other, the pairs in the batch's order."""
-    pairs = sum(map(len, groups))
-    total = sum(len(each.labels_N) for each in rows)
-    places_2BL = torch.full((2 * pairs, max(each.places_2BL.shape[1] for each in rows)), total)
-    start = 0
-    for group, each in zip(groups, rows, strict=True):
-        count = len(each.labels_N)
-        own = torch.where(each.places_2BL < count, each.places_2BL + start, total)
-        at = torch.tensor([*group, *(pairs + place for place in group)])
-        places_2BL[at, : own.shape[1]] = own
-        start += count
-    return places_2BL
-
-
-class RowModel:
-    """A model as TRL's `_compute_loss` calls it; the model itself reads collated rows.
+def row_model(model: Any, accelerator: Any, rows: PairRows) -> Callable[..., FusedCausalLMOutput]:
+    """What TRL's `_compute_loss` calls as its model: TRL's fields, [2B, L], of `rows`; 0 without a label.
 
     `model` may be wrapped (DDP, FSDP): it is called as it is, and once where there are several processes.
     """
 
-    def __init__(self, model: Any, accelerator: Any, rows: CollatedRows) -> None:
-        self._model, self._accelerator, self._rows = model, accelerator, rows
-
-    def __call__(self, **inputs: Any) -> FusedCausalLMOutput:
-        """TRL's fields, [2B, L]; 0 where there is no label, as TRL has it."""
+    def run(labels: Tensor, **inputs: Any) -> FusedCausalLMOutput:
         # A packed row's mask is built in the precision of the forward pass, which accelerate hides in it.
-        with self._accelerator.autocast():
-            outputs = [row_outputs(self._model, group) for group in self._rows.groups]
-        places_2BL = self._rows.places_2BL
-        fields = {
-            name: by_completion(torch.cat([getattr(output, name)[0] for output in outputs]), places_2BL)
-            for name in _TOKEN_FIELDS
-            if getattr(outputs[0], name) is not None
-        }
-        mask = self._rows.inputs["completion_mask"][:, 1:].bool()
-        return FusedCausalLMOutput(label_mask=mask, **fields)
+        with accelerator.autocast():
+            fields = forward_fields(model, rows)
+        return FusedCausalLMOutput(label_mask=labels[:, 1:] != -100, **fields)
+
+    return run
+
+
+def loss_inputs(batch: PairBatch) -> dict[str, Tensor]:
+    """What TRL's loss reads instead of its padded batch: rows of completions only, [2B, 1 + L].
+
+    The first column stands for the prompt. Of `attention_mask` TRL takes nothing but the sum, to count
+    tokens: it holds each row's length.
+    """
+    prompt_B, chosen_B, rejected_B = np.array([pair.lengths for pair in batch.pairs]).T
+    prompt_2B, completion_2B = np.tile(prompt_B, 2), np.concatenate([chosen_B, rejected_B])
+    # To TRL, the first token after an empty prompt is part of a completion, although nothing predicts it.
+    unpredicted_2B = (prompt_2B == 0) & (completion_2B > 0)
+    labels_2B = completion_2B - unpredicted_2B
+    is_label_2BL = np.arange(max(1, labels_2B.max())) < labels_2B[:, None]
+    completion_mask = torch.from_numpy(np.column_stack([unpredicted_2B, is_label_2BL]).astype(np.int64))
+    counted_3B = np.array([[len(part) for part in pair.tokens or ()] for pair in batch.pairs]).T
+    inputs = {
+        "input_ids": completion_mask,  # its values are nobody's
+        "attention_mask": torch.from_numpy(counted_3B[0] + counted_3B[1:]).flatten(),
+        "completion_mask": completion_mask,
+    }
+    for name in (CHOSEN_COLUMN, REJECTED_COLUMN):
+        if name in batch.pairs[0].example:
+            values = [0.0 if pair.is_blank else pair.example[name] for pair in batch.pairs]
+            inputs[name] = torch.tensor(values)
+    return inputs
+
+
+def token_columns(batch: PairBatch) -> dict[str, list[list[int]]]:
+    """The tokens of the batch's pairs, which are text, by column; a blank pair has none."""
+    blank: tuple[list[int], ...] = ([], [], [])
+    columns = zip(*(blank if pair.is_blank else pair.tokens or blank for pair in batch.pairs), strict=True)
+    return dict(zip(TOKEN_COLUMNS, map(list, columns), strict=True))
 
 
 def row_collator(trainer: Any, model: Any, path: PathName) -> RowCollator | None:
@@ -578,52 +371,53 @@ def row_collator(trainer: Any, model: Any, path: PathName) -> RowCollator | None
     Packed rows are tried on one pair. `model` is called on all processes.
 
     Raises:
-        ConfigError: `path` is `shared`, and the settings do not allow it.
+        ConfigError: `path` is `shared`, and the settings or the model do not allow it.
     """
     obstacle = "asked for" if path == "padded" else _obstacle(trainer, model)
     if obstacle is not None:
         if path == "shared":
             raise ConfigError(f'path="shared" cannot be had: {obstacle}; leave path out')
-        say_once(RowLayout("padded", obstacle))
+        say_once(2, obstacle)
         return None
     pad_token_id = trainer._tokenizer.pad_token_id
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), trainer.accelerator.autocast():
+        with trainer.accelerator.autocast():
             plan = plan_rows(model, trainer.train_dataset, pad_token_id, path)
     finally:
         model.train(was_training)
-    if not plan.packable:
+    if plan.kind == "masked":
         return None
     is_cpu = trainer.accelerator.device.type == "cpu"
     return RowCollator(
         model,
         pad_token_id=pad_token_id,
+        kind="packed" if path == "shared" else None,
         multiple_of=getattr(trainer.data_collator, "pad_to_multiple_of", None) or 1,
-        path=path,
         splits=is_cpu and trainer.accelerator.num_processes == 1,
     )
 
 
 def _obstacle(trainer: Any, model: nn.Module) -> str | None:
-    """What in a trainer's settings rules collated rows out, if anything."""
+    """What in a trainer's settings and models rules collated rows out, if anything."""
     args, reference = trainer.args, trainer.ref_model
     obstacles = [
         (not is_tokenized(trainer.train_dataset), "the rows are not text tokenized beforehand"),
         (trainer.aux_loss_enabled, "the router's balancing loss needs a plain padding mask"),
-        (
-            any(dropouts(model)),
-            "dropout is on, and would be the same for a pair's two prompts",
-        ),
+        (any(dropouts(model)), "dropout is on, and would be the same for a pair's two prompts"),
         (trainer.accelerator.parallelism_config is not None, "rows are cut between processes"),
         (args.n_gpu > 1, "DataParallel copies the model"),
         (args.torch_compile, "the model is compiled"),
     ]
-    found = next((reason for applies, reason in obstacles if applies), None)
+    for applies, reason in obstacles:
+        if applies:
+            return reason
+    longest = int(part_lengths(trainer.train_dataset).padded_P.max(initial=0))
+    found = packing_obstacle(model, longest)
     if found is None and reference is not None and not trainer.precompute_ref_logps:
-        layout = choose_path(reference, int(pair_lengths(trainer.train_dataset).max(initial=0)))
-        found = f"the reference model: {layout.reason}" if layout.name == "padded" else None
+        problem = packing_obstacle(reference, longest)
+        found = problem and f"the reference model: {problem}"
     return found
 
 

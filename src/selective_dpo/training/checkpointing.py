@@ -2,25 +2,22 @@
 
     RUN/checkpoints/JOB/step-000123/
       manifest.json            digests of all files, written last; the key of the job it belongs to
-      progress.json            where the training stood, and how it was distributed
+      progress.json            where the training stood: what transformers forgets, and how it was distributed
       trainer/checkpoint-123/  transformers' own: weights, optimizer, schedule, random states
       ...                      what else the training has gathered (see `Part`)
 
-Saving and resuming are transformers' own. This file adds: a checkpoint is written aside and published whole
-with its digests; it is made by time, on SIGTERM and at the end; and it also holds what transformers forgets:
-pending metrics, and the parts. So a resumed training ends in the same records, order, log and weights as an
-undisturbed one. Checkpoints are private to a run, and removed when the training's result is published.
+A resumed training ends in the same records, order, log and weights as an undisturbed one. Checkpoints are
+private to a run, and removed when the training's result is published.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -28,7 +25,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from accelerate.utils import broadcast_object_list, gather_object
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import Trainer, TrainerCallback
+from transformers import PrinterCallback, Trainer, TrainerCallback
 from typing_extensions import override
 
 from selective_dpo.distributed.processes import on_any_process, this_process
@@ -52,7 +49,8 @@ TRAINER = "trainer"
 KEPT = 2
 """Complete checkpoints of a training, the newest ones: if a fault of the disk takes one, there is another."""
 
-_NAME = re.compile(r"step-(\d{6,})")
+_FORMAT = 2
+"""1: the order consumed was beside transformers' files."""
 
 _READERS = ("accelerate", "peft", "torch", "transformers", "trl")
 """Libraries whose version a checkpoint belongs to: another one may read it otherwise."""
@@ -78,38 +76,12 @@ class CheckpointPlan(NamedTuple):
     @property
     def key(self) -> str:
         """What a checkpoint must have been made under to be resumed from."""
-        return content_key(kind=KIND, job=self.job, versions={name: version(name) for name in _READERS})
+        versions = {name: version(name) for name in _READERS}
+        return content_key(kind=KIND, job=self.job, versions=versions, format=_FORMAT)
 
     def place(self, step: int) -> Path:
         """Folder of the checkpoint after `step` optimizer steps."""
         return self.folder / f"step-{step:06d}"
-
-
-class Layout(NamedTuple):
-    """How a training is distributed. Numbers and files of a checkpoint fit this one only."""
-
-    processes: int
-    pairs_per_update: int
-    kind: str
-    """accelerate's name of the distributed type."""
-
-    def describe(self) -> str:
-        """In words."""
-        return f"{self.processes} process(es), {self.pairs_per_update} pairs an update, {self.kind}"
-
-
-class Found(NamedTuple):
-    """What there is to resume from."""
-
-    folder: Path | None
-    """The newest whole checkpoint of this training, if any."""
-    passed_over: list[str]
-    """The newer ones that are not, each with its reason."""
-
-    @property
-    def trainer_folder(self) -> Path | None:
-        """Where transformers' own files are."""
-        return None if self.folder is None else next((self.folder / TRAINER).iterdir())
 
 
 class Part(Protocol):
@@ -122,59 +94,38 @@ class Part(Protocol):
         """Take up what was written, in place of what there is."""
 
 
-# --- checkpoints on disk ----------------------------------------------------------------------------------
+# --- checkpoints on disk ------------------------------------------------------------------------------------
 
 
-def find_checkpoint(plan: CheckpointPlan) -> Found:
-    """The newest checkpoint that is whole, undamaged and of this training. Every file's digest is checked."""
-    passed_over = []
+def newest_checkpoint(plan: CheckpointPlan) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole, undamaged and of this training, if any.
+
+    Every file's digest is checked. With it come the newer ones that are not, each with its reason.
+    """
+    passed_over: list[str] = []
     for folder in reversed(checkpoints_in(plan.folder)):
+        reason = "made with other settings, inputs or library versions"
         try:
             manifest = verify_folder(folder)
+            if (manifest.kind, manifest.key) == (KIND, plan.key):
+                return folder, passed_over
         except (ArtifactError, OSError) as error:
-            passed_over.append(f"{folder} passed over: {_reason(error, folder)}")
-            continue
-        if (manifest.kind, manifest.key) == (KIND, plan.key):
-            return Found(folder, passed_over)
-        passed_over.append(f"{folder} passed over: made with other settings, inputs or library versions")
-    return Found(None, passed_over)
-
-
-def _reason(error: Exception, folder: Path) -> str:
-    # The remedy for a published folder, to delete it, does not apply here.
-    text = str(error).removeprefix(f"{folder}: ").removeprefix(f"{folder} ")
-    return text.split(";")[0]
-
-
-def require_layout(progress: dict[str, Any], now: Layout, folder: Path) -> None:
-    """Refuse to resume in another layout than that of the checkpoint in `folder`.
-
-    Another number of processes with the same settings is another number of pairs in an update, so the
-    training would not come to the same end; and what was computed so far is the user's to throw away.
-
-    Raises:
-        ConfigError: both layouts are named.
-    """
-    then = Layout(**progress["layout"])
-    if then != now:
-        raise ConfigError(
-            f"{folder} was made by {then.describe()}; now there are {now.describe()}: start as many "
-            f"processes as before to go on, or delete {folder.parent} to begin this training anew"
-        )
+            # The remedy for a published folder, to delete it, does not apply here.
+            reason = str(error).removeprefix(f"{folder}: ").removeprefix(f"{folder} ").split(";")[0]
+        passed_over.append(f"{folder} passed over: {reason}")
+    return None, passed_over
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """Folders of that name, whole or not, the oldest first."""
-    with contextlib.suppress(FileNotFoundError):
-        found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
-        return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
-    return []
+    numbers = {path: path.name.removeprefix("step-") for path in folder.glob("step-*")}
+    found = [path for path, number in numbers.items() if number.isdecimal()]
+    return sorted(found, key=lambda path: int(numbers[path]))
 
 
 def keep_only(folder: Path, kept: Collection[Path]) -> None:
     """Remove every other checkpoint of a training, and what killed writers left of any."""
-    leftovers = folder.glob(".partial-*") if folder.is_dir() else ()
-    for path in [*checkpoints_in(folder), *leftovers]:
+    for path in [*checkpoints_in(folder), *folder.glob(".partial-*")]:
         if path not in kept:
             shutil.rmtree(path, ignore_errors=True)
 
@@ -186,11 +137,7 @@ def discard_checkpoints(folder: Path) -> None:
         folder.parent.rmdir()
 
 
-# --- writing: by all processes into one folder aside, published by the main one ---------------------------
-
-
-class _NotWrittenError(Exception):
-    """On all processes alike: one of them could not write its part."""
+# --- writing: by all processes into one folder aside, published by the main one -----------------------------
 
 
 def write_checkpoint(place: Path, *, key: str, write: Callable[[Path], None]) -> str:
@@ -202,54 +149,35 @@ def write_checkpoint(place: Path, *, key: str, write: Callable[[Path], None]) ->
     """
     problem = ""
     try:
-        with _shared_folder(place, key) as folder:
-            reasons = gather_object([_reason_not_written(lambda: write(folder))])
-            if any(reasons):
-                raise _NotWrittenError(next(filter(None, reasons)))
-    except _NotWrittenError as error:
-        problem = str(error)
-    except OSError as error:  # of the main process, while publishing
+        with contextlib.ExitStack() as stack:
+            folder: Path | None = None
+            if this_process().is_main_process:
+                try:
+                    folder = stack.enter_context(publish_folder(place, kind=KIND, key=key))
+                except (OSError, BusyError) as error:
+                    problem = disk_reason(error) or str(error)
+            folder, problem = from_main((folder, problem))
+            if folder is not None:
+                try:
+                    write(folder)
+                except Exception as error:
+                    problem = disk_reason(error)
+                    if not problem:
+                        raise
+                problem = next(filter(None, gather_object([problem])), "")
+            if problem:
+                raise OSError(problem)
+    except OSError as error:  # this one, or that of the main process while publishing
         problem = disk_reason(error)
     return from_main(problem)
 
 
-@contextlib.contextmanager
-def _shared_folder(place: Path, key: str) -> Iterator[Path]:
-    with contextlib.ExitStack() as stack:
-        folder: Path | None = None
-        problem = ""
-        if this_process().is_main_process:
-            try:
-                folder = stack.enter_context(publish_folder(place, kind=KIND, key=key))
-            except (OSError, BusyError) as error:
-                problem = disk_reason(error)
-        folder, problem = from_main((folder, problem))
-        if folder is None:
-            raise _NotWrittenError(problem)
-        yield folder
-
-
-def _reason_not_written(write: Callable[[], None]) -> str:
-    try:
-        write()
-    except Exception as error:
-        if is_disk_error(error):
-            return disk_reason(error)
-        raise
-    return ""
-
-
-def is_disk_error(error: Exception) -> bool:
-    """Whether writing failed because of the disk, whatever library wrote."""
-    if isinstance(error, RuntimeError):
-        return any(text in str(error) for text in _TORCH_SAVE)
-    return isinstance(error, OSError | SafetensorError)
-
-
 def disk_reason(error: Exception) -> str:
-    """The system's message, on one line."""
-    if isinstance(error, RuntimeError):
+    """Why the disk refused, whatever library wrote, on one line; empty: it was not the disk."""
+    if isinstance(error, RuntimeError) and any(text in str(error) for text in _TORCH_SAVE):
         return "a file could not be written whole; is the disk full?"
+    if not isinstance(error, OSError | SafetensorError):
+        return ""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(text.split())[:200] or type(error).__name__
 
@@ -263,18 +191,7 @@ def from_main(value: Value) -> Value:
     return values[0]
 
 
-@contextlib.contextmanager
-def _saving_to(args: Any, folder: Path, *, without_optimizer: bool) -> Iterator[None]:
-    """Inside, a trainer with these arguments saves its checkpoints below `folder`."""
-    before = args.output_dir, args.save_only_model
-    args.output_dir, args.save_only_model = str(folder), without_optimizer
-    try:
-        yield
-    finally:
-        args.output_dir, args.save_only_model = before
-
-
-# --- the training ------------------------------------------------------------------------------------------
+# --- the training -------------------------------------------------------------------------------------------
 
 
 class ResumableTrainer(Trainer):
@@ -284,6 +201,7 @@ class ResumableTrainer(Trainer):
 
     def __init__(self, *args: Any, **others: Any) -> None:
         super().__init__(*args, **others)
+        self.remove_callback(PrinterCallback)  # log entries stay in the trainer's history
         self.weights = weights_of(self.model)
         """What the trained model is to be saved with."""
 
@@ -291,12 +209,18 @@ class ResumableTrainer(Trainer):
         """Whether SIGTERM has come and was noted, for the next checkpoint."""
         return self.checkpoints is not None and self.checkpoints.is_asked()
 
+    def create_model_card(self, *args: Any, **others: Any) -> None:
+        """None of TRL's beside a checkpoint."""
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self.checkpoints.saving_to if self.checkpoints is not None else super()._get_output_dir(trial)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        save = super()._save_checkpoint
         if self.checkpoints is None:
-            super()._save_checkpoint(model, trial)
+            save(model, trial)
         else:
-            # Not TRL's, which writes a model card beside it.
-            self.checkpoints.save(lambda: Trainer._save_checkpoint(self, model, trial))
+            self.checkpoints.save(lambda: save(model, trial))
 
 
 def train_resumably(trainer: Any, plan: CheckpointPlan | None, parts: Sequence[Part] = ()) -> float:
@@ -317,12 +241,17 @@ def train_resumably(trainer: Any, plan: CheckpointPlan | None, parts: Sequence[P
     if plan is None or not (plan.minutes or plan.steps):
         trainer.train()
         return 0.0
-    _require_repeatable_order(trainer.args)
+    args = trainer.args
+    if args.train_sampling_strategy != "sequential" and not args.accelerator_config.use_seedable_sampler:
+        raise ConfigError(
+            "accelerator_config.use_seedable_sampler=False: a resumed training could not find the order of "
+            "its pairs again; leave it out, or set launch.checkpoint_minutes and launch.checkpoint_steps to 0"
+        )
     with stopping_when_asked() as is_asked:
         trainer.checkpoints = Checkpoints(trainer, plan, parts, is_asked)
         trainer.add_callback(trainer.checkpoints)
         found = trainer.checkpoints.find()
-        trainer.train(resume_from_checkpoint=str(found.trainer_folder) if found.folder else None)
+        trainer.train(resume_from_checkpoint=found and str(next((found / TRAINER).iterdir())))
     return float(trainer.checkpoints.earlier_seconds)
 
 
@@ -340,43 +269,49 @@ class Checkpoints(TrainerCallback):
         self._process = this_process()
         self._started = self._last = time.monotonic()
         self.earlier_seconds = 0.0
-        self._resumed: Path | None = None
-        self._in_first_epoch = True
         self._is_stopping = False
+        self.saving_to: str = trainer.args.output_dir
         self._good: list[Path] = []
+        args, processes = trainer.args, self._process.num_processes
+        pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
+        kind = self._process.distributed_type.value
+        self._layout = f"{processes} process(es), {pairs} pairs an update, {kind}"
 
     # --- resuming ------------------------------------------------------------------------------------
 
-    def find(self) -> Found:
+    def find(self) -> Path | None:
         """What to resume from; the main process looks, and says so.
 
+        Another number of processes with the same settings is another number of pairs in an update, so the
+        training would not come to the same end; and what was computed so far is the user's to throw away.
+
         Raises:
-            ConfigError: on all processes; see `require_layout`.
+            ConfigError: on all processes: the checkpoint was made in another layout. Both are named.
         """
-        found, refusal = Found(None, []), None
+        found, problem = None, ""
         if self._process.is_main_process:
-            found = find_checkpoint(self._plan)
-            for line in found.passed_over:
+            found, passed_over = newest_checkpoint(self._plan)
+            for line in passed_over:
                 _say(line)
-            try:
-                if found.folder is not None:
-                    progress = read_json(found.folder / PROGRESS)
-                    require_layout(progress, self._layout(), found.folder)
-                    _say(f"going on from {found.folder}, step {progress['step']:,} of {progress['steps']:,}")
-            except ConfigError as error:
-                refusal = error
-        found, refusal = from_main((found, refusal))
-        if refusal is not None:
-            raise refusal
-        self._resumed = found.folder
-        self._good = [] if found.folder is None else [found.folder]
+            progress = read_json(found / PROGRESS) if found is not None else {}
+            if progress and progress["layout"] != self._layout:
+                problem = (
+                    f"{found} was made by {progress['layout']}; now there are {self._layout}: start as many "
+                    f"processes as before to go on, or delete {self._plan.folder} to begin this training anew"
+                )
+            elif progress:
+                _say(f"going on from {found}, step {progress['step']:,} of {progress['steps']:,}")
+        found, problem = from_main((found, problem))
+        if problem:
+            raise ConfigError(problem)
+        self._good = [] if found is None else [found]
         return found
 
     @override
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._resumed is None:
+        if not self._good:
             return
-        found = read_json(self._resumed / PROGRESS)
+        found = read_json(self._good[0] / PROGRESS)
         trainer = self._trainer
         self.earlier_seconds = found["seconds"]
         trainer._metrics["train"].update(found["metrics"])
@@ -387,18 +322,8 @@ class Checkpoints(TrainerCallback):
         trainer._initial_global_step = 0  # the last log entry's loss is the mean over all steps
         # As after a step, even if none is left: to TRL, a log entry in evaluation mode is an evaluation's.
         trainer.model.train()
-        self._read_parts()
-
-    @override
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._resumed is not None and self._in_first_epoch:
-            self._read_parts()  # the others take it for the beginning of an epoch, which it need not be
-        self._in_first_epoch = False
-
-    def _read_parts(self) -> None:
-        assert self._resumed is not None
         for part in self._parts:
-            part.read_state(self._resumed)
+            part.read_state(self._good[0])
 
     # --- when ----------------------------------------------------------------------------------------
 
@@ -436,19 +361,30 @@ class Checkpoints(TrainerCallback):
         Raises:
             Interrupted: SIGTERM came.
         """
-        state = self._trainer.state
+        trainer, state = self._trainer, self._trainer.state
         place = self._plan.place(state.global_step)
-        loss_R: list[float] = self._trainer.accelerator.gather(
-            self._trainer._tr_loss.detach().view(1)
-        ).tolist()
+        # After the last step only the result is needed; sharded trainings save weights in files of their own.
+        sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        progress = {
+            "step": state.global_step,
+            "steps": state.max_steps,
+            "seconds": self.earlier_seconds + time.monotonic() - self._started,
+            "layout": self._layout,
+            "metrics": dict(trainer._metrics["train"]),
+            "trained_tokens": trainer._total_train_tokens,
+            "loss_since_log": trainer.accelerator.gather(trainer._tr_loss.detach().view(1)).tolist(),
+            "loss_until_log": trainer._total_loss_scalar,
+            "last_log": trainer._globalstep_last_logged,
+        }
 
         def write(folder: Path) -> None:
-            with _saving_to(self._trainer.args, folder / TRAINER, without_optimizer=self._only_weights()):
-                write_files()
+            self.saving_to = str(folder / TRAINER)
+            trainer.args.save_only_model = _is_last(state) and not sharded
+            write_files()
             if self._process.is_main_process:
                 for pickled in folder.rglob("training_args.bin"):
                     pickled.unlink()  # transformers' arguments as a pickle; nobody needs them
-                write_atomic(folder / PROGRESS, json.dumps(self._progress(loss_R)))
+                write_atomic(folder / PROGRESS, json.dumps(progress))
                 for part in self._parts:
                     part.write_state(folder)
 
@@ -467,43 +403,9 @@ class Checkpoints(TrainerCallback):
                 f"interrupted by SIGTERM at step {state.global_step:,} of {state.max_steps:,}: {REMEDY}"
             )
 
-    def _only_weights(self) -> bool:
-        # After the last step only the result is needed; sharded trainings save weights in files of their own.
-        sharded = self._trainer.is_fsdp_enabled or self._trainer.is_deepspeed_enabled
-        return _is_last(self._trainer.state) and not sharded
-
-    def _progress(self, loss_R: list[float]) -> dict[str, Any]:
-        trainer = self._trainer
-        return {
-            "step": trainer.state.global_step,
-            "steps": trainer.state.max_steps,
-            "seconds": self.earlier_seconds + time.monotonic() - self._started,
-            "layout": self._layout()._asdict(),
-            "metrics": dict(trainer._metrics["train"]),
-            "trained_tokens": trainer._total_train_tokens,
-            "loss_since_log": loss_R,
-            "loss_until_log": trainer._total_loss_scalar,
-            "last_log": trainer._globalstep_last_logged,
-        }
-
-    def _layout(self) -> Layout:
-        args, process = self._trainer.args, self._process
-        in_update = (
-            args.per_device_train_batch_size * args.gradient_accumulation_steps * process.num_processes
-        )
-        return Layout(process.num_processes, in_update, process.distributed_type.value)
-
 
 def _is_last(state: Any) -> bool:
     return bool(state.global_step >= state.max_steps)
-
-
-def _require_repeatable_order(args: Any) -> None:
-    if args.train_sampling_strategy != "sequential" and not args.accelerator_config.use_seedable_sampler:
-        raise ConfigError(
-            "accelerator_config.use_seedable_sampler=False: a resumed training could not find the order of "
-            "its pairs again; leave it out, or set launch.checkpoint_minutes and launch.checkpoint_steps to 0"
-        )
 
 
 def _say(line: str) -> None:

@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import safe_open
 from torch import Tensor
 
 from selective_dpo.errors import ConfigError, ModelError, name_some
 from selective_dpo.models import shown_path
 from selective_dpo.storage.artifacts import read_json, write_json
-from selective_dpo.training.checkpointing import disk_reason, from_main, is_disk_error
+from selective_dpo.training.checkpointing import disk_reason, from_main
 
 _PEFT_SETS = ("target_modules", "exclude_modules")
 
@@ -26,39 +25,47 @@ def save_policy(trainer: Any, folder: Path, *, dtype: str) -> None:
 
     Weights that are spread over processes are gathered, whatever the settings say of checkpoints. Those of a
     whole model are written in `dtype`, the starting model's, although they may have been trained in float32.
-    transformers puts its training arguments beside them as a pickle, which nobody needs for using the
-    model and nobody should have to trust, and PEFT a card with the base's path: both are removed.
+    transformers' pickled arguments and PEFT's card, which holds the base's path, are removed.
 
     Args:
-        trainer: a `ResumableTrainer`; its `weights` are what must have been written in the end.
+        trainer: a `ResumableTrainer`; its `weights` are what must be there in the end.
 
     Raises:
-        ModelError: some of them were not; on all processes.
+        ConfigError: a weight is not finite; on all processes.
+        ModelError: some weights are not there; on all processes.
         OSError: the disk is full, or refuses in another way.
     """
     adapter_only = isinstance(trainer.accelerator.unwrap_model(trainer.model), PeftModel)
-    state = _gathered(trainer, adapter_only=adapter_only)
-    problem = ""
+    state, wanted = _gathered(trainer, adapter_only=adapter_only), trainer.weights
+    absent: list[str] = []
+    diverged = False
     if trainer.args.should_save:
-        absent = trainer.weights.keys() - state.keys()
-        try:
-            trainer._save(str(folder), state if adapter_only else _cast(state, getattr(torch, dtype)))
-        except Exception as error:
-            if is_disk_error(error) and not isinstance(error, OSError):
-                raise OSError(errno.ENOSPC, disk_reason(error), str(folder)) from error
-            raise
-        for name in ("training_args.bin", "README.md"):
-            (folder / name).unlink(missing_ok=True)
-        _tidy(folder / "adapter_config.json", folder / "config.json", dtype)
-        written, wanted = _numbers_in(folder), sum(trainer.weights.values())
-        if absent or written < wanted:
-            problem = f"{written:,} of the model's {wanted:,} numbers were written"
-            problem += f", nothing of {name_some(sorted(absent), limit=2)}" if absent else ""
-    if problem := from_main(problem):
+        absent = sorted(name for name in wanted if name not in state or state[name].numel() < wanted[name])
+        diverged = not all(bool(state[name].isfinite().all()) for name in wanted.keys() & state.keys())
+    absent, diverged = from_main((absent, diverged))
+    if absent:
         raise ModelError(
-            f"the trained weights could not be saved whole ({problem}); nothing was published, and the "
-            "training's checkpoints are kept: run the same command again, without sharding if it repeats"
+            f"the trained weights could not be saved whole (without {len(absent):,} of {len(wanted):,}, "
+            f"{name_some(absent, limit=2)}); nothing was published, and the training's checkpoints are kept: "
+            "run the same command again, without sharding if it repeats"
         )
+    if diverged:
+        raise ConfigError(
+            f"the training diverged: weights are not finite after {trainer.state.global_step:,} updates; "
+            "lower learning_rate, or use bfloat16 or float32 instead of float16"
+        )
+    if not trainer.args.should_save:
+        return
+    try:
+        trainer._save(str(folder), state if adapter_only else _cast(state, getattr(torch, dtype)))
+    except Exception as error:
+        reason = disk_reason(error)
+        if isinstance(error, OSError) or not reason:
+            raise
+        raise OSError(errno.ENOSPC, reason, str(folder)) from error
+    for name in ("training_args.bin", "README.md"):
+        (folder / name).unlink(missing_ok=True)
+    _tidy(folder / "adapter_config.json", folder / "config.json", dtype)
 
 
 def _gathered(trainer: Any, *, adapter_only: bool) -> dict[str, Tensor]:
@@ -83,15 +90,6 @@ def _cast(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     return cast
 
 
-def _numbers_in(folder: Path) -> int:
-    """Numbers in all files of weights; their headers are read."""
-    count = 0
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-    return count
-
-
 def _tidy(adapter: Path, model: Path, dtype: str) -> None:
     """The same policy is to have the same files everywhere.
 
@@ -108,30 +106,6 @@ def _tidy(adapter: Path, model: Path, dtype: str) -> None:
         write_json(model, {**read_json(model), "dtype": dtype})
 
 
-def require_finite_weights(trainer: Any, *, settings: str) -> None:
-    """Refuse a training that ended in NaN or infinity; all processes must call this together.
-
-    Args:
-        settings: the recipe's key of the trainer settings, for the message.
-
-    Raises:
-        ConfigError: a trained weight is not finite, on any process.
-    """
-    trained = [weight for weight in trainer.model.parameters() if weight.requires_grad]
-    # Of a weight that is spread over processes (FSDP, ZeRO-3), each one looks at its own part.
-    parts = [
-        weight.to_local() if hasattr(weight, "to_local") else getattr(weight, "ds_tensor", weight)
-        for weight in trained
-    ]
-    bad = sum(int(not torch.isfinite(part).all()) for part in parts)
-    counts = trainer.accelerator.gather(torch.tensor([bad], device=trainer.accelerator.device))
-    if int(counts.sum()):
-        raise ConfigError(
-            f"the training diverged: weights are not finite after {trainer.state.global_step:,} updates; "
-            f"lower {settings}.learning_rate, or use bfloat16 or float32 instead of float16"
-        )
-
-
 def training_log(trainer: Any) -> dict[str, Any]:
     """For `trainer_log.json`: the trainer's log, with null for what is not finite, and without what depends
     on the clock (the time taken is in `cost.json`): the same training has the same log.
@@ -139,11 +113,10 @@ def training_log(trainer: Any) -> dict[str, Any]:
     A gradient norm, for one, is infinite where float16 training skips a step.
     """
     history = [
-        # Sorted, since a checkpoint does not keep the order of names.
         {
-            name: entry[name] if _is_json(entry[name]) else None
-            for name in sorted(entry)
-            if not _is_clock(name)
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in sorted(entry.items())  # a checkpoint does not keep the order of names
+            if not name.endswith(("_runtime", "_per_second"))
         }
         for entry in trainer.state.log_history
     ]
@@ -159,11 +132,3 @@ def trainer_facts(trainer: Any) -> dict[str, Any]:
         "device": trainer.accelerator.device.type,
         "trained_tokens": int(trainer._total_train_tokens),
     }
-
-
-def _is_clock(name: str) -> bool:
-    return name.endswith(("_runtime", "_per_second"))
-
-
-def _is_json(value: object) -> bool:
-    return not isinstance(value, float) or math.isfinite(value)

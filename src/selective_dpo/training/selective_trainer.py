@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 from trl import DPOConfig
@@ -19,7 +19,7 @@ from trl import DPOConfig
 from selective_dpo.curriculum.table import DIFFICULTY, PAIR_ID, Curriculum
 from selective_dpo.errors import ArtifactError, ConfigError, IdentityError, ModelError, name_some
 from selective_dpo.identity import ids_digest
-from selective_dpo.logprobs.padded import pair_lengths
+from selective_dpo.logprobs.rows import part_lengths
 from selective_dpo.models import require_full_model
 from selective_dpo.storage.artifacts import read_json, write_atomic
 from selective_dpo.training.batching import PairBatch, is_tokenized
@@ -64,7 +64,6 @@ class SelectiveDPOTrainer(PairTrainer):
         eval_dataset: Any = None,
         processing_class: Any = None,
         compute_metrics: Any = None,
-        callbacks: list[TrainerCallback] | None = None,
         *rest: Any,
         curriculum: Curriculum,
         **others: Any,
@@ -74,7 +73,13 @@ class SelectiveDPOTrainer(PairTrainer):
                 f"curriculum is a {type(curriculum).__name__}: pass a Curriculum, as build_curriculum(...) "
                 "returns or Curriculum.load(FOLDER) reads it"
             )
-        _refuse_adapter(model)
+        if isinstance(model, str):
+            require_full_model(model)
+        elif getattr(model, "_hf_peft_config_loaded", False):
+            raise ModelError(
+                "model holds a PEFT adapter that transformers has loaded, whose place a new one would take: "
+                "load it with peft.AutoPeftModelForCausalLM.from_pretrained and pass its merge_and_unload()"
+            )
         if args is None:
             args = DPOConfig(
                 "selective-dpo",
@@ -92,7 +97,6 @@ class SelectiveDPOTrainer(PairTrainer):
         ids: list[str] = ordered[PAIR_ID][:]
         self._order_log = OrderLog(ids)
         self._position = {name: position for position, name in enumerate(ids)}
-        self._order_starts = _OrderLogStarts(self._order_log)
         self._difficulty_P = np.asarray(ordered[DIFFICULTY][:], dtype=np.float64)
         super().__init__(
             model,
@@ -103,7 +107,6 @@ class SelectiveDPOTrainer(PairTrainer):
             eval_dataset,
             processing_class,
             compute_metrics,
-            [*(callbacks or []), self._order_starts],
             *rest,
             **others,
         )
@@ -117,28 +120,17 @@ class SelectiveDPOTrainer(PairTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **others: Any) -> Any:
         """As `DPOTrainer.train`. From a checkpoint, what was consumed before it counts, too.
 
-        A checkpoint of another trainer does not say what that was: see `ConsumedOrder.unrecorded`.
-
         Raises:
             IdentityError: the checkpoint is of a training on another curriculum.
-            ArtifactError: what it says of the order cannot be read.
+            ArtifactError: it does not say what was consumed, as one of another trainer.
         """
         checkpoint = resume_from_checkpoint
         if checkpoint is True:
             checkpoint = get_last_checkpoint(self.args.output_dir)  # type: ignore[no-untyped-call]
-        self._order_starts.checkpoint = self._order_record(Path(checkpoint)) if checkpoint else None
+        self._order_log.start_training()
+        if checkpoint:
+            self._order_log.read_state(Path(checkpoint))  # what is refused is refused before it is loaded
         return super().train(resume_from_checkpoint, *args, **others)
-
-    def _order_record(self, checkpoint: Path) -> Path | None:
-        """The folder that says what was consumed before `checkpoint`; None: nobody asks this trainer."""
-        if (checkpoint / STATE).is_file():
-            self._order_log.read_state(checkpoint)  # what is refused is refused before anything is loaded
-        else:
-            logger.warning(
-                "%s does not say which pairs were consumed before it: consumed_order tells of those after it",
-                checkpoint,
-            )
-        return checkpoint
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
@@ -157,80 +149,32 @@ class SelectiveDPOTrainer(PairTrainer):
             self._metrics["train"][DIFFICULTY].extend(self._difficulty_P[own].tolist())
 
 
-class _OrderLogStarts(TrainerCallback):
-    """Notes in the order log when a training, and when the data loader, begins."""
-
-    def __init__(self, log: OrderLog) -> None:
-        self._log = log
-        self.checkpoint: Path | None = None
-        """What the training resumes from, if it says what was consumed before."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._log.start_training()
-        if self.checkpoint is None:
-            return
-        if (self.checkpoint / STATE).is_file():
-            self._log.read_state(self.checkpoint)
-        else:
-            self._log.go_on_after(
-                state.global_step,
-                rows_in_batch=args.train_batch_size * args.world_size,
-                batches=args.gradient_accumulation_steps,
-            )
-        if args.ignore_data_skip:
-            self._log.begin_epoch_again()
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._log.start_epoch()
-
-
-def _refuse_adapter(model: Any) -> None:
-    if isinstance(model, str):
-        require_full_model(model)
-    elif getattr(model, "_hf_peft_config_loaded", False):
-        raise ModelError(
-            "model holds a PEFT adapter that transformers has loaded, whose place a new one would take: load "
-            "it with peft.AutoPeftModelForCausalLM.from_pretrained and pass its merge_and_unload()"
-        )
+_KEEPS_ORDER: dict[str, tuple[Any, str]] = {
+    "train_sampling_strategy": (
+        "sequential",
+        'shuffle the curriculum (for a shuffled order, build it with order="shuffled")',
+    ),
+    "dataloader_drop_last": (False, "drop the curriculum's last pairs"),
+    "dataloader_in_order": (True, "train on whichever batch is ready first"),
+    "ignore_data_skip": (False, "begin the curriculum again after a checkpoint"),
+    "accelerator_config.even_batches": (True, "leave some processes without a last batch to share"),
+    "accelerator_config.dispatch_batches": (False, "join batches of different lengths"),
+}
+"""Arguments: what each one must be, and what it would do else."""
 
 
 def _require_order_kept(args: DPOConfig) -> None:
-    strategy, loading = args.train_sampling_strategy, args.accelerator_config
-    problems = [
-        (
-            strategy != "sequential",
-            f'train_sampling_strategy="{strategy}" would shuffle the curriculum: set it to "sequential" (for '
-            'a shuffled order, build the curriculum with order="shuffled")',
-        ),
-        (
-            args.dataloader_drop_last,
-            "dataloader_drop_last=True would drop the curriculum's last pairs: set it to False",
-        ),
-        (
-            not args.dataloader_in_order,
-            "dataloader_in_order=False would train on whichever batch is ready first: set it to True",
-        ),
-        (
-            not loading.even_batches,
-            "accelerator_config.even_batches=False leaves some processes without a last batch to share "
-            "with the others: set it to True",
-        ),
-        (
-            bool(loading.dispatch_batches),
-            "accelerator_config.dispatch_batches=True joins batches of different lengths, which cannot be "
-            "done: leave it out",
-        ),
-    ]
-    for is_wrong, message in problems:
-        if is_wrong:
-            raise ConfigError(message)
+    for name, (needed, effect) in _KEEPS_ORDER.items():
+        value = attrgetter(name)(args)
+        if (value or False) != needed:
+            raise ConfigError(f"{name}={value!r} would {effect}: set it to {needed!r}")
 
 
 def _check_lengths(rows: Any, max_length: int | None) -> None:
     """Refuse pairs above `max_length` whose reference is that of the whole pair; else say they are cut."""
     if max_length is None or not is_tokenized(rows):
         return
-    lengths_P = pair_lengths(rows)
+    lengths_P = part_lengths(rows).padded_P
     long = np.flatnonzero(lengths_P > max_length)
     if not len(long):
         return
@@ -263,14 +207,11 @@ class ConsumedOrder(NamedTuple):
     """SHA-256 of the curriculum's order, run through as often as was consumed."""
     consumed_digest: str
     """SHA-256 of the order consumed."""
-    unrecorded: int = 0
-    """Rows consumed before a checkpoint that does not say which: one of another trainer. The other numbers
-    and digests are about what came after it, where the curriculum had to be continued."""
 
     @property
     def matches(self) -> bool:
         """Whether the curriculum's order was consumed, from its beginning; part of an epoch will do."""
-        return self.consumed > 0 and not self.unrecorded and self.expected_digest == self.consumed_digest
+        return self.consumed > 0 and self.expected_digest == self.consumed_digest
 
     @property
     def epochs(self) -> float:
@@ -296,35 +237,23 @@ class OrderLog:
 
     def start_training(self) -> None:
         """Forget an earlier training."""
-        self._epoch_rows = 0
-        self._goes_on = False
         self._repeated = 0
-        self._unrecorded = 0
         self._consumed: list[int] = []
-
-    def start_epoch(self) -> None:
-        """The data loader begins again; after `read_state`, it goes on instead."""
-        if not self._goes_on:
-            self._epoch_rows = 0
 
     def add(self, positions: Sequence[int]) -> list[int]:
         """One global batch: positions in the curriculum's order, over all processes, rank by rank.
 
         Returns those of them that do not merely fill the batch.
         """
-        self._goes_on = False
-        # Once the epoch is complete (`start_epoch` has not been called since), rows only fill the batch.
-        own = list(positions[: len(self._order) - self._epoch_rows])
+        own = list(positions[: len(self._order) - len(self._consumed) % len(self._order)])
         self._repeated += len(positions) - len(own)
         self._consumed += own
-        self._epoch_rows += len(own)
         return own
 
     def write_state(self, folder: Path) -> None:
         """Write what was consumed so far into a checkpoint: positions in the curriculum's order."""
         state = {
             "curriculum": ids_digest(self._order),
-            "unrecorded": self._unrecorded,
             "repeated_to_fill": self._repeated,
             "positions": self._consumed,
         }
@@ -338,12 +267,13 @@ class OrderLog:
             IdentityError: it is of another curriculum.
         """
         path = folder / STATE
-        state = read_json(path)
-        positions, unrecorded, repeated = (
-            state.get(name) for name in ("positions", "unrecorded", "repeated_to_fill")
-        )
-        if positions is None or unrecorded is None or repeated is None:
-            raise ArtifactError(f"{path} does not hold what a training writes; go on from another checkpoint")
+        state = read_json(path) if path.is_file() else {}
+        positions, repeated = state.get("positions"), state.get("repeated_to_fill")
+        if positions is None or repeated is None or state.get("unrecorded"):
+            raise ArtifactError(
+                f"{folder} does not say in {STATE} which pairs were consumed before it: go on from a "
+                "checkpoint of SelectiveDPOTrainer, or begin anew"
+            )
         own, other = ids_digest(self._order), state.get("curriculum")
         if other != own or max(positions, default=0) >= len(self._order):
             raise IdentityError(
@@ -351,42 +281,15 @@ class OrderLog:
                 f"{str(other)[:12]}, here {own[:12]}): go on with that one, or begin anew"
             )
         self._consumed, self._repeated = positions, repeated
-        self._go_on_after(unrecorded)
-
-    def go_on_after(self, updates: int, *, rows_in_batch: int, batches: int) -> None:
-        """Go on after so many updates of which nobody knows what they consumed.
-
-        Args:
-            rows_in_batch: on all processes.
-            batches: of an update.
-        """
-        rows = len(self._order)
-        in_epoch = -(-rows // (rows_in_batch * batches))
-        epochs, more = divmod(updates, in_epoch)
-        self.start_training()
-        self._go_on_after(epochs * rows + more * rows_in_batch * batches)
-
-    def _go_on_after(self, unrecorded: int) -> None:
-        self._unrecorded = unrecorded
-        # After the last row of an epoch comes the first one of the next.
-        self._epoch_rows = (unrecorded + len(self._consumed)) % len(self._order)
-        self._goes_on = True
-
-    def begin_epoch_again(self) -> None:
-        """The resumed training does not skip what it has consumed of its epoch."""
-        self._goes_on = False
 
     def result(self) -> ConsumedOrder:
         """Compare what was consumed with the curriculum's order, repeated per epoch."""
-        ids = [self._order[position] for position in self._consumed]
-        first = self._unrecorded % max(1, len(self._order))
-        repetitions = -(-(first + len(ids)) // max(1, len(self._order)))
-        expected = (self._order * repetitions)[first : first + len(ids)]
+        consumed, pairs = len(self._consumed), len(self._order)
+        expected = (self._order * -(-consumed // max(1, pairs)))[:consumed]
         return ConsumedOrder(
-            len(self._order),
-            len(ids),
+            pairs,
+            consumed,
             self._repeated,
             ids_digest(expected),
-            ids_digest(ids),
-            self._unrecorded,
+            ids_digest([self._order[position] for position in self._consumed]),
         )

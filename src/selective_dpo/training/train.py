@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers import PrinterCallback, TrainerCallback
+from transformers import TrainerCallback
 from typing_extensions import override
 
 from selective_dpo.config import TRAINING_SEED, Recipe, Settings, TrainConfig
@@ -32,8 +32,8 @@ from selective_dpo.training.checkpointing import (
     discard_checkpoints,
     train_resumably,
 )
-from selective_dpo.training.publish import require_finite_weights, save_policy, trainer_facts, training_log
-from selective_dpo.training.selective_trainer import OrderLog, SelectiveDPOTrainer
+from selective_dpo.training.publish import save_policy, trainer_facts, training_log
+from selective_dpo.training.selective_trainer import SelectiveDPOTrainer
 
 
 class TrainingJob(NamedTuple):
@@ -64,14 +64,6 @@ class TrainingJob(NamedTuple):
 class _PolicyTrainer(ResumableTrainer, SelectiveDPOTrainer):
     """The trainer of a policy."""
 
-    @property
-    def order_log(self) -> OrderLog:
-        """What was consumed, for the checkpoints."""
-        return self._order_log
-
-    def _order_record(self, checkpoint: Path) -> None:
-        return None  # it is brought back with all else that a checkpoint gathers
-
 
 def train_policy(job: TrainingJob) -> None:
     """Train on the curriculum's pairs in its order; publish weights, card, log and the order consumed.
@@ -88,7 +80,7 @@ def train_policy(job: TrainingJob) -> None:
     curriculum = Curriculum.load(job.curriculum)
     with training_folder(job.recipe.train.trainer, job.tracking) as folder:
         trainer = _make_trainer(job, curriculum, folder)
-        earlier = train_resumably(trainer, job.checkpoints, [trainer.order_log])
+        earlier = train_resumably(trainer, job.checkpoints)
     order = trainer.consumed_order
     if not order.matches or order.epochs != trainer.args.num_train_epochs:
         raise IdentityError(
@@ -96,7 +88,6 @@ def train_policy(job: TrainingJob) -> None:
             f"digest {order.consumed_digest[:12]} instead of {trainer.args.num_train_epochs:g} times "
             f"{order.pairs:,} with {order.expected_digest[:12]}"
         )
-    require_finite_weights(trainer, settings="train.trainer")
     with publish_from_main(job.folder, kind="policy", key=job.key) as partial:
         save_policy(trainer, partial, dtype=job.recipe.model.dtype)
         if this_process().is_main_process:
@@ -126,7 +117,7 @@ def _make_trainer(job: TrainingJob, curriculum: Curriculum, folder: Path) -> Any
         sequential=True,
     )
     held = weights_dtype(recipe.model, recipe.train.lora, recipe.train.trainer)
-    trainer = _PolicyTrainer(
+    return _PolicyTrainer(
         hold_for_training(load_policy(recipe.model), args, held),
         args=args,
         train_dataset=rows,
@@ -136,7 +127,6 @@ def _make_trainer(job: TrainingJob, curriculum: Curriculum, folder: Path) -> Any
         curriculum=curriculum,
         callbacks=[TrainingProgress(job.name)],
     )
-    return without_printed_logs(trainer)
 
 
 def _require_same_pairs(curriculum: Curriculum, ids: list[str]) -> None:
@@ -231,7 +221,6 @@ class TrainingProgress(TrainerCallback):
 
     def __init__(self, what: str) -> None:
         self._what = what
-        self._progress: Progress | None = None
 
     @override
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -239,16 +228,8 @@ class TrainingProgress(TrainerCallback):
 
     @override
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._progress is not None:
-            self._progress.advance(1)
+        self._progress.advance(1)
 
     @override
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._progress is not None:
-            self._progress.close()
-
-
-def without_printed_logs(trainer: Any) -> Any:
-    """`trainer` without transformers' habit of printing each log entry; they stay in its history."""
-    trainer.remove_callback(PrinterCallback)
-    return trainer
+        self._progress.close()

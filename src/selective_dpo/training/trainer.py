@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from accelerate.utils import gather_object
@@ -21,31 +21,29 @@ from typing_extensions import override
 from selective_dpo.curriculum.table import PAIR_ID
 from selective_dpo.data.adapters import DropReason, read_pair
 from selective_dpo.errors import ConfigError, DataError, NotFiniteError, name_some
-from selective_dpo.logprobs.packing_support import PathName
+from selective_dpo.logprobs.packing_support import PathName, RowCollator
 from selective_dpo.logprobs.reference import CHOSEN_COLUMN, REJECTED_COLUMN
+from selective_dpo.logprobs.rows import to_device
 from selective_dpo.losses import LOSSES, chance_loss
 from selective_dpo.models import attention_of
 from selective_dpo.training.batching import (
+    PAIR_MEANS,
     PAIRS,
-    CollatedRows,
-    LoggedMeans,
     PairBatch,
     PairCollator,
-    RowCollator,
-    RowModel,
     WithinMemory,
-    can_group,
     disable_dropout,
     group_batches,
     is_tokenized,
+    loss_inputs,
     row_collator,
+    row_model,
+    token_columns,
     weigh_equally,
 )
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
-
-PARTS = ("prompt", "chosen", "rejected")
 
 
 def has_reference(dataset: Any) -> bool:
@@ -57,24 +55,20 @@ def with_reference_in_rows(args: DPOConfig, evaluated: Any) -> tuple[DPOConfig, 
     """For training rows that carry the reference's log-probs: `args`, and whether `evaluated` carry them.
 
     Where they do, TRL is to compute nothing. Else its `precompute_ref_log_probs` makes up for what they lack,
-    with the model as it is before training.
-
-    Args:
-        evaluated: as TRL takes it: one set of rows, several by name, or None.
+    with the model as it is before training. `evaluated` is as TRL takes it: one set of rows, several by name,
+    or None.
 
     Raises:
         ConfigError: `args` need a reference that fixed sums of log-probs cannot give.
     """
-    problems = [
-        (args.sync_ref_model, "sync_ref_model changes the reference during training"),
-        (args.ld_alpha is not None, "ld_alpha weighs the reference's tokens one by one"),
-    ]
-    for is_wrong, reason in problems:
-        if is_wrong:
-            raise ConfigError(
-                f"{reason}, but the rows carry its log-probs as sums ({CHOSEN_COLUMN}, {REJECTED_COLUMN}): "
-                "leave the option out, or remove the columns"
-            )
+    problem = "sync_ref_model changes the reference during training" if args.sync_ref_model else ""
+    if args.ld_alpha is not None:
+        problem = "ld_alpha weighs the reference's tokens one by one"
+    if problem:
+        raise ConfigError(
+            f"{problem}, but the rows carry its log-probs as sums ({CHOSEN_COLUMN}, {REJECTED_COLUMN}): "
+            "leave the option out, or remove the columns"
+        )
     sets = evaluated.values() if isinstance(evaluated, dict) else [] if evaluated is None else [evaluated]
     in_all = all(map(has_reference, sets))
     args = copy.copy(args)
@@ -89,15 +83,8 @@ def as_scored(row: Mapping[str, Any]) -> dict[str, Any]:
     left as it is.
     """
     pair = read_pair(row)
-    return {} if isinstance(pair, DropReason) else {part: getattr(pair, part) for part in PARTS}
-
-
-def _named_missing(before: Dataset, after: Dataset) -> str:
-    """The pairs that `after` lacks, where they have ids."""
-    if "pair_id" not in before.column_names:
-        return ""
-    left = set(after["pair_id"])
-    return f" ({name_some(pair for pair in before['pair_id'] if pair not in left)})"
+    parts = ("prompt", "chosen", "rejected")
+    return {} if isinstance(pair, DropReason) else {part: getattr(pair, part) for part in parts}
 
 
 # --- losses and gradients that are not finite ---------------------------------------------------------------
@@ -120,11 +107,15 @@ def require_finite_loss(
         NotFiniteError: on all processes alike.
     """
     is_bad = ~loss.detach().isfinite().all()
-    if _nowhere(trainer, is_bad):
+    if not _on_any_process(trainer, is_bad):
         return
     # Computed on every process, since the others wait for it; named where the loss is.
-    bad = _not_finite(batch, loss_of)
-    named = sorted(set(gather_object(bad.ids if is_bad else [])))
+    at_fault = []
+    if batch.is_text:
+        with torch.no_grad():
+            alone = [batch.take([place]) for place in range(len(batch.pairs))]
+            at_fault = [name for pair in alone if not loss_of(pair).isfinite() for name in pair.ids]
+    named = sorted(set(gather_object((at_fault or batch.ids) if is_bad else [])))
     # The same on all processes, blank and repeated pairs included.
     pairs = len(batch.pairs) * trainer.accelerator.num_processes
     which = name_some(named, limit=_NAMED) if named else "their ids are not known: the rows have no pair_id"
@@ -134,16 +125,6 @@ def require_finite_loss(
         "(data.exclude), or, if it is most of them, lower learning_rate or use bfloat16 or float32 instead "
         "of float16"
     )
-
-
-def _not_finite(batch: PairBatch, loss_of: Callable[[PairBatch], Tensor]) -> PairBatch:
-    """The pairs whose own loss is not finite; all of the batch where no pair is at fault alone."""
-    if not batch.is_text:
-        return batch
-    places = range(len(batch.pairs))
-    with torch.no_grad():
-        at_fault = [place for place in places if not loss_of(batch.take([place])).isfinite()]
-    return batch.take(at_fault) if at_fault else batch
 
 
 class FiniteGradients(TrainerCallback):
@@ -167,7 +148,10 @@ class FiniteGradients(TrainerCallback):
         gradients = [weight.grad for weight in trainer.model.parameters() if weight.grad is not None]
         # Of a gradient that is spread over processes, each one looks at its own part.
         parts = [part.to_local() if hasattr(part, "to_local") else part for part in gradients]
-        if _nowhere(trainer, _any_not_finite(parts, trainer.accelerator.device)):
+        # The norm is not finite if any number is not: one look at the device. It may also overflow by itself.
+        is_bad = bool(parts) and not torch.nn.utils.get_total_norm(parts).isfinite()
+        is_bad = is_bad and not all(bool(part.isfinite().all()) for part in parts)
+        if not _on_any_process(trainer, torch.tensor(is_bad, device=trainer.accelerator.device)):
             return
         named = sorted(set(gather_object(list(self._pairs()))))
         which = f" ({name_some(named, limit=_NAMED)})" if named else ""
@@ -178,18 +162,10 @@ class FiniteGradients(TrainerCallback):
         )
 
 
-def _nowhere(trainer: Any, flag: Tensor) -> bool:
-    """Whether `flag` is false on all processes."""
+def _on_any_process(trainer: Any, flag: Tensor) -> bool:
     if trainer.accelerator.num_processes > 1:
         flag = trainer.accelerator.gather(flag.reshape(1)).any()
-    return not bool(flag)
-
-
-def _any_not_finite(parts: list[Tensor], device: torch.device) -> Tensor:
-    # The norm is not finite if any number is not: one look at the device. It may also overflow by itself.
-    if not parts or bool(torch.nn.utils.get_total_norm(parts).isfinite()):
-        return torch.tensor(False, device=device)
-    return torch.tensor(not all(bool(part.isfinite().all()) for part in parts), device=device)
+    return bool(flag)
 
 
 # --- the trainer --------------------------------------------------------------------------------------------
@@ -220,7 +196,7 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
         Others: as for `DPOTrainer`.
 
     Raises:
-        ConfigError: the model's attention cannot be trained on this device.
+        ConfigError: `path` is none of these, or the model's attention cannot be trained on this device.
     """
 
     def __init__(
@@ -235,6 +211,8 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
         path: PathName = "auto",
         **others: Any,
     ) -> None:
+        if path not in get_args(PathName):
+            raise ConfigError(f"path={path!r} is none of {', '.join(get_args(PathName))}")
         self._path: PathName = path
         self._rows: RowCollator | Literal["unknown"] | None = "unknown"
         in_rows = args is not None and ref_model is None and has_reference(train_dataset)
@@ -252,21 +230,15 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
                 disable_dropout(self.ref_model)
         if self.accelerator.device.type == "cpu" and attention_of(self.model) == "flex_attention":
             raise ConfigError("flex_attention cannot be trained on a CPU: use sdpa (model.attention)")
-        self._logged = LoggedMeans(self)
-        self._memory = WithinMemory(
-            obstacle=self._obstacle_to_smaller_passes,
-            logged=self._logged,
-            zero_gradients=self.model.zero_grad,
-        )
+        self._memory = WithinMemory(self, self._obstacle_to_smaller_passes)
         self._update: list[PairBatch] = []
-        self.add_callback(FiniteGradients(self, self._ids_of_update))
-
-    def _ids_of_update(self) -> list[str]:
-        return [name for batch in self._update for name in batch.ids]
+        self.add_callback(
+            FiniteGradients(self, lambda: [name for batch in self._update for name in batch.ids])
+        )
 
     @property
     def ref_model(self) -> Any:
-        """TRL's reference model; None where the rows carry its log-probs, or an adapter can be left out."""
+        """TRL's; None where the rows carry its log-probs, or an adapter can be left out."""
         return self._ref_model
 
     @ref_model.setter
@@ -319,10 +291,13 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
         pairs = dataset.map(as_scored)
         prepared = super()._prepare_dataset(pairs, processing_class, args, dataset_name)
         if isinstance(dataset, Dataset) and len(prepared) != len(dataset):
+            which = ""
+            if PAIR_ID in dataset.column_names:
+                left = set(prepared[PAIR_ID])
+                which = f" ({name_some(pair for pair in dataset[PAIR_ID] if pair not in left)})"
             raise DataError(
                 f"{dataset_name} data: the prompt alone fills max_length {args.max_length} in "
-                f"{len(dataset) - len(prepared):,} pairs{_named_missing(dataset, prepared)}; raise "
-                "max_length, or leave them out"
+                f"{len(dataset) - len(prepared):,} pairs{which}; raise max_length, or leave them out"
             )
         return prepared
 
@@ -354,7 +329,7 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
                 processes=processes,
                 process=self.accelerator.process_index,
             )
-        if self._path != "padded" and self._means_over_pairs() and can_group(update):
+        if self._path != "padded" and self._means_over_pairs():
             update = group_batches(update)
         self._update = update
         return [{**batch, PAIRS: own} for batch, own in zip(batches, update, strict=True)], items
@@ -408,20 +383,33 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
             require_finite_loss(self, loss, batch, lambda pairs: self._mean_loss(model, pairs))
         if batch.weight == 1.0 and not batch.blanks:
             return loss
-        self._logged.weigh(batch.weight)
+        # TRL's mean over passes of each one's mean then becomes the mean over the update's own pairs; a blank
+        # pair counts in it with 0.
+        for name in PAIR_MEANS:
+            self._metrics["train"][name][-1] *= batch.weight
         if batch.blanks:  # A blank pair's log-probs are all 0, as an unmoved policy's log-ratios.
             loss = loss - batch.blanks / len(batch.pairs) * chance_loss(vars(self.args))
         return batch.weight * loss
 
     def _mean_loss(self, model: Any, batch: PairBatch) -> Tensor:
         """TRL's loss of the pairs in `batch`, the blank ones included."""
-        collator = self._row_collator(model)
-        if collator is None or not batch.is_text:
+        if self._rows == "unknown":  # at the first batch, when the model is where it is trained
+            self._rows = row_collator(self, model, self._path)
+        if self._rows is None or not batch.is_text:
             plain: Tensor = super().compute_loss(model, self._plain_inputs(batch))
             return plain
-        rows = collator(batch).to(self.accelerator.device)
-        with self._reference_in(rows):
-            loss: Tensor = super().compute_loss(RowModel(model, self.accelerator, rows), dict(rows.inputs))
+        device, is_given = self.accelerator.device, self.precompute_ref_logps
+        rows = self._rows(token_columns(batch)).to(device)
+        inputs = {name: to_device(part, device) for name, part in loss_inputs(batch).items()}
+        if not is_given:
+            reference = row_model(self.ref_model or self.model, self.accelerator, rows)
+            inputs[CHOSEN_COLUMN], inputs[REJECTED_COLUMN] = self.compute_ref_log_probs(reference, inputs)
+        # TRL reads the log-probs from the batch where it believes them computed beforehand.
+        self.precompute_ref_logps = True
+        try:
+            loss: Tensor = super().compute_loss(row_model(model, self.accelerator, rows), inputs)
+        finally:
+            self.precompute_ref_logps = is_given
         return loss
 
     def _plain_inputs(self, batch: PairBatch) -> dict[str, Any]:
@@ -435,28 +423,6 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
                     inputs[name] = inputs[name].masked_fill(blank, 0.0)
         prepared: dict[str, Any] = self._prepare_inputs(inputs)
         return prepared
-
-    def _row_collator(self, model: Any) -> RowCollator | None:
-        """Made at the first batch, when the model is where it is trained."""
-        if self._rows == "unknown":
-            self._rows = row_collator(self, model, self._path)
-        return self._rows
-
-    @contextlib.contextmanager
-    def _reference_in(self, rows: CollatedRows) -> Iterator[None]:
-        """Inside, the inputs of TRL's loss carry the reference's log-probs, from the same rows."""
-        if self.precompute_ref_logps:
-            yield
-            return
-        reference = RowModel(self.ref_model or self.model, self.accelerator, rows)
-        chosen_B, rejected_B = self.compute_ref_log_probs(reference, rows.inputs)
-        rows.inputs[CHOSEN_COLUMN], rows.inputs[REJECTED_COLUMN] = chosen_B, rejected_B
-        # TRL reads the log-probs from the batch where it believes them computed beforehand.
-        self.precompute_ref_logps = True
-        try:
-            yield
-        finally:
-            self.precompute_ref_logps = False
 
     def _send_telemetry(self) -> None:
         """Nothing leaves the machine that the user did not ask for."""
