@@ -7,8 +7,8 @@ order
     delta_j = eta <g_j, D gbar>
 
 with g_j the gradient of log pi(chosen_j) - log pi(rejected_j) at the starting policy, gbar minus the mean
-gradient of the other pairs' losses, and D the diagonal preconditioner of an adaptive optimizer such as Adam. A
-learning rate, a schedule and DPO's beta set eta, but not the order of the pairs. So a *one-step scorer* is
+gradient of the other pairs' losses, and D the diagonal preconditioner of an adaptive optimizer such as Adam.
+A learning rate, a schedule and DPO's beta set eta, but not the order of the pairs. So a *one-step scorer* is
 the starting policy moved by `size * step_direction(...)`, and measuring the pairs with it is all the training
 that their order needs. What eta stands for is found afterwards: `cross_fitted_scale`.
 

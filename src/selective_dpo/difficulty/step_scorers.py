@@ -50,15 +50,14 @@ from selective_dpo.identity import positions_of
 from selective_dpo.logprobs.compute import PairLogps, pair_logps
 from selective_dpo.logprobs.memory import Budget, bounded_batches, budget_for, run_within_memory
 from selective_dpo.logprobs.nonfinite import require_few, write_quarantine
-from selective_dpo.logprobs.packed import log_probs_only
-from selective_dpo.logprobs.packing_support import RowPlan, plan_rows
-from selective_dpo.logprobs.padded import part_lengths
+from selective_dpo.logprobs.packing_support import RowCollator, RowPlan, plan_rows
 from selective_dpo.logprobs.reference import (
     load_reference,
     require_embedded,
     require_finite_start,
     without_quarantined,
 )
+from selective_dpo.logprobs.rows import forward_logps, log_probs_only, part_lengths
 from selective_dpo.models import load_policy, load_tokenizer
 from selective_dpo.storage.artifacts import content_key, is_complete, read_json, write_json
 from selective_dpo.training.arguments import (
@@ -224,10 +223,11 @@ class StepScorer:
     ) -> Tensor:
         """Sum of the gradients of the pairs' losses: [W]."""
         total_W = torch.zeros_like(self.start_W)
+        collate = RowCollator(self.model, pad_token_id=self._pad_token_id, kind=plan.kind)
 
         def add(batch: NDArray[np.int64]) -> None:
             rows = pairs[batch]
-            logps_B2 = plan.logps(self.tokens[rows]).view(2, -1).T
+            logps_B2 = forward_logps(self.model, collate(self.tokens[rows]).to(total_W.device))
             logps_P2[rows] = logps_B2.detach().double().cpu().numpy()
             is_finite = np.isfinite(logps_P2[rows]).all(axis=1)
             if not is_finite.all():
