@@ -332,7 +332,15 @@ class _Planner:
         referenced = pairs.lengths
         if recipe.curriculum:  # only the pairs that are trained on have a reference
             referenced = pairs.lengths_of({name for order in orders.values() for name in order})
-        yield self._forward("reference", folder.reference, referenced)
+        if recipe.score.protocol == "one-step" and not recipe.curriculum:
+            # The first split's gradients, and the reference from the same forward passes.
+            epoch = self.inputs.passes.epoch
+            count = len(pairs.pair_ids)
+            yield self._job(
+                "scorer", folder.reference, trained=epoch, forwarded=0, lengths=referenced, pairs=count
+            )
+        else:
+            yield self._forward("reference", folder.reference, referenced)
         if test:
             yield self._forward("reference", folder.test_reference, test.lengths)
         yield from self._scorers()
@@ -356,6 +364,19 @@ class _Planner:
         epochs, all_pairs = _settings(recipe)[0].epochs, len(pairs.pair_ids)
         for scorer in self.run.scorer_runs:
             trained, held_out = map(len, split_pairs(pairs.prompt_ids, scorer))
+            if recipe.score.protocol == "one-step":
+                yield self._job(
+                    "scorer",
+                    self.run.folder.scores(scorer),
+                    trained=0
+                    if scorer.seed == recipe.score.seeds[0]
+                    else passes.epoch * held_out / all_pairs,
+                    forwarded=passes.forward * held_out / all_pairs,
+                    lengths=pairs.lengths,
+                    pairs=trained,
+                    held_out=held_out,
+                )
+                continue
             steps = scorer_steps(recipe, scorer, trained, recipe.launch.processes)
             yield self._job(
                 "scorer",
@@ -449,7 +470,15 @@ def _of_trained_scorers(seeds: int, evaluations: int, epochs: float) -> Passes:
     return Passes(1 + seeds * evaluations, seeds * epochs)
 
 
-PASSES: dict[str, Callable[[int, int, float], Passes]] = dict.fromkeys(PROTOCOLS, _of_trained_scorers)
+def _of_one_step(splits: int, evaluations: int, epochs: float) -> Passes:
+    # The gradient pass of the first split is the reference, too. It is counted as if all pairs were in it.
+    return Passes(splits, splits)
+
+
+PASSES: dict[str, Callable[[int, int, float], Passes]] = {
+    **dict.fromkeys(PROTOCOLS, _of_trained_scorers),
+    "one-step": _of_one_step,
+}
 """The passes of each protocol, from its seeds, its evaluations and the epochs of a scorer's training."""
 
 MEASURED_ON = "dpo-mix-7k with Qwen2.5 of 1.5B, 7B and 14B"
