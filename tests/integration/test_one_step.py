@@ -244,6 +244,14 @@ def test_splits_show_how_well_they_agree(inputs: Path) -> None:
     assert made.facts["seeds"] == [41, 42]
     (agreement,) = made.facts["agreement"]["seeds"]
     assert 0.2 < agreement["spearman"]["value"] < 1.0
+    p_wrong, difficulty = (made.table[name].to_numpy() for name in ("p_wrong", "difficulty"))
+    assert ((0 < p_wrong) & (p_wrong < 1)).all()
+    # One number a pair in both: the mean margin, and the mean of the losses -log sigmoid(margin).
+    assert spearmanr(p_wrong, difficulty)[0] > 0.95
+    out = inputs / "exported.csv"
+    assert main(["export", str(run.folder.root), "--format", "csv", "--out", str(out)]) == 0
+    head, first, *_ = out.read_text("utf-8").splitlines()
+    assert head.endswith(",p_wrong") and float(first.rpartition(",")[2]) == pytest.approx(p_wrong[0])
     records = records_of(run)
     folds = [
         dict(zip(records.pair_id[rows], records.fold[rows], strict=True))

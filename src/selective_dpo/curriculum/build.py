@@ -12,15 +12,16 @@ from pydantic import ValidationError
 
 from selective_dpo.config import SelectConfig
 from selective_dpo.config.messages import explain
-from selective_dpo.criteria import CRITERIA
+from selective_dpo.criteria import CRITERIA, by_record
 from selective_dpo.curriculum.agreement import agreement
 from selective_dpo.curriculum.records import Difficulty, LossTable, Records, difficulty, loss_table
 from selective_dpo.curriculum.select import DEFAULT_FRACTION, Rule, training_positions
 from selective_dpo.curriculum.select import select as apply_rule
-from selective_dpo.curriculum.table import COLUMNS, Curriculum, loss_column
+from selective_dpo.curriculum.table import COLUMNS, P_WRONG, Curriculum, loss_column
 from selective_dpo.errors import ConfigError, RecordsError, name_some
 from selective_dpo.logprobs.nonfinite import REASON
 from selective_dpo.losses import LN_2, PairLosses, is_dpos_own
+from selective_dpo.stats.calibration import probability_wrong
 
 
 def build_curriculum(
@@ -62,7 +63,7 @@ def build_curriculum(
     is_dpo = True
     if isinstance(losses, Records):
         is_dpo = is_dpos_own(PairLosses(losses.margin, losses.loss))
-        reads = CRITERIA[config.aggregate].reads
+        reads = {"margin", *CRITERIA[config.aggregate].reads}
         losses = loss_table(losses, allow_partial=config.allow_partial, columns=reads)
     if chance_loss is None and is_dpo:
         chance_loss = LN_2
@@ -108,7 +109,10 @@ def assemble(
     }
     # What is not a number becomes null: the spread of a difficulty that was imported is not known.
     arrays = {name: pa.array(columns[name], type=kind, from_pandas=True) for name, kind in COLUMNS.items()}
-    table = pa.table(arrays)
+    table = _with_losses(pa.table(arrays), losses)
+    if "margin" in losses.others:
+        margin_P = np.nanmean(by_record(losses.others["margin"]), axis=1)
+        table = table.append_column(P_WRONG, pa.array(probability_wrong(margin_P)))
     own = {
         "pairs": len(losses.pair_ids_P),
         "selected": int(selected.selected_P.sum()),
@@ -118,7 +122,7 @@ def assemble(
         "quarantined": len(aside) if reason == REASON else 0,
         "partial": int((measured.count_P < losses.complete).sum()),
     }
-    return Curriculum(_with_aside(_with_losses(table, losses), aside, reason), {**own, **facts})
+    return Curriculum(_with_aside(table, aside, reason), {**own, **facts})
 
 
 def resolved_selection(select: SelectConfig | Mapping[str, Any] | None) -> SelectConfig:

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from selective_dpo.curriculum.table import Curriculum, loss_column
+from selective_dpo.curriculum.table import P_WRONG, Curriculum, loss_column
 from selective_dpo.errors import ConfigError, DataError, IdentityError, name_some
 from selective_dpo.storage.artifacts import publish_folder, replacing
 
@@ -40,9 +40,9 @@ def export_curriculum(
 
     - `csv`: every pair with a difficulty, in the columns of the original repository: `prompt_id`,
       `loss_step00_seed41` ..., `learning_order` (the mean loss, or the difficulty that was imported); then
-      `difficulty`, where another criterion makes it, and `pair_id`, where it differs;
+      `difficulty`, where another criterion makes it, `pair_id`, where it differs, and `p_wrong`, if known;
     - `parquet`: every scored pair, the table as it is;
-    - `jsonl`: the selected pairs in training order: ids, difficulty, prompt, chosen, rejected;
+    - `jsonl`: the selected pairs in training order: ids, difficulty, `p_wrong`, prompt, chosen, rejected;
     - `datasets`: the same as a folder for `datasets.load_from_disk`, in the columns TRL reads.
 
     `pairs` is the run's `pairs.parquet` or its table (`data.store`), whose texts the last two need. The texts
@@ -112,6 +112,8 @@ def _original_columns(curriculum: Curriculum) -> pa.Table:
         columns["difficulty"] = table["difficulty"]
     if table["pair_id"] != table["prompt_id"]:
         columns["pair_id"] = table["pair_id"]
+    if P_WRONG in table.column_names:
+        columns[P_WRONG] = table[P_WRONG]
     return pa.table(columns)
 
 
@@ -197,7 +199,7 @@ Pairs: TypeAlias = pa.Table | Path
 
 
 def selected_rows(curriculum: Curriculum, pairs: Pairs, scratch: Path) -> Dataset:
-    """Rows of `pair_id`, `prompt_id`, `difficulty` and the texts (as JSON), in training order.
+    """Rows of `pair_id`, `prompt_id`, `difficulty`, `p_wrong` if known, and the texts (as JSON), in training order.
 
     The texts are copied once to a file in the folder `scratch`, from which rows are read when needed.
 
@@ -207,6 +209,7 @@ def selected_rows(curriculum: Curriculum, pairs: Pairs, scratch: Path) -> Datase
     from datasets import Dataset
 
     columns = ["pair_id", "prompt_id", "difficulty"]
+    columns += [P_WRONG] if P_WRONG in curriculum.table.column_names else []
     chosen = curriculum.table.filter(pc.greater_equal(curriculum.table["position"], 0)).sort_by("position")
     ordered = pa.record_batch([chosen[name].combine_chunks() for name in columns], names=columns)
     schema = pa.schema([*ordered.schema, *((name, pa.string()) for name in TEXTS)])

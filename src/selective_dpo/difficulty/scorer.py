@@ -219,14 +219,14 @@ def collect_losses(
 ) -> LossTable:
     """The losses that several scorers measured, by pair, seed and evaluation (see `read_loss_table`).
 
-    With them come the other record columns that `criteria` read. A pair that any scorer set aside is not
-    among them.
+    With them come the margins, and the other record columns that `criteria` read. A pair that any scorer set
+    aside is not among them.
     """
     return read_loss_table(
         [folder / RECORDS for folder in folders],
         allow_partial=allow_partial,
         without=read_quarantine(folders),
-        columns={column for name in criteria for column in CRITERIA[name].reads},
+        columns={"margin"} | {column for name in criteria for column in CRITERIA[name].reads},
     )
 
 
