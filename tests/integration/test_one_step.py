@@ -245,7 +245,7 @@ def test_splits_show_how_well_they_agree(inputs: Path) -> None:
     (agreement,) = made.facts["agreement"]["seeds"]
     assert 0.2 < agreement["spearman"]["value"] < 1.0
     p_wrong, difficulty = (made.table[name].to_numpy() for name in ("p_wrong", "difficulty"))
-    assert ((0 < p_wrong) & (p_wrong < 1)).all()
+    assert ((p_wrong > 0) & (p_wrong < 1)).all()
     # One number a pair in both: the mean margin, and the mean of the losses -log sigmoid(margin).
     assert spearmanr(p_wrong, difficulty)[0] > 0.95
     out = inputs / "exported.csv"

@@ -199,7 +199,7 @@ Pairs: TypeAlias = pa.Table | Path
 
 
 def selected_rows(curriculum: Curriculum, pairs: Pairs, scratch: Path) -> Dataset:
-    """Rows of `pair_id`, `prompt_id`, `difficulty`, `p_wrong` if known, and the texts (as JSON), in training order.
+    """Rows of ids, `difficulty`, `p_wrong` if known, and the texts (as JSON), in training order.
 
     The texts are copied once to a file in the folder `scratch`, from which rows are read when needed.
 

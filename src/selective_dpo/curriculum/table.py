@@ -48,10 +48,9 @@ COLUMNS = {
 }
 """`rank` counts from 0, the easiest; `position` is the place in the training order, -1 if not selected;
 `spread` is the standard deviation of the pair's losses, null where the difficulty was imported. The losses
-follow as `loss_seed41_evaluation1` ..., and where margins were measured `P_WRONG`. Pairs that were set aside as not finite (see `logprobs.nonfinite`),
-and those that an imported curriculum does not know (see `import_`), have no numbers: null, a count of 0 and
-rank -1."""
-
+follow as `loss_seed41_evaluation1` ..., and where margins were measured `P_WRONG`. Pairs that were set aside
+as not finite (see `logprobs.nonfinite`), and those that an imported curriculum does not know (see `import_`),
+have no numbers: null, a count of 0 and rank -1."""
 
 P_WRONG = "p_wrong"
 """Name of the column of `stats.calibration.probability_wrong`."""
