@@ -13,7 +13,7 @@ import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -483,7 +483,7 @@ def provenance(recipe: Recipe, *, inputs: dict[str, str]) -> dict[str, Any]:
         "inputs": inputs,
         "trust_remote_code": recipe.model.trust_remote_code,
         "remote_code": remote_code(recipe.model),
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": versions(),
         "hardware": hardware(),
         "git": git_state(),
     }
@@ -509,11 +509,6 @@ def _git(*arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+def versions() -> dict[str, str]:
+    """The versions of Python and of the packages that decide results."""
+    return {"python": platform.python_version(), **{package: version(package) for package in _PACKAGES}}
