@@ -134,20 +134,20 @@ def prepared_key(run: Run, sources: Sequence[SourceConfig], *, exclude: Path | N
 
     `exclude` is the folder of the training pairs where `sources` are the held-out ones.
     """
-    return pairs_key(
-        sources, limits_of(run, exclude), run.tokenizer, exclude_prompts=excluded_prompts(exclude)
-    )
+    limits, prompts = limits_of(run, exclude)
+    return pairs_key(sources, limits, run.tokenizer, exclude_prompts=prompts)
 
 
-def limits_of(run: Run, exclude: Path | None) -> DataConfig:
-    """The recipe's limits on the pairs. `data.max_pairs` is one on the training pairs only."""
+def limits_of(run: Run, exclude: Path | None) -> tuple[DataConfig, frozenset[str]]:
+    """The recipe's limits on the pairs, and the prompts that may not be among them.
+
+    Of held-out pairs these are the prompts of the training pairs in the folder `exclude`. `data.max_pairs`
+    limits training pairs only.
+    """
     data = run.recipe.data
-    return data if exclude is None else data.model_copy(update={"max_pairs": 0})
-
-
-def excluded_prompts(exclude: Path | None) -> frozenset[str]:
-    """The prompts of the training pairs in the folder `exclude`: such a pair would not be held out."""
-    return frozenset() if exclude is None else prompt_keys(exclude)
+    if exclude is None:
+        return data, frozenset()
+    return data.model_copy(update={"max_pairs": 0}), prompt_keys(exclude)
 
 
 def reference_key(run: Run, pairs: Path) -> str:
@@ -434,9 +434,7 @@ def input_digests(run: Run) -> dict[str, str]:
 
 
 def require_same_inputs(run: Run, inputs: Mapping[str, str]) -> None:
-    """Refuse to go on with inputs of another content than the run began with.
-
-    Names of inputs are the recipe's affair; a moved file is no other content.
+    """Refuse to go on with inputs of another content than the run began with; a moved file is the same.
 
     Raises:
         RunChangedError: each changed input is named, with its digest before and now.
@@ -478,21 +476,16 @@ def provenance(recipe: Recipe, *, inputs: dict[str, str]) -> dict[str, Any]:
     It is published, on a model card too: no environment variables, no user names, no paths of this machine,
     so not the command either. What that said stands in the run's `config.json`.
     """
+    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     return {
         "recipe_sha256": digest(dump_config(recipe)),
         "inputs": inputs,
         "trust_remote_code": recipe.model.trust_remote_code,
         "remote_code": remote_code(recipe.model),
         "versions": versions(),
-        "hardware": hardware(),
+        "hardware": {"machine": platform.machine(), "cpus": os.cpu_count(), "gpus": gpus},
         "git": git_state(),
     }
-
-
-def hardware() -> dict[str, Any]:
-    """The machine in a few words."""
-    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-    return {"machine": platform.machine(), "cpus": os.cpu_count(), "gpus": gpus}
 
 
 def git_state() -> str | None:

@@ -75,7 +75,6 @@ from selective_dpo.run.keys import (
     Run,
     curriculum_key,
     evaluation_key,
-    excluded_prompts,
     has_curriculum,
     imported_inputs,
     input_digests,
@@ -287,14 +286,15 @@ def _prepared_pairs(
 
     def make() -> None:
         if this_process().is_main_process:
+            limits, prompts = limits_of(run, exclude)
             with Progress(0, folder.name, unit="rows") as progress:
                 prepare_pairs(
                     sources,
-                    limits_of(run, exclude),
+                    limits,
                     run.tokenizer,
                     folder,
                     key=key,
-                    exclude_prompts=excluded_prompts(exclude),
+                    exclude_prompts=prompts,
                     progress=progress.advance,
                 )
         wait_for_everyone()
