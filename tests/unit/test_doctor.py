@@ -21,9 +21,8 @@ from selective_dpo.config.load import make_recipe
 from selective_dpo.data import prepare
 from selective_dpo.data.adapters import Pair, parse_row
 from selective_dpo.errors import ConfigError
-from selective_dpo.run import doctor
+from selective_dpo.run import doctor, stages
 from selective_dpo.run import run as verbs
-from selective_dpo.run import stages as pairs_stage
 from selective_dpo.run.costs import Device, Disk
 from selective_dpo.run.doctor import Check, diagnose
 from selective_dpo.run.folder import RunDirectory
@@ -191,7 +190,7 @@ def test_missing_weights_are_found_before_anything_is_tokenized(
     recipe = tiny_recipe(things, model=model, output_dir=str(tmp_path))
     faults = failures(recipe)
     assert list(faults) == ["model"] and f"lack {name}, which would be random numbers" in faults["model"]
-    monkeypatch.setattr(pairs_stage, "prepare_pairs", lambda *_, **__: pytest.fail("tokenized"))
+    monkeypatch.setattr(stages, "prepare_pairs", lambda *_, **__: pytest.fail("tokenized"))
     assert main(["run", str(recipe_file(recipe, tmp_path / "recipe.yaml"))]) == 2
     assert f"lack {name}" in capsys.readouterr().err
 
