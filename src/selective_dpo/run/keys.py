@@ -406,9 +406,6 @@ INPUTS = "inputs.json"
 JUDGE = "judge"
 """What the judge is called there, before its name."""
 
-_SHOWN = 12
-"""Digits of a digest in a message."""
-
 
 def input_digests(run: Run) -> dict[str, str]:
     """SHA-256 of the content that the recipe names, by the key that names it."""
@@ -445,7 +442,7 @@ def require_same_inputs(run: Run, inputs: Mapping[str, str]) -> None:
     # By what they are for; where they lie may differ.
     before = {name.split()[0]: digest for name, digest in read_json(path).items()}
     changes = [
-        f"{name}: SHA-256 {before[kind][:_SHOWN]} -> {digest[:_SHOWN]}"
+        f"{name}: SHA-256 {before[kind][:12]} -> {digest[:12]}"
         for name, digest in inputs.items()
         if (kind := name.split()[0]) in before and before[kind] != digest
     ]
@@ -490,16 +487,11 @@ def provenance(recipe: Recipe, *, inputs: dict[str, str]) -> dict[str, Any]:
 
 def git_state() -> str | None:
     """Commit of the checkout this was started in, with "+changes" if it was not clean; None outside git."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
     try:
-        commit = _git("rev-parse", "HEAD")
-        return commit + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "")
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def _git(*arguments: str) -> str:
-    command = ["git", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def versions() -> dict[str, str]:

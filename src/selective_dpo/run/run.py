@@ -68,11 +68,6 @@ def score(run: Run, *, only: tuple[str, ...] = ()) -> None:
     Raises:
         ConfigError: `only` names a scorer that the protocol does not have, or there are none.
     """
-    with _locked(run, only):
-        _score(run, only)
-
-
-def _score(run: Run, only: tuple[str, ...] = ()) -> None:
     if run.recipe.curriculum:
         raise ConfigError(
             f"nothing to score: the difficulty comes from {run.recipe.curriculum}; use `run`, or leave the "
@@ -81,11 +76,12 @@ def _score(run: Run, only: tuple[str, ...] = ()) -> None:
     planned = {scorer.name: scorer for scorer in planned_runs(run.recipe.score)}
     if unknown := sorted(set(only) - set(planned)):
         raise ConfigError(f"no scorer named {name_some(unknown)}; this recipe has {', '.join(planned)}")
-    if only:
-        bring_up(run, "reference")
-        complete(run, scorer_results(run, [planned[name] for name in planned if name in only]))
-    else:
-        bring_up(run, "scores")
+    with _locked(run, only):
+        if only:
+            bring_up(run, "reference")
+            complete(run, scorer_results(run, [planned[name] for name in planned if name in only]))
+        else:
+            bring_up(run, "scores")
 
 
 def curriculum(run: Run) -> Curriculum:
@@ -212,7 +208,7 @@ def score_difficulty(
             }
         )
         run = open_run(recipe, say=lambda line: None)
-        _score(run)
+        bring_up(run, "scores")
         return collect_records([run.folder.scores(scorer) for scorer in run.scorer_runs])
 
 
