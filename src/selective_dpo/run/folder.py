@@ -118,32 +118,20 @@ def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
         return config
 
 
-# --- who may work on a run at the same time: one command alone, or several `score --only` ---
-# Each artifact has a lock of its own besides (`distributed.processes.making`); see docs/cluster.md.
-
-
 @contextlib.contextmanager
-def alone(root: Path) -> Iterator[None]:
+def alone(root: Path, *, but_for_scorers: bool = False) -> Iterator[None]:
     """The run in `root` belongs to this command (in a distributed run: to all its processes).
+
+    With `but_for_scorers`, other commands that ask the same may work on it, too: `score --only` on other
+    scorers. Each artifact has a lock of its own besides; see docs/cluster.md.
 
     Raises:
         BusyError: another command is at work on it.
     """
-    with held_by_main(run_lock(root), what=f"the run {root}"):
-        if this_process().is_main_process:
+    with held_by_main(run_lock(root), what=f"the run {root}", shared=but_for_scorers):
+        if this_process().is_main_process and not but_for_scorers:
             # Single files that a killed process was writing. Folders have locks of their own.
             for pattern in (".partial-*", "scores/.partial-*", "controls/*/.partial-*"):
                 for path in filter(Path.is_file, root.glob(pattern)):
                     path.unlink(missing_ok=True)
-        yield
-
-
-@contextlib.contextmanager
-def beside_others(root: Path) -> Iterator[None]:
-    """As `alone`, but other commands of this kind may work on the run, too: `score --only` on other scorers.
-
-    Raises:
-        BusyError: a command that needs the run for itself is at work on it.
-    """
-    with held_by_main(run_lock(root), what=f"the run {root}", shared=True):
         yield

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,7 @@ from selective_dpo.errors import ConfigError, name_some
 from selective_dpo.evaluation.evaluate import check_evaluation
 from selective_dpo.report.page import write_report
 from selective_dpo.run.doctor import require_sound
-from selective_dpo.run.folder import RunDirectory, alone, beside_others
+from selective_dpo.run.folder import RunDirectory, alone
 from selective_dpo.run.keys import Run
 from selective_dpo.run.stages import bring_up, build_curricula, complete, scorer_results
 from selective_dpo.storage.artifacts import replacing
@@ -76,7 +75,7 @@ def score(run: Run, *, only: tuple[str, ...] = ()) -> None:
     planned = {scorer.name: scorer for scorer in planned_runs(run.recipe.score)}
     if unknown := sorted(set(only) - set(planned)):
         raise ConfigError(f"no scorer named {name_some(unknown)}; this recipe has {', '.join(planned)}")
-    with _locked(run, only):
+    with alone(run.folder.root, but_for_scorers=bool(only)):
         if only:
             bring_up(run, "reference")
             complete(run, scorer_results(run, [planned[name] for name in planned if name in only]))
@@ -133,10 +132,6 @@ def run_all(run: Run) -> Path:
     return path
 
 
-def _locked(run: Run, only: tuple[str, ...]) -> AbstractContextManager[None]:
-    return beside_others(run.folder.root) if only else alone(run.folder.root)
-
-
 def push(run: Run) -> None:
     """Send the finished policy to the hub, where the recipe asks for it and it was not done yet."""
     if run.recipe.train.hub_id and this_process().is_main_process:
@@ -156,7 +151,7 @@ def run_verb(
     """
     run = open_run(recipe, fresh=fresh)
     if recipe.launch.processes > 1 and not under_a_launcher():
-        with _locked(run, only):
+        with alone(run.folder.root, but_for_scorers=bool(only)):
             bring_up(run, "pairs")
         return relaunch(command_line, processes=recipe.launch.processes)
     actions: dict[str, Callable[[], object]] = {

@@ -38,7 +38,7 @@ from selective_dpo.difficulty.held_out import evaluation_steps
 from selective_dpo.difficulty.protocols import ScorerRun, planned_runs, require_fold_sizes, split_pairs
 from selective_dpo.difficulty.scorer import COST, ScorerJob, collect_losses, run_scorer
 from selective_dpo.distributed.processes import (
-    making,
+    held_by_main,
     publish_from_main,
     this_process,
     wait_for_everyone,
@@ -94,6 +94,7 @@ from selective_dpo.run.keys import (
     weight_digests,
 )
 from selective_dpo.storage.artifacts import MANIFEST, is_complete, read_json, read_manifest
+from selective_dpo.storage.locks import lock_beside
 from selective_dpo.training.arguments import ORIGINAL_DEFAULTS, autocast_dtype, weights_dtype
 from selective_dpo.training.checkpointing import CheckpointPlan, discard_checkpoints
 from selective_dpo.training.train import TrainingJob, train_policy
@@ -190,7 +191,7 @@ def complete(run: Run, results: Sequence[Result]) -> None:
 
 
 def _make(result: Result) -> None:
-    with making(result.path):
+    with held_by_main(lock_beside(result.path), what=str(result.path)):
         if not result.is_complete():  # it may have been made since it was looked for
             wait_for_everyone()
             result.make()

@@ -15,7 +15,7 @@ import contextlib
 import json
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,7 @@ class Check:
     def equal(self, place: str, what: str, found: object, wanted: object) -> None:
         """`found` must be `wanted`."""
         if found != wanted:
-            self.wrong(place, f"{what} is {_shortened(found)} and should be {_shortened(wanted)}")
+            self.wrong(place, f"{what} is {str(found)[:200]} and should be {str(wanted)[:200]}")
 
     def same_ids(self, place: str, found: Sequence[str], wanted: Sequence[str], what: str) -> bool:
         """`found` must hold each of `wanted` once, and nothing else; `what` says whose ids they are."""
@@ -160,10 +160,7 @@ class Verification:
 
     def to_json(self) -> dict[str, Any]:
         """For machines."""
-        checks = [
-            {"name": each.name, "status": each.status, "counted": each.counted, "problems": each.problems}
-            for each in self.checks
-        ]
+        checks = [{**asdict(check), "status": check.status} for check in self.checks]
         return {"run": str(self.root), "ok": not self.problems, "checks": checks}
 
     def text(self) -> str:
@@ -529,8 +526,3 @@ def _joined(rows: Iterable[tuple[object, ...]]) -> list[str]:
 def _rounded(value: int | Estimate | None) -> object:
     """An estimate's numbers as texts of nine decimals: what differs by a rounding error is the same."""
     return value if value is None or isinstance(value, int) else [f"{number:.9f}" for number in value]
-
-
-def _shortened(value: object) -> str:
-    text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."
