@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from selective_dpo import __version__
 from selective_dpo.distributed.signals import REMEDY, end_without_supervisor, stopping_at_once
@@ -112,6 +112,8 @@ def _execute(arguments: list[str]) -> int:
     if overrides and not VERBS[name].takes_recipe_keys:
         raise ConfigError(f"{name} takes no recipe keys, so --{overrides[0][0]} would have no effect")
     options = verb_parser(name).parse_args(others)
+    if getattr(options, "allow_partial", False):
+        overrides = [*overrides, ("select.allow_partial", "true")]
     options.command_line = arguments  # for a verb that starts itself again in several processes
     return VERBS[name].execute(options, overrides) or 0
 
@@ -158,8 +160,10 @@ def path(text: str) -> str:
     return text
 
 
-def _recipe_options(parser: argparse.ArgumentParser, *, is_optional: bool = False) -> None:
-    nargs = "?" if is_optional else None
+# Options that several verbs have.
+
+
+def _recipe_options(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
     parser.add_argument("recipe", metavar="RECIPE", nargs=nargs, default="", help="a recipe's YAML file")
     parser.epilog = (
         "Any recipe key can be given as an option: --select.fraction 0.6, --score.seeds '[41, 42]', "
@@ -167,18 +171,49 @@ def _recipe_options(parser: argparse.ArgumentParser, *, is_optional: bool = Fals
     )
 
 
+def _allow_partial_option(parser: argparse.ArgumentParser, what: str) -> None:
+    meaning = f"{what}; short for --select.allow_partial true"
+    parser.add_argument("--allow-partial", action="store_true", help=meaning)
+
+
+def _curriculum_argument(parser: argparse.ArgumentParser) -> None:
+    meaning = "a curriculum.parquet, or a run's folder"
+    parser.add_argument("curriculum", type=path, metavar="CURRICULUM", help=meaning)
+
+
+def _pairs_option(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--pairs", type=path, default="", metavar="FOLDER", help=what)
+
+
+def _json_option(parser: argparse.ArgumentParser) -> None:
+    meaning = "also write the answer as JSON; -: print it, and no table"
+    parser.add_argument("--json", type=path, default="", metavar="PATH", help=meaning)
+
+
+def _show(text: str, answer: dict[str, Any], path: str) -> None:
+    """Print an answer, and write it where `--json` says."""
+    from selective_dpo.storage.artifacts import write_json
+
+    print(json.dumps(answer, indent=2) if path == "-" else text, flush=True)
+    if path not in ("", "-"):
+        write_json(Path(path), answer)
+
+
 def read_recipe(options: argparse.Namespace, overrides: Overrides) -> Recipe:
     """The recipe with its overrides, fully checked; the libraries that a run uses are silenced after that."""
     from selective_dpo.config.load import load_recipe
     from selective_dpo.config.trainer_options import check_recipe_options
-    from selective_dpo.distributed.progress import quieten_libraries
 
-    if getattr(options, "allow_partial", False):
-        overrides = [*overrides, ("select.allow_partial", "true")]
     recipe = load_recipe(options.recipe, overrides)
     check_recipe_options(recipe)
-    quieten_libraries()
+    _quieten_libraries()
     return recipe
+
+
+def _quieten_libraries() -> None:
+    from selective_dpo.distributed.progress import quieten_libraries
+
+    quieten_libraries()
 
 
 # --- run, score, curriculum, train, evaluate, report --------------------------------------------------------
@@ -196,18 +231,13 @@ def _stage_options(parser: argparse.ArgumentParser) -> None:
 
 def _score_options(parser: argparse.ArgumentParser) -> None:
     _stage_options(parser)
-    parser.add_argument(
-        "--only", default="", metavar="NAMES", help="some scorers, as seed41-fold0,seed41-fold1"
-    )
+    meaning = "some scorers, as seed41-fold0,seed41-fold1"
+    parser.add_argument("--only", default="", metavar="NAMES", help=meaning)
 
 
 def _curriculum_options(parser: argparse.ArgumentParser) -> None:
     _stage_options(parser)
-    parser.add_argument(
-        "--allow-partial",
-        action="store_true",
-        help="build it from the records that are there; short for --select.allow_partial true",
-    )
+    _allow_partial_option(parser, "build it from the records that are there")
 
 
 def _stage(options: argparse.Namespace, overrides: Overrides) -> int:
@@ -224,16 +254,13 @@ def _stage(options: argparse.Namespace, overrides: Overrides) -> int:
 
 
 def _demo_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--out", type=path, default="runs", metavar="FOLDER", help="where the run folder is made"
-    )
+    meaning = "where the run folder is made"
+    parser.add_argument("--out", type=path, default="runs", metavar="FOLDER", help=meaning)
     parser.add_argument("--seed", type=int, default=0, help="of the world (default 0)")
 
 
 def _demo(options: argparse.Namespace, overrides: Overrides) -> None:
-    from selective_dpo.distributed.progress import quieten_libraries
-
-    quieten_libraries()
+    _quieten_libraries()
     from selective_dpo.run.demo import demo
 
     demo(Path(options.out), seed=options.seed)
@@ -241,30 +268,25 @@ def _demo(options: argparse.Namespace, overrides: Overrides) -> None:
 
 def _plan_options(parser: argparse.ArgumentParser) -> None:
     _recipe_options(parser)
-    parser.add_argument("--json", type=path, default="", metavar="PATH", help="also write the plan as JSON")
+    _json_option(parser)
 
 
 def _plan(options: argparse.Namespace, overrides: Overrides) -> None:
     recipe = read_recipe(options, overrides)
     from selective_dpo.run.plan import make_plan, plan_text
-    from selective_dpo.storage.artifacts import write_json
 
     plan = make_plan(recipe)
-    print(plan_text(plan))
-    if options.json:
-        write_json(Path(options.json), plan.to_json())
+    _show(plan_text(plan), plan.to_json(), options.json)
 
 
 def _doctor_options(parser: argparse.ArgumentParser) -> None:
-    _recipe_options(parser, is_optional=True)
+    _recipe_options(parser, nargs="?")
 
 
 def _doctor(options: argparse.Namespace, overrides: Overrides) -> int:
-    from selective_dpo.distributed.progress import quieten_libraries
-
     if not options.recipe and overrides:
         raise ConfigError(f"--{overrides[0][0]} would have no effect without a recipe")
-    quieten_libraries()
+    _quieten_libraries()
     recipe = read_recipe(options, overrides) if options.recipe else None
     from selective_dpo.report.tables import printable
     from selective_dpo.run.doctor import diagnose
@@ -279,30 +301,16 @@ def _doctor(options: argparse.Namespace, overrides: Overrides) -> int:
 
 def _verify_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=path, metavar="RUN", help="a run's folder, finished or not")
-    parser.add_argument(
-        "--json",
-        type=path,
-        default="",
-        metavar="PATH",
-        help="also write the answer as JSON; -: print it, and no table",
-    )
+    _json_option(parser)
 
 
 def _verify(options: argparse.Namespace, overrides: Overrides) -> int:
-    from selective_dpo.distributed.progress import quieten_libraries
-
-    quieten_libraries()
+    _quieten_libraries()
     from selective_dpo.report.tables import printable
     from selective_dpo.run.verify import verify_run
-    from selective_dpo.storage.artifacts import write_json
 
     found = verify_run(Path(options.run))
-    if options.json == "-":
-        print(json.dumps(found.to_json(), indent=2))
-    else:
-        print(found.text(), flush=True)
-        if options.json:
-            write_json(Path(options.json), found.to_json())
+    _show(found.text(), found.to_json(), options.json)
     for problem in found.problems:
         print(f"selective-dpo: {printable(problem)}", file=sys.stderr)
     return 2 if found.problems else 0
@@ -322,33 +330,13 @@ def _import_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=path, required=True, metavar="CURRICULUM", help="a .parquet file, or a folder"
     )
-    parser.add_argument(
-        "--pairs",
-        type=path,
-        default="",
-        metavar="FOLDER",
-        help="a run's pairs folder, whose pairs are given these difficulties; default: ids stand for pairs",
-    )
-    parser.add_argument(
-        "--id-column", default="", metavar="NAME", help="of a file; default: pair_id, else prompt_id"
-    )
-    parser.add_argument(
-        "--difficulty-column",
-        default="",
-        metavar="NAME",
-        help="of a file; default: learning_order, else difficulty",
-    )
-    parser.add_argument(
-        "--names",
-        choices=("pair_id", "prompt_id"),
-        default=None,
-        help="what the ids of a file name; default: as their column says",
-    )
-    parser.add_argument(
-        "--allow-partial",
-        action="store_true",
-        help="accept missing records and ids; short for --select.allow_partial true",
-    )
+    _pairs_option(parser, "a run's pairs, which are given these difficulties; default: ids stand for pairs")
+    for name, usual in (("id", "pair_id, else prompt_id"), ("difficulty", "learning_order, else difficulty")):
+        meaning = f"of a file; default: {usual}"
+        parser.add_argument(f"--{name}-column", default="", metavar="NAME", help=meaning)
+    named = "what the ids of a file name; default: as their column says"
+    parser.add_argument("--names", choices=("pair_id", "prompt_id"), default=None, help=named)
+    _allow_partial_option(parser, "accept missing records and ids")
     parser.epilog = "Selection keys: --select.rule, --select.fraction, --select.order ... (docs/recipe.md)."
 
 
@@ -361,8 +349,6 @@ def _import(options: argparse.Namespace, overrides: Overrides) -> None:
     )
     from selective_dpo.report.tables import printable
 
-    if options.allow_partial:
-        overrides = [*overrides, ("select.allow_partial", "true")]
     select = _read_select(overrides)
     columns = {name: getattr(options, name) for name in ("id_column", "difficulty_column", "names")}
     if is_records(Path(options.source)) and not options.pairs and not any(columns.values()):
@@ -393,18 +379,10 @@ FORMATS_WITH_TEXTS = ("jsonl", "datasets")
 
 
 def _export_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "curriculum", type=path, metavar="CURRICULUM", help="a curriculum.parquet, or a run's folder"
-    )
+    _curriculum_argument(parser)
     parser.add_argument("--format", required=True, choices=("csv", "parquet", *FORMATS_WITH_TEXTS))
     parser.add_argument("--out", type=path, required=True, metavar="PATH")
-    parser.add_argument(
-        "--pairs",
-        type=path,
-        default="",
-        metavar="FOLDER",
-        help="the run's pairs folder, for jsonl and datasets; default: pairs beside the curriculum",
-    )
+    _pairs_option(parser, "the run's pairs folder, for jsonl and datasets; default: beside the curriculum")
     parser.add_argument("--overwrite", action="store_true", help="replace what is at PATH")
 
 
@@ -443,26 +421,12 @@ REGIONS = {
 
 
 def _inspect_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "curriculum", type=path, metavar="CURRICULUM", help="a curriculum.parquet, or a run's folder"
-    )
+    _curriculum_argument(parser)
     for name, meaning in REGIONS.items():
         parser.add_argument(f"--{name}", type=int, default=0, metavar="N", help=f"N pairs {meaning}")
-    parser.add_argument(
-        "--pair",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="ID",
-        help="these pairs, by id or its beginning",
-    )
-    parser.add_argument(
-        "--pairs",
-        type=path,
-        default="",
-        metavar="FOLDER",
-        help="the run's pairs folder; default: beside the curriculum",
-    )
+    shown = "these pairs, by id or its beginning"
+    parser.add_argument("--pair", nargs="+", action="extend", default=[], metavar="ID", help=shown)
+    _pairs_option(parser, "the run's pairs folder; default: beside the curriculum")
     parser.add_argument("--full", action="store_true", help="whole texts, not only their beginnings")
     parser.epilog = "Without any of these: three of the easiest, three of the median, three of the hardest."
 

@@ -70,10 +70,8 @@ def source_digest(thing: Any) -> str:
     """
     try:
         path = Path(inspect.getsourcefile(thing) or "")
-        return file_digest(path) if path.is_file() else _text_digest(inspect.getsource(thing))
+        if path.is_file():
+            return file_digest(path)
+        return hashlib.sha256(inspect.getsource(thing).encode()).hexdigest()
     except (OSError, TypeError) as error:
         raise ConfigError(f"{thing!r} has no source to tell it by: define it in a file") from error
-
-
-def _text_digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -581,3 +581,12 @@ def test_what_is_our_fault_shows_its_traceback(error: str, code: int, last: str)
     assert done.returncode == code
     assert done.stderr.strip().rpartition("\n")[2] == last
     assert ("Traceback" in done.stderr) == (code == 1)
+
+
+def test_a_plan_as_json(things: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = recipe_in(things, tmp_path)
+    assert main(["plan", *recipe, "--json", "-"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert main(["plan", *recipe, "--json", str(tmp_path / "plan.json")]) == 0
+    assert not capsys.readouterr().out.startswith("{")
+    assert set(json.loads((tmp_path / "plan.json").read_text("utf-8"))) == set(printed)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from selective_dpo.distributed import signals as interruption
+from selective_dpo.distributed import signals
 from selective_dpo.distributed.signals import passing_on, stopping_at_once, stopping_when_asked
 from selective_dpo.errors import Interrupted
 
@@ -24,7 +24,7 @@ def _handler_is_put_back() -> Iterator[None]:
     before = signal.getsignal(signal.SIGTERM)
     yield
     assert signal.getsignal(signal.SIGTERM) is before
-    interruption._NOTED.received = False
+    signals._NOTED.received = False
 
 
 def test_at_once() -> None:

@@ -14,7 +14,6 @@ import yaml
 
 from selective_dpo.config import Recipe
 from selective_dpo.config.load import dump_config, make_recipe
-from selective_dpo.run import keys as module
 from selective_dpo.run.keys import git_state, provenance
 from selective_dpo.storage.digests import canonical_json, digest
 from selective_dpo.training.card import model_card
@@ -56,11 +55,6 @@ def test_provenance_keeps_the_environment_and_the_command_to_itself(
     text = canonical_json(found)
     assert "hf_secret" not in text
     assert "/home/ann" not in text
-
-
-def test_a_package_that_is_not_there_is_said_to_be_absent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_PACKAGES", ("no-such-package-as-this",))
-    assert module._versions() == {"no-such-package-as-this": "not installed"}
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -78,6 +78,7 @@ def prepare_pairs(
     exclude_prompts: Collection[str] = frozenset(),
     progress: Callable[[int], object] | None = None,
     workers: int | None = None,
+    max_rows: int | None = None,
 ) -> PairsSummary:
     """Read, check and tokenize all rows of `sources`, and publish them as `folder` under `key`.
 
@@ -85,7 +86,7 @@ def prepare_pairs(
     among `exclude_prompts` (`store.prompt_keys` of the training pairs) are dropped: they are no test.
     `progress` is called with the number of rows done since the last call. `workers` processes tokenize (None:
     one for each core; 0: this one, without limits on what a chat template takes); what is published does not
-    depend on their number.
+    depend on their number. With `max_rows`, only the first so many rows of each source are read.
 
     A pair whose prompt was seen before under another `prompt_id` takes that earlier id, so that pairs of one
     prompt are never told apart by it.
@@ -104,7 +105,7 @@ def prepare_pairs(
     masks = _masks(opened, [source.fraction for source in sources], config)
     checker = RowChecker(exclude_prompts, config.exclude)
     rows = chain.from_iterable(
-        _checked_rows(source, mask, checker) for source, mask in zip(opened, masks, strict=True)
+        _checked_rows(source, mask, checker, max_rows) for source, mask in zip(opened, masks, strict=True)
     )
     chunk_tokenizer, counts = ChunkTokenizer(tokenizer, config), RowCounts()
     tokenized = map_in_processes(
@@ -250,12 +251,12 @@ def _masks(
 
 
 def _checked_rows(
-    source: Source, mask: NDArray[np.bool_] | None, checker: RowChecker
+    source: Source, mask: NDArray[np.bool_] | None, checker: RowChecker, max_rows: int | None
 ) -> Iterator[RowOutcome]:
     columns = _Columns({}, [])
     has_usable = False
     number = -1
-    for number, raw in enumerate(source.rows()):
+    for number, raw in enumerate(islice(source.rows(), max_rows)):
         if not has_usable:
             has_usable = _note_columns(raw, source, columns)
         if mask is not None and number >= len(mask):

@@ -92,7 +92,7 @@ def run_scorer(job: ScorerJob) -> None:
         ConfigError: too few optimizer steps for the evaluations.
         NotFiniteError: a pair's loss, or an update's gradient, is not finite; the pairs are named.
         RecordsError: the held-out losses of more than 1% of the pairs are not finite; some are named. Fewer
-            pairs are set aside (see `curriculum.quarantine`).
+            pairs are set aside (see `logprobs.nonfinite`).
     """
     started = time.monotonic()
     config = job.recipe.score

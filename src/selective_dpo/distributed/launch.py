@@ -17,9 +17,6 @@ MAX_CHECKPOINT_SECONDS = 3600
 
 _SHUTDOWN_TIMEOUT = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 
-_MODULE = "selective_dpo"
-"""What the processes run."""
-
 
 def under_a_launcher() -> bool:
     """Whether `accelerate launch`, `torchrun` or Slurm's `srun` with them started this process."""
@@ -46,7 +43,9 @@ def relaunch(arguments: Sequence[str], *, processes: int) -> int:
     try:
         with passing_on(lambda: [each.pid for each in launchers if each.returncode is None]) as interrupted:
             with starting_out_of_reach():
-                launchers.append(subprocess.Popen([*command, "-m", _MODULE, *arguments], env=environment))
+                launchers.append(
+                    subprocess.Popen([*command, "-m", "selective_dpo", *arguments], env=environment)
+                )
             if interrupted():
                 launchers[0].terminate()  # SIGTERM came before there was anybody to pass it on to
             code = launchers[0].wait()

@@ -18,7 +18,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from selective_dpo.errors import BusyError, IdentityError, name_some
 from selective_dpo.storage.artifacts import publish_folder
-from selective_dpo.storage.locks import holding, lock_beside
+from selective_dpo.storage.locks import holding
 
 _USE_CPU = "ACCELERATE_USE_CPU"
 
@@ -115,19 +115,6 @@ def held_by_main(lock: Path, *, what: str, shared: bool = False) -> Iterator[Non
                 refused = BusyError(verdict[0])
         if refused is not None:
             raise refused
-        yield
-
-
-@contextlib.contextmanager
-def making(folder: Path) -> Iterator[None]:
-    """Around the work that ends with publishing `folder`: nobody else may have begun it.
-
-    All processes must enter; what was there before may be complete by now.
-
-    Raises:
-        BusyError: another process is making it; on all processes.
-    """
-    with held_by_main(lock_beside(folder), what=str(folder)):
         yield
 
 

@@ -7,8 +7,7 @@ import os
 import sys
 import time
 import warnings
-from types import TracebackType
-from typing import Self
+from typing import NoReturn, Self
 
 from tqdm import tqdm
 
@@ -28,12 +27,9 @@ class Progress:
         self._done = self._done_before = done
         self._started = self._last_line = time.monotonic()
         self._shown = this_process().is_main_process
-        terminal = self._shown and sys.stderr.isatty()
-        self._bar = (
-            tqdm(total=total or None, desc=what, unit=f" {unit}", leave=False, initial=done)
-            if terminal
-            else None
-        )
+        self._bar: tqdm[NoReturn] | None = None
+        if self._shown and sys.stderr.isatty():
+            self._bar = tqdm(total=total or None, desc=what, unit=f" {unit}", leave=False, initial=done)
 
     def __enter__(self) -> Self:
         return self
@@ -43,13 +39,12 @@ class Progress:
         self._done += count
         if self._bar is not None:
             self._bar.update(count)
-        elif time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
+        elif self._shown and time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
-            self._line()
+            sys.stderr.write(self._line())
+            sys.stderr.flush()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -57,16 +52,13 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def _line(self) -> None:
-        if not self._shown:
-            return
+    def _line(self) -> str:
         elapsed = time.monotonic() - self._started
         rate = (self._done - self._done_before) / elapsed if elapsed > 0 else 0.0
         line = f"{self._what}: {self._done:,} {self._unit}, {rate:,.1f} {self._unit}/s"
         if self._total and rate > 0:
             line += f", {self._done / self._total:.0%}, {(self._total - self._done) / rate:,.0f} s left"
-        sys.stderr.write(line + "\n")
-        sys.stderr.flush()
+        return f"{line}\n"
 
 
 _LIBRARIES = r"(accelerate|datasets|huggingface_hub|peft|torch|transformers|trl)(\..*)?$"

@@ -79,19 +79,14 @@ def _here(
             raise
         except Exception as error:
             failures.append((job, error))
-            if isinstance(error, Interrupted) or not _is_shared(error):
+            # Of several processes that work on the job, the others know of these errors only. Of another one
+            # they may still wait for this process, and would take the next job's messages for this one's.
+            is_shared = not one_of_several() or isinstance(error, NotFiniteError | RecordsError)
+            if isinstance(error, Interrupted) or not is_shared:
                 break
         else:
             done(job)
     return failures
-
-
-def _is_shared(error: Exception) -> bool:
-    """Whether all processes that work on the job know of the error.
-
-    The others may still wait for this one, and would take the next job's messages for this one's.
-    """
-    return not one_of_several() or isinstance(error, NotFiniteError | RecordsError)
 
 
 def _in_processes(
@@ -105,7 +100,7 @@ def _in_processes(
             max_workers=min(workers, len(jobs)),
             mp_context=context,
             initializer=_start_worker,
-            initargs=(os.getpid(), turns, workers, _gpu_count()),
+            initargs=(os.getpid(), turns, workers, torch.cuda.device_count()),
         ) as pool,
         passing_on(_own_children) as interrupted,
     ):
@@ -134,10 +129,6 @@ def _work_on(work: Callable[[Job], None], job: Job) -> None:
 
 def _own_children() -> list[int]:
     return [child.pid for child in multiprocessing.active_children() if child.pid is not None]
-
-
-def _gpu_count() -> int:
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def _start_worker(parent: int, turns: object, workers: int, gpus: int) -> None:

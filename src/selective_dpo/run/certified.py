@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from selective_dpo.curriculum.build import rule_of
-from selective_dpo.curriculum.stability import Prediction, is_stable, predict_overlap, seeds_needed
+from selective_dpo.curriculum.stability import is_stable, predict_overlap, seeds_needed
 from selective_dpo.difficulty.protocols import ScorerRun, planned_runs
 from selective_dpo.difficulty.scorer import collect_losses
 from selective_dpo.distributed.processes import this_process, wait_for_everyone
@@ -55,24 +55,21 @@ def _certify(run: Run, scorers: Sequence[ScorerRun]) -> dict[str, Any]:
     if this_process().is_main_process:
         how = run.recipe.select.aggregate
         table = collect_losses([run.folder.scores(scorer) for scorer in scorers], criteria=[how])
-        prediction = predict_overlap(table, how, rule_of(run.recipe.select))
-        write_json(run.folder.certificate, _as_json(prediction, key, target_overlap(run)))
+        prediction, target = predict_overlap(table, how, rule_of(run.recipe.select)), target_overlap(run)
+        certified = {
+            "key": key,
+            "seeds": prediction.seeds,
+            "target": target,
+            "reached": is_stable(prediction, target),
+            "assumes": ASSUMES,
+            "seeds_needed": seeds_needed(prediction, target),
+            "prediction": prediction.as_json(),
+        }
+        write_json(run.folder.certificate, certified)
     wait_for_everyone()
     found = read_json(run.folder.certificate)
     run.tell(f"  {_describe(found)}")
     return found
-
-
-def _as_json(prediction: Prediction, key: str, target: float) -> dict[str, Any]:
-    return {
-        "key": key,
-        "seeds": prediction.seeds,
-        "target": target,
-        "reached": is_stable(prediction, target),
-        "assumes": ASSUMES,
-        "seeds_needed": seeds_needed(prediction, target),
-        "prediction": prediction.as_json(),
-    }
 
 
 def _describe(found: dict[str, Any]) -> str:

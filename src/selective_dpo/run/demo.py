@@ -43,7 +43,11 @@ def demo(
     with alone(root):
         say(f"world {seed}: a small model learns list tasks from careful and hasty demonstrators")
         world = build_world(root / "world", seed=seed, config=config)
-        say(_world_line(world))
+        pairs = world.facts["pairs"]
+        say(
+            f"  {pairs['pairs']:,} pairs of its own answers, labelled by a noisy annotator: "
+            f"{pairs['flip_share']:.0%} prefer the worse answer, {pairs['tie_share']:.0%} are ties"
+        )
         recipe = world_recipe(world, name=NAME, output_dir=output_dir, workers=workers)
         run = open_run(recipe, fresh=True, say=say)
         evaluate(run)
@@ -114,14 +118,6 @@ def truth_about_selection(curriculum: Curriculum, world: World) -> list[TruthRow
         )
         for group, has_P in groups.items()
     ]
-
-
-def _world_line(world: World) -> str:
-    pairs = world.facts["pairs"]
-    return (
-        f"  {pairs['pairs']:,} pairs of its own answers, labelled by a noisy annotator: "
-        f"{pairs['flip_share']:.0%} prefer the worse answer, {pairs['tie_share']:.0%} are ties"
-    )
 
 
 def _truth_lines(truth: list[TruthRow]) -> list[str]:

@@ -8,31 +8,26 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import platform
 import shutil
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from importlib import metadata
-from itertools import islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
-from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
 from transformers.utils import import_utils
 
 from selective_dpo.config import Recipe, SourceConfig
 from selective_dpo.config.trainer_options import under_deepspeed
 from selective_dpo.curriculum.import_ import pairs_joined, read_outside
-from selective_dpo.data.adapters import KEPT, DropReason, Pair, parse_row
-from selective_dpo.data.readers import Malformed
+from selective_dpo.data.adapters import KEPT
+from selective_dpo.data.prepare import prepare_pairs
 from selective_dpo.data.sources import open_source, source_label
-from selective_dpo.data.store import load_summary
-from selective_dpo.data.tokenize import PairTokens, fit_length, tokenize_pairs
+from selective_dpo.data.store import load_ids, load_summary, load_tokens
 from selective_dpo.distributed.processes import this_process
 from selective_dpo.errors import ConfigError, IdentityError, SelectiveDPOError
 from selective_dpo.evaluation.evaluate import check_evaluation, policy_names
@@ -40,22 +35,21 @@ from selective_dpo.evaluation.judges import judge_for
 from selective_dpo.logprobs.reference import TRIED, require_finite_start
 from selective_dpo.models import damaged_weights, load_policy, load_tokenizer
 from selective_dpo.run.costs import (
-    BYTES,
     Device,
     Disk,
     Models,
     adapter_parameters,
     build_on_meta,
     disk_need,
+    fits,
     job_kinds,
     job_memory,
     models_of,
-    readable,
     readable_bytes,
     this_device,
 )
 from selective_dpo.run.folder import RunDirectory
-from selective_dpo.run.keys import Run
+from selective_dpo.run.keys import Run, versions
 from selective_dpo.run.stages import prepare
 from selective_dpo.training.arguments import PURE, dpo_arguments
 from selective_dpo.training.train import tracker_names
@@ -71,11 +65,8 @@ BASE_BYTES = 100 * (1 << 20)
 MAX_MEMORY_SHARE = 0.9
 """Share of the device's memory that an estimate may reach without a warning."""
 
-FIRST_ROWS = 100
-"""Rows that are looked at in each source."""
-
-FEW_ROWS = 2_000
-"""So many rows are prepared whole. More leave enough updates to scorers with any usual batch size."""
+FIRST_ROWS = 1_000
+"""Rows of each source that are prepared. Where no source has more, all are, as a run does it."""
 
 
 class Check(NamedTuple):
@@ -100,21 +91,6 @@ class Check(NamedTuple):
         return " ".join(line.split()) if "\n" in line else line
 
 
-def ok(name: str, found: str) -> Check:
-    """Nothing to do."""
-    return Check("ok", name, found)
-
-
-def warn(name: str, found: str, remedy: str) -> Check:
-    """A run would go through; perhaps not as wanted."""
-    return Check("warn", name, found, remedy)
-
-
-def fail(name: str, found: str, remedy: str = "") -> Check:
-    """A run would stop here."""
-    return Check("FAIL", name, found, remedy)
-
-
 def diagnose(recipe: Recipe | None = None) -> Iterator[Check]:
     """Check the environment and, where there is one, all that `recipe` names; one answer at a time.
 
@@ -123,23 +99,14 @@ def diagnose(recipe: Recipe | None = None) -> Iterator[Check]:
     and nothing from anywhere that the recipe does not name.
     """
     device = this_device()
-    yield check_python()
-    yield from check_packages()
+    yield Check("ok", "packages", ", ".join(f"{name} {version}" for name, version in versions().items()))
     yield check_device(device)
-    yield check_hub()
     if recipe is None:
         return
-    sizes = _or_none(models_of, recipe)
-    checks = [_guarded("evaluate", _evaluation, recipe)]
-    yield checks[0]
-    for check in _checks(recipe, device):
+    sizes, checks = _or_none(models_of, recipe), list[Check]()
+    for check in chain(_recipe_checks(recipe, sizes, device), _data_checks(recipe, sizes, device, checks)):
         checks.append(check)
         yield check
-    yield check_disk(recipe, disk_need(recipe, sizes))
-    if sizes is not None:
-        yield check_memory(recipe, sizes, device)
-    is_sound = all(check.status != "FAIL" for check in checks)
-    yield from _data_checks(recipe, sizes, device, is_sound=is_sound)
 
 
 def require_sound(run: Run) -> None:
@@ -156,6 +123,14 @@ def require_sound(run: Run) -> None:
     for check in checks:
         if check.status == "FAIL":
             raise check.cause or ConfigError(check.text)
+
+
+def _recipe_checks(recipe: Recipe, sizes: Models | None, device: Device) -> Iterator[Check]:
+    yield _guarded("evaluate", check_arms, recipe)
+    yield from _checks(recipe, device)
+    yield check_disk(recipe, disk_need(recipe, sizes))
+    if sizes is not None:
+        yield check_memory(recipe, sizes, device)
 
 
 def _checks(recipe: Recipe, device: Device) -> Iterator[Check]:
@@ -176,41 +151,45 @@ def _checks(recipe: Recipe, device: Device) -> Iterator[Check]:
     yield _guarded("tokenizer", check_tokenizer, recipe, model)
 
 
-def _data_checks(recipe: Recipe, sizes: Models | None, device: Device, *, is_sound: bool) -> Iterator[Check]:
-    """Each source's first rows, and what the recipe makes of them; the later ones only of what is sound."""
-    sources = [check_source(source) for source in (*recipe.data.train, *recipe.data.test)]
-    checks = [source.check for source in sources]
-    yield from checks
-    pairs = [pair for source in sources for pair in source.pairs]
-    if recipe.curriculum:
-        trained = [pair for source in sources[: len(recipe.data.train)] for pair in source.pairs]
-        checks.append(_guarded("curriculum", check_curriculum, recipe.curriculum, trained))
-        yield checks[-1]
-    tokenizer = _or_none(load_tokenizer, recipe.model)
-    if tokenizer is None or not pairs:
+def _data_checks(
+    recipe: Recipe, sizes: Models | None, device: Device, before: Sequence[Check]
+) -> Iterator[Check]:
+    """What the recipe makes of each source's first rows. `before` grows with each check that was made: what
+    takes long is done only where none of them failed."""
+    data, tokenizer = recipe.data, _or_none(load_tokenizer, recipe.model)
+    if tokenizer is None:
+        for source in (*data.train, *data.test):
+            yield _guarded(f"data {source_label(source)}", check_source, source)
         return
-    try:
-        tokens = tokenize_pairs(pairs, tokenizer, empty_system_message=recipe.data.empty_system_message)
-    except SelectiveDPOError as error:
-        yield fail("template", str(error))
-        return
-    for check in check_tokens(recipe, pairs, tokens, None if sizes is None else sizes.sizes.vocabulary):
-        checks.append(check)
-        yield check
-    if not is_sound or any(check.status == "FAIL" for check in checks):
-        return
-    if sizes is not None:
-        size = sizes.sizes.parameters * BYTES[recipe.model.dtype]
-        yield _guarded("forward pass", check_forward, recipe, tokenizer, pairs, tokens, size, device)
-    if sum(source.rows for source in sources) <= FEW_ROWS:
+    with tempfile.TemporaryDirectory() as scratch:
+        pairs, test_pairs = Path(scratch) / "data.train", Path(scratch) / "data.test"
+        yield from check_rows(recipe, data.train, tokenizer, pairs)
+        if data.test:
+            yield from check_rows(recipe, data.test, tokenizer, test_pairs)
+        if not pairs.is_dir():
+            return
+        tokens, ids = load_tokens(pairs), load_ids(pairs)
+        if recipe.curriculum:
+            yield _guarded("curriculum", check_curriculum, recipe.curriculum, ids)
+        if sizes is not None:
+            yield check_token_ids(tokens, sizes.sizes.vocabulary)
+        if all(check.status != "FAIL" for check in before):
+            yield _guarded("forward pass", check_forward, recipe, tokenizer, tokens, sizes, device)
+        summaries = [load_summary(folder) for folder in (pairs, test_pairs) if folder.is_dir()]
+    rows = [sum(counts.values()) for summary in summaries for counts in summary.sources.values()]
+    if max(rows) < FIRST_ROWS and all(check.status != "FAIL" for check in before):
         yield _guarded("pairs", check_pairs, recipe)
 
 
-def _evaluation(recipe: Recipe) -> Check:
-    # A run checks this when it is opened.
+def check_arms(recipe: Recipe) -> Check:
+    """Whether the evaluation can be done.
+
+    Raises:
+        ConfigError: as when a run is opened.
+    """
     check_evaluation(recipe.evaluate, has_test=bool(recipe.data.test))
     arms = ", ".join(policy_names(recipe.evaluate))
-    return ok("evaluate", f"arms {arms}; {recipe.evaluate.generation.prompts:,} prompts to answer")
+    return Check("ok", "evaluate", f"arms {arms}; {recipe.evaluate.generation.prompts:,} prompts to answer")
 
 
 def _or_none(make: Callable[[Given], Found], of: Given) -> Found | None:
@@ -232,51 +211,15 @@ def _guarded(name: str, check: Callable[P, Check], *args: P.args, **kwargs: P.kw
 # --- the machine --------------------------------------------------------------------------------------------
 
 
-def check_python() -> Check:
-    """The interpreter against what the installed package asks for."""
-    found, wanted = platform.python_version(), metadata.metadata("selective-dpo")["Requires-Python"]
-    if SpecifierSet(wanted).contains(found, prereleases=True):
-        return ok("python", found)
-    return fail("python", found, f"use a version {wanted}")
-
-
-def check_packages() -> Iterator[Check]:
-    """Each package that is always needed, against the bounds that this one declares."""
-    good = []
-    for text in metadata.requires("selective-dpo") or []:
-        requirement = Requirement(text)
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
-            continue
-        remedy = f"pip install '{requirement.name}{requirement.specifier}'"
-        try:
-            found = metadata.version(requirement.name)
-        except metadata.PackageNotFoundError:
-            yield fail(requirement.name, "not installed", remedy)
-            continue
-        if requirement.specifier.contains(found, prereleases=True):
-            good.append(f"{requirement.name} {found}")
-        else:
-            yield fail(requirement.name, f"{found}, needed is {requirement.specifier}", remedy)
-    yield ok("packages", ", ".join(good))
-
-
 def check_device(device: Device) -> Check:
     """What a run would compute on."""
     if device.kind == "cuda":
-        return ok("device", f"{device.number} x {device.name}, {readable_bytes(device.memory)} each")
+        each = readable_bytes(device.memory)
+        return Check("ok", "device", f"{device.number} x {device.name}, {each} each")
     found = f"no GPU; {device.name}, {readable_bytes(device.memory)}"
-    return warn("device", found, "fine for models of a few million parameters; larger ones need a GPU")
-
-
-def check_hub() -> Check:
-    """Whether the hub may be asked, and that nothing is reported to it."""
-    import huggingface_hub.constants as hub
-
-    telemetry = "off" if os.environ.get("HF_HUB_DISABLE_TELEMETRY") == "1" else "on"
-    if hub.HF_HUB_OFFLINE:
-        found = f"offline (HF_HUB_OFFLINE), telemetry {telemetry}: models and data of the hub must be cached"
-        return ok("hub", found)
-    return ok("hub", f"online, telemetry {telemetry}")
+    return Check(
+        "warn", "device", found, "fine for models of a few million parameters; larger ones need a GPU"
+    )
 
 
 def check_disk(recipe: Recipe, need: Disk | None) -> Check:
@@ -284,58 +227,51 @@ def check_disk(recipe: Recipe, need: Disk | None) -> Check:
     folder = Path(recipe.output_dir).absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        return fail("disk", f"cannot write below {existing}", "choose another output_dir")
+        return Check("FAIL", "disk", f"cannot write below {existing}", "choose another output_dir")
     free = shutil.disk_usage(existing).free
     found = f"{readable_bytes(free)} free at {existing}"
     if need is None:
-        return warn("disk", f"{found}, the model's size is not known", "check that its weights fit")
+        remedy = "check that its weights fit"
+        return Check("warn", "disk", f"{found}, the model's size is not known", remedy)
     wanted = need.total + BASE_BYTES
     found += f", the run needs about {readable_bytes(wanted)}"
     if need.checkpoints:
         found += f" ({readable_bytes(need.checkpoints)} of it for checkpoints, while it trains)"
     if free < wanted:
-        return fail("disk", found, "free some, or choose another output_dir")
-    # Weights are written beside the old ones before these are removed.
-    twice = free > wanted + need.results
-    return (
-        ok("disk", found) if twice else warn("disk", found, "a repeated run needs room for its weights twice")
-    )
+        return Check("FAIL", "disk", found, "free some, or choose another output_dir")
+    if free < wanted + need.results:  # weights are written beside the old ones before these are removed
+        return Check("warn", "disk", found, "a repeated run needs room for its weights twice")
+    return Check("ok", "disk", found)
 
 
 def check_launch(recipe: Recipe, device: Device) -> Check:
     """Processes and workers against the devices."""
-    processes, workers = recipe.launch.processes, recipe.launch.workers
+    processes, workers, gpus = recipe.launch.processes, recipe.launch.workers, device.number
     found = f"{processes} processes" if processes > 1 else f"{workers} scorer(s) at a time"
     if device.kind != "cuda":
-        return ok("launch", found)
-    found += f" on {device.number} GPU(s)"
-    if processes > device.number:
-        return fail("launch", found, f"lower launch.processes to {device.number}")
-    if processes == 1 and workers == 1 and device.number > 1:
-        return warn(
-            "launch",
-            found,
-            "transformers would split batches over all GPUs: set launch.processes or launch.workers to "
-            f"{device.number}, or CUDA_VISIBLE_DEVICES to one",
-        )
-    if workers > device.number:
-        return warn("launch", found, "several would share a GPU's memory")
-    return ok("launch", found)
+        return Check("ok", "launch", found)
+    found += f" on {gpus} GPU(s)"
+    if processes > gpus:
+        return Check("FAIL", "launch", found, f"lower launch.processes to {gpus}")
+    if processes == workers == 1 < gpus:
+        remedy = f"set launch.processes or launch.workers to {gpus}, or CUDA_VISIBLE_DEVICES to one"
+        return Check("warn", "launch", f"{found}, over which transformers would split batches", remedy)
+    if workers > gpus:
+        return Check("warn", "launch", found, "several would share a GPU's memory")
+    return Check("ok", "launch", found)
 
 
 def check_precision(recipe: Recipe, device: Device) -> Check:
     """Whether the device computes in the weights' type, and small updates are kept."""
+    name, dtype = "precision", recipe.model.dtype
     if not recipe.model.master_weights:
-        return warn("precision", PURE.format(dtype=recipe.model.dtype), "leave model.master_weights out")
-    if recipe.model.dtype != "bfloat16":
-        return ok("precision", recipe.model.dtype)
-    if device.kind == "cpu":
-        return warn("precision", "bfloat16, which is slow on most CPUs", "set model.dtype: float32")
-    if not torch.cuda.is_bf16_supported():
-        return fail(
-            "precision", "this GPU has no bfloat16", "set model.dtype to float32, and fp16 in trainer"
-        )
-    return ok("precision", "bfloat16, which the device supports")
+        return Check("warn", name, PURE.format(dtype=dtype), "leave model.master_weights out")
+    if dtype == "bfloat16" and device.kind == "cpu":
+        return Check("warn", name, "bfloat16, which is slow on most CPUs", "set model.dtype: float32")
+    if dtype == "bfloat16" and not torch.cuda.is_bf16_supported():
+        remedy = "set model.dtype to float32, and fp16 in trainer"
+        return Check("FAIL", name, "this GPU has no bfloat16", remedy)
+    return Check("ok", name, dtype)
 
 
 def check_optional_packages(recipe: Recipe) -> Iterator[Check]:
@@ -343,35 +279,36 @@ def check_optional_packages(recipe: Recipe) -> Iterator[Check]:
     for block in ("score", "train"):
         settings = getattr(recipe, block).trainer
         optimizer = str(settings.get("optim", ""))
+        needs = [(name, f"report_to {name}", "the tracker's package") for name in tracker_names(settings)]
         if any(word in optimizer for word in ("bnb", "8bit", "paged", "ademamix")):
-            yield _needs("bitsandbytes", f"{block}.trainer.optim {optimizer}", "the gpu extra")
+            needs.append(("bitsandbytes", f"optim {optimizer}", "the gpu extra"))
         if settings.get("deepspeed"):
-            yield _needs("deepspeed", f"{block}.trainer.deepspeed", "the gpu extra")
+            needs.append(("deepspeed", "deepspeed", "the gpu extra"))
         if settings.get("use_liger_kernel"):
-            yield _needs("liger_kernel", f"{block}.trainer.use_liger_kernel", "liger-kernel")
-        for name in tracker_names(settings):
-            yield _needs(name, f"{block}.trainer.report_to {name}", "the tracker's package")
-    yield check_attention(recipe.model.attention)
+            needs.append(("liger_kernel", "use_liger_kernel", "liger-kernel"))
+        for module, option, package in needs:
+            name = f"{block}.trainer.{option}"
+            if importlib.util.find_spec(module) is not None:
+                yield Check("ok", name, f"{module} is installed")
+            else:
+                remedy = f"install {package}, or change the option"
+                yield Check("FAIL", name, f"{module} is not installed", remedy)
+    attention = recipe.model.attention
+    if has_attention(attention):
+        yield Check("ok", "attention", attention)
+    else:
+        remedy = "install its package, or set model.attention: sdpa"
+        yield Check("FAIL", "attention", f"{attention} is not available here", remedy)
 
 
-def check_attention(name: str) -> Check:
+def has_attention(name: str) -> bool:
     """Whether the attention implementation is there. What the model can take shows when it is loaded."""
-    available = {
+    available: Callable[[], bool] = {
         "flash_attention_2": import_utils.is_flash_attn_2_available,
         "flash_attention_3": import_utils.is_flash_attn_3_available,
         "flex_attention": import_utils.is_torch_flex_attn_available,
     }.get(name, lambda: True)
-    if available():
-        return ok("attention", name)
-    return fail(
-        "attention", f"{name} is not available here", "install its package, or set model.attention: sdpa"
-    )
-
-
-def _needs(module: str, key: str, source: str) -> Check:
-    if importlib.util.find_spec(module) is not None:
-        return ok(key, f"{module} is installed")
-    return fail(key, f"{module} is not installed", f"install {source}, or change the option")
+    return available()
 
 
 # --- what the recipe names: model, tokenizer, adapters, judge, trainer settings -----------------------------
@@ -384,19 +321,20 @@ def check_weights(recipe: Recipe) -> Check:
         ModelError: weights are missing, of other shapes than the configuration says, or not to be loaded.
     """
     model = build_on_meta(recipe.model)
-    size = readable(sum(parameter.numel() for parameter in model.parameters()))
-    found = f"{type(model).__name__}, {size} parameters"
+    size = sum(parameter.numel() for parameter in model.parameters())
+    found = f"{type(model).__name__}, {size:,} parameters"
     folder = Path(recipe.model.path)
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        return fail("model", f"{found}, but no .safetensors in {folder}", "save its weights as safetensors")
+        return Check(
+            "FAIL", "model", f"{found}, but no .safetensors in {folder}", "save its weights as safetensors"
+        )
     if problem := damaged_weights(folder):
-        return fail("model", f"{found}, but {problem}", "copy or download it again")
+        return Check("FAIL", "model", f"{found}, but {problem}", "copy or download it again")
     if folder.is_dir():
         # An attention that is not installed has been named already.
-        is_there = check_attention(recipe.model.attention).status == "ok"
-        attention = {} if is_there else {"attention": "eager"}
+        attention = {} if has_attention(recipe.model.attention) else {"attention": "eager"}
         load_policy(recipe.model.model_copy(update=attention), device_map="meta")
-    return ok("model", found)
+    return Check("ok", "model", found)
 
 
 def check_tokenizer(recipe: Recipe, model: Any | None) -> Check:
@@ -415,12 +353,12 @@ def check_tokenizer(recipe: Recipe, model: Any | None) -> Check:
     ]
     if outside:
         remedy = "use the tokenizer the model was trained with (model.tokenizer), or resize its embedding"
-        return fail("tokenizer", f"{found}, none for {', '.join(outside)}", remedy)
+        return Check("FAIL", "tokenizer", f"{found}, none for {', '.join(outside)}", remedy)
     if tokens > rows:
-        return warn("tokenizer", found, "texts with the tokens beyond that would stop the run")
+        return Check("warn", "tokenizer", found, "texts with the tokens beyond that would stop the run")
     if tokenizer.eos_token is None:
-        return warn("tokenizer", found, "without an end-of-sequence token, answers have no end")
-    return ok("tokenizer", found)
+        return Check("warn", "tokenizer", found, "without an end-of-sequence token, answers have no end")
+    return Check("ok", "tokenizer", found)
 
 
 def check_positions(recipe: Recipe, model: Any) -> Check:
@@ -432,17 +370,17 @@ def check_positions(recipe: Recipe, model: Any) -> Check:
         longest = max(longest, recipe.data.max_prompt_length + generation.max_new_tokens)
     found = f"sequences of up to {longest:,} tokens, the model has {positions or 'no limit of'} positions"
     if positions is not None and longest > positions:
-        return fail("length", found, "lower data.max_length or evaluate.generation.max_new_tokens")
-    return ok("length", found)
+        return Check("FAIL", "length", found, "lower data.max_length or evaluate.generation.max_new_tokens")
+    return Check("ok", "length", found)
 
 
 def check_adapter(recipe: Recipe, block: str) -> Check:
     """Whether the LoRA settings of `block` ("score" or "train") find their modules in the model."""
     lora = getattr(recipe, block).lora
     if lora is None:
-        return ok(f"{block}.lora", "none: all weights are trained")
+        return Check("ok", f"{block}.lora", "none: all weights are trained")
     trained = adapter_parameters(build_on_meta(recipe.model), lora, f"{block}.lora")
-    return ok(f"{block}.lora", f"{readable(trained)} parameters in the adapter")
+    return Check("ok", f"{block}.lora", f"{trained:,} parameters in the adapter")
 
 
 def check_memory(recipe: Recipe, models: Models, device: Device) -> Check:
@@ -451,8 +389,8 @@ def check_memory(recipe: Recipe, models: Models, device: Device) -> Check:
     found = f"{name} needs about {readable_bytes(need)} of {readable_bytes(device.memory)}"
     if device.memory and need > MAX_MEMORY_SHARE * device.memory:
         remedy = "lower per_device_train_batch_size or tokens_per_batch, use LoRA, or shard over processes"
-        return warn("memory", found, remedy)
-    return ok("memory", found)
+        return Check("warn", "memory", found, remedy)
+    return Check("ok", "memory", found)
 
 
 def check_trainer(recipe: Recipe, block: str) -> Check:
@@ -460,7 +398,7 @@ def check_trainer(recipe: Recipe, block: str) -> Check:
     settings = getattr(recipe, block).trainer
     name = f"{block}.trainer"
     if settings.get("deepspeed") or settings.get("fsdp") or under_deepspeed():
-        return ok(name, "options are known; sharding is set up by the launched processes")
+        return Check("ok", name, "options are known; sharding is set up by the launched processes")
     with tempfile.TemporaryDirectory() as scratch:
         dpo_arguments(
             settings,
@@ -470,52 +408,63 @@ def check_trainer(recipe: Recipe, block: str) -> Check:
             seed=0,
             sequential=block == "train",
         )
-    return ok(name, "accepted on this machine")
+    return Check("ok", name, "accepted on this machine")
 
 
 def check_judge(recipe: Recipe) -> Check:
     """Whether the judge can be made; its weights are not loaded."""
     judge, reward_model = judge_for(recipe.evaluate), recipe.evaluate.reward_model
     if reward_model and (problem := damaged_weights(Path(reward_model))):
-        return fail("judge", f"reward model {reward_model}: {problem}", "copy or download it again")
-    return ok("judge", "none: no answers are compared" if judge is None else judge.name)
+        return Check("FAIL", "judge", f"reward model {reward_model}: {problem}", "copy or download it again")
+    return Check("ok", "judge", "none: no answers are compared" if judge is None else judge.name)
 
 
 # --- the data -----------------------------------------------------------------------------------------------
 
 
-class FirstRows(NamedTuple):
-    """The beginning of one source."""
+def check_source(source: SourceConfig) -> Check:
+    """Whether the source is there; its rows are not read.
 
-    check: Check
-    pairs: tuple[Pair, ...]
-    """Those of its rows that are pairs."""
-    rows: int
-    """Rows of the source, counted to just above `FEW_ROWS`."""
+    Raises:
+        SelectiveDPOError: as for a run.
+    """
+    return Check("ok", f"data {open_source(source).label}", "found; not read without a tokenizer")
 
 
-def check_source(source: SourceConfig) -> FirstRows:
-    """Read and parse the first rows of a source."""
-    name = f"data {source_label(source)}"
+def check_rows(
+    recipe: Recipe, sources: Sequence[SourceConfig], tokenizer: Any, folder: Path
+) -> Iterator[Check]:
+    """Prepare the first rows of `sources` in `folder`, as a run does: columns, template, lengths."""
+    whole = [source.model_copy(update={"fraction": 1.0}) for source in sources]
+    limits = recipe.data.model_copy(update={"max_pairs": 0})
     try:
-        opened = open_source(source)
-        rows = list(islice(opened.rows(), FEW_ROWS + 1))
-        parsed = [
-            row.problem if isinstance(row, Malformed) else parse_row(row, opened.adapter)
-            for row in rows[:FIRST_ROWS]
-        ]
+        summary = prepare_pairs(whole, limits, tokenizer, folder, key="", max_rows=FIRST_ROWS)
     except SelectiveDPOError as error:
-        return FirstRows(fail(name, str(error)), (), 0)
-    pairs = tuple(row for row in parsed if isinstance(row, Pair))
-    statuses = Counter(KEPT if isinstance(row, Pair) else str(row) for row in parsed)
-    counts = ", ".join(f"{count} {status}" for status, count in statuses.most_common())
-    found = f"first {len(parsed)} rows: {counts or 'none'}"
-    remedy = "wanted are columns chosen and rejected, with or without prompt; see docs"
-    if not pairs:
-        return FirstRows(fail(name, found, remedy), (), len(rows))
-    if len(pairs) < len(parsed) / 2:
-        return FirstRows(warn(name, found, "more than half would be dropped"), pairs, len(rows))
-    return FirstRows(ok(name, found), pairs, len(rows))
+        yield Check("FAIL", folder.name, str(error))
+        return
+    for source, counts in summary.sources.items():
+        rows = sum(counts.values())
+        named = ", ".join(f"{count:,} {status}" for status, count in counts.items())
+        name, found = f"data {source}", f"first {rows:,} rows: {named}"
+        if counts[KEPT] < rows / 2:
+            remedy = "more than half would be dropped: see model.chat_template and data.max_length"
+            yield Check("warn", name, found, remedy)
+        else:
+            yield Check("ok", name, found)
+    found = f"prompt is no token prefix in {summary.boundary_mismatches:,} of {summary.tokenized:,} pairs"
+    yield Check("ok", "boundary", found)
+
+
+def check_token_ids(tokens: Dataset, embedded: int) -> Check:
+    """Whether a model of `embedded` rows has one for every token."""
+    table = tokens.with_format("arrow")[:]
+    columns = [table[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
+    largest = max(pc.max(pc.list_flatten(column)).as_py() for column in columns)
+    found = f"up to {largest:,}, the model embeds {embedded:,} tokens"
+    if largest < embedded:
+        return Check("ok", "token ids", found)
+    remedy = "use the tokenizer the model was trained with (model.tokenizer)"
+    return Check("FAIL", "token ids", found, remedy)
 
 
 def check_pairs(recipe: Recipe) -> Check:
@@ -528,93 +477,38 @@ def check_pairs(recipe: Recipe) -> Check:
         run = Run(recipe, RunDirectory(Path(scratch) / "run"), say=lambda line: None)
         prepare(run)
         summary = load_summary(run.folder.pairs)
-    return ok("pairs", f"{summary.kept:,} of {summary.rows:,} rows kept, enough for {recipe.score.protocol}")
+    found = f"{summary.kept:,} of {summary.rows:,} rows kept, enough for {recipe.score.protocol}"
+    return Check("ok", "pairs", found)
 
 
-def check_curriculum(path: str, pairs: Sequence[Pair]) -> Check:
-    """The difficulties that a recipe imports, and whether the first training rows have any.
+def check_curriculum(path: str, ids: pa.Table) -> Check:
+    """The difficulties that a recipe imports, and whether the first training pairs have any.
 
     Raises:
         SelectiveDPOError: as for a run: they cannot be read.
     """
     outside = read_outside(path)
     found = f"{outside.facts['kind']} of {len(outside.ids):,} difficulties by {outside.names}"
-    if not pairs:
-        return warn("curriculum", found, "no rows to join it with were found")
-    ids, prompt_ids = (
-        pa.chunked_array([[getattr(pair, name) for pair in pairs]]) for name in ("pair_id", "prompt_id")
-    )
     try:
-        without = pairs_joined(outside, ids, prompt_ids).counts["pairs_without_difficulty"]
+        without = pairs_joined(outside, ids["pair_id"], ids["prompt_id"]).counts["pairs_without_difficulty"]
     except IdentityError as error:  # later rows may have some
-        return warn(
-            "curriculum", f"{found}; of the first rows, {error}", "a run with no pair joined is refused"
-        )
-    return ok("curriculum", f"{found}; {len(pairs) - without:,} of the first {len(pairs):,} pairs have one")
-
-
-def check_tokens(
-    recipe: Recipe, pairs: Sequence[Pair], tokens: Sequence[PairTokens | DropReason], embedded: int | None
-) -> Iterator[Check]:
-    """What the template made of the first pairs: the prompt's boundary, the length limits, and whether the
-    model, with `embedded` rows (None: not known), has one for every token."""
-    data = recipe.data
-    kept = [item for item in tokens if isinstance(item, PairTokens)]
-    chats = sum(pair.is_conversational for pair in pairs)
-    found = f"{chats} conversations and {len(pairs) - chats} plain texts rendered"
-    if len(kept) < len(pairs):
-        found += f", {len(pairs) - len(kept)} refused by the template"
-        yield warn("template", found, "these rows would be dropped; see model.chat_template")
-    else:
-        yield ok("template", found)
-    if not kept:
-        return
-    largest = max(max(ids, default=0) for item in kept for ids in item[:3])
-    if embedded is not None and largest >= embedded:
-        remedy = "use the tokenizer the model was trained with (model.tokenizer)"
-        yield fail("token ids", f"up to {largest:,}, the model embeds {embedded:,} tokens", remedy)
-    mismatches, limit = sum(item.boundary_mismatch for item in kept), data.max_boundary_mismatch
-    found = f"prompt is no token prefix in {mismatches} of {len(kept)} pairs"
-    if mismatches / len(kept) > limit:
-        remedy = "use a template that writes the prompt alike in both, or raise data.max_boundary_mismatch"
-        yield fail("boundary", f"{found}, more than {limit:.0%}", remedy)
-    else:
-        yield ok("boundary", found)
-    statuses = Counter(str(fit_length(item, data).drop or KEPT) for item in kept)
-    found = ", ".join(f"{count} {status}" for status, count in statuses.most_common())
-    if statuses[KEPT] < len(kept) / 2:
-        yield warn("lengths", found, "raise data.max_length, or set data.overlong: truncate")
-    else:
-        yield ok("lengths", found)
+        remedy = "a run with no pair joined is refused"
+        return Check("warn", "curriculum", f"{found}; of the first rows, {error}", remedy)
+    found += f"; {len(ids) - without:,} of the first {len(ids):,} pairs have one"
+    return Check("ok", "curriculum", found)
 
 
 def check_forward(
-    recipe: Recipe,
-    tokenizer: Any,
-    pairs: Sequence[Pair],
-    tokens: Sequence[PairTokens | DropReason],
-    size: float,
-    device: Device,
+    recipe: Recipe, tokenizer: Any, tokens: Dataset, sizes: Models | None, device: Device
 ) -> Check:
-    """A forward pass of the first pairs, where the weights, `size` bytes, are a local folder's and fit into
-    memory.
+    """A forward pass of the first pairs, where the weights are a local folder's and fit into memory.
 
     Raises:
         ModelError: no pair has finite log-probabilities.
     """
-    name, rows = "forward pass", []
-    if not Path(recipe.model.path).is_dir():
-        return ok(name, "not tried with a model of the hub; a run tries it before its reference")
-    if device.memory and size > device.memory / 2:
-        return ok(name, f"not tried with {readable_bytes(size)} of weights; a run tries it first")
-    for pair, item in zip(pairs, tokens, strict=True):
-        if isinstance(item, PairTokens) and (fitted := fit_length(item, recipe.data)).drop is None:
-            ids = {
-                side: getattr(fitted.tokens, side) for side in ("prompt_ids", "chosen_ids", "rejected_ids")
-            }
-            rows.append({"pair_id": pair.pair_id, "prompt_id": pair.prompt_id, **ids})
-    if not rows:
-        return ok(name, "not tried: none of the first rows is short enough")
+    if sizes is None or not fits(recipe.model, sizes.sizes, device):
+        return Check("ok", "forward pass", "not tried with this model; a run tries it before its reference")
     model = load_policy(recipe.model).to(this_process().device)
-    require_finite_start(model, Dataset.from_list(rows), pad_token_id=tokenizer.pad_token_id)
-    return ok(name, f"log-probabilities of {min(TRIED, len(rows))} pairs are finite")
+    require_finite_start(model, tokens, pad_token_id=tokenizer.pad_token_id)
+    tried = min(TRIED, len(tokens))
+    return Check("ok", "forward pass", f"log-probabilities of {tried} pairs are finite")

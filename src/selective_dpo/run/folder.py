@@ -6,7 +6,6 @@ import contextlib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,75 +28,34 @@ RECIPE, CONFIG = "recipe.yaml", "config.json"
 _WITHOUT_EFFECT_ON_RESULTS = ("launch", "output_dir", "name")
 
 
-@dataclass(frozen=True)
 class RunDirectory:
     """Paths below a run's root. Nothing is created by asking for a path."""
 
-    root: Path
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        # Every input row with its status, and the tokens of the kept ones; `test_` is of `data.test`.
+        self.pairs, self.test_pairs = root / "pairs", root / "test-pairs"
+        # Log-probs of the pairs under the starting policy.
+        self.reference, self.test_reference = root / "reference", root / "test-reference"
+        # Protocol `certified`: how many seeds it took, and what was predicted from them.
+        self.certificate = root / "scores" / "certificate.json"
+        # The folder that holds `curriculum.parquet` and `.json`: the run's own root.
+        self.curriculum = root
+        self.policy = root / "policy"
+        # Generations, verdicts and `results.json`.
+        self.evaluation = root / "evaluation"
+        self.report = root / "report.html"
+        # Local files of trackers (`report_to`), a folder a training; there only if they write any.
+        self.tracking = root / "tracking"
 
     @classmethod
     def of(cls, recipe: Recipe) -> RunDirectory:
         """The folder that `recipe` names."""
         return cls(Path(recipe.output_dir) / recipe.name)
 
-    @property
-    def pairs(self) -> Path:
-        """Every input row with its status; tokens of the kept ones."""
-        return self.root / "pairs"
-
-    @property
-    def test_pairs(self) -> Path:
-        """The same for `data.test`."""
-        return self.root / "test-pairs"
-
-    @property
-    def reference(self) -> Path:
-        """Log-probs of the pairs under the starting policy."""
-        return self.root / "reference"
-
-    @property
-    def test_reference(self) -> Path:
-        """The same for the held-out pairs."""
-        return self.root / "test-reference"
-
-    @property
-    def curriculum(self) -> Path:
-        """The folder that holds `curriculum.parquet` and `.json`: the run's own root."""
-        return self.root
-
-    @property
-    def policy(self) -> Path:
-        """The trained model."""
-        return self.root / "policy"
-
-    @property
-    def evaluation(self) -> Path:
-        """Generations, verdicts and `results.json`."""
-        return self.root / "evaluation"
-
-    @property
-    def report(self) -> Path:
-        """One self-contained page."""
-        return self.root / "report.html"
-
-    @property
-    def tracking(self) -> Path:
-        """Local files of trackers (`report_to`), a folder a training; there only if they write any."""
-        return self.root / "tracking"
-
-    @property
-    def certificate(self) -> Path:
-        """Protocol `certified`: how many seeds it took, and what was predicted from them."""
-        return self.root / "scores" / "certificate.json"
-
-    @property
-    def all_checkpoints(self) -> Path:
-        """Checkpoints of unfinished trainings; private to the run, and gone once it is trained."""
-        return self.root / "checkpoints"
-
     def checkpoints(self, name: str) -> Path:
-        """Those of one training: a scorer's, or an arm's."""
-        return self.all_checkpoints / name
+        """Those of an unfinished training, a scorer's or an arm's; gone once it is trained."""
+        return self.root / "checkpoints" / name
 
     def scores(self, run: ScorerRun) -> Path:
         """One scorer's records."""
@@ -107,14 +65,14 @@ class RunDirectory:
         """A control arm: its `curriculum.parquet` and its `policy` folder."""
         return self.root / "controls" / name
 
+    def repeat(self, seed: int) -> Path:
+        """The run's own training with another seed: its `policy` folder."""
+        return self.root / "training-seeds" / str(seed)
+
     @property
     def is_claimed(self) -> bool:
         """Whether a run has made its first result here (see `claim`)."""
         return (self.root / CONFIG).exists()
-
-    def repeat(self, seed: int) -> Path:
-        """The run's own training with another seed: its `policy` folder."""
-        return self.root / "training-seeds" / str(seed)
 
     def require_same_recipe(self, recipe: Recipe) -> None:
         """Refuse a recipe that differs from the one this folder was claimed for; nothing is written.
@@ -160,39 +118,20 @@ def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
         return config
 
 
-_LEFTOVERS = (".partial-*", "scores/.partial-*", "controls/*/.partial-*")
-"""Where single files of a run are written, other than within published folders."""
-
-# --- who may work on a run at the same time: one command alone, or several `score --only` ---
-# Each artifact has a lock of its own besides (`distributed.processes.making`); see docs/cluster.md.
-
-
 @contextlib.contextmanager
-def alone(root: Path) -> Iterator[None]:
+def alone(root: Path, *, but_for_scorers: bool = False) -> Iterator[None]:
     """The run in `root` belongs to this command (in a distributed run: to all its processes).
+
+    With `but_for_scorers`, other commands that ask the same may work on it, too: `score --only` on other
+    scorers. Each artifact has a lock of its own besides; see docs/cluster.md.
 
     Raises:
         BusyError: another command is at work on it.
     """
-    with held_by_main(run_lock(root), what=f"the run {root}"):
-        if this_process().is_main_process:
-            _remove_leftovers(root)
+    with held_by_main(run_lock(root), what=f"the run {root}", shared=but_for_scorers):
+        if this_process().is_main_process and not but_for_scorers:
+            # Single files that a killed process was writing. Folders have locks of their own.
+            for pattern in (".partial-*", "scores/.partial-*", "controls/*/.partial-*"):
+                for path in filter(Path.is_file, root.glob(pattern)):
+                    path.unlink(missing_ok=True)
         yield
-
-
-@contextlib.contextmanager
-def beside_others(root: Path) -> Iterator[None]:
-    """As `alone`, but other commands of this kind may work on the run, too: `score --only` on other scorers.
-
-    Raises:
-        BusyError: a command that needs the run for itself is at work on it.
-    """
-    with held_by_main(run_lock(root), what=f"the run {root}", shared=True):
-        yield
-
-
-def _remove_leftovers(root: Path) -> None:
-    """Single files that a killed process was writing. Folders have their own locks, and are left alone."""
-    for path in [path for pattern in _LEFTOVERS for path in root.glob(pattern)]:
-        if path.is_file():
-            path.unlink(missing_ok=True)

@@ -13,7 +13,7 @@ import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -135,20 +135,20 @@ def prepared_key(run: Run, sources: Sequence[SourceConfig], *, exclude: Path | N
 
     `exclude` is the folder of the training pairs where `sources` are the held-out ones.
     """
-    return pairs_key(
-        sources, limits_of(run, exclude), run.tokenizer, exclude_prompts=excluded_prompts(exclude)
-    )
+    limits, prompts = limits_of(run, exclude)
+    return pairs_key(sources, limits, run.tokenizer, exclude_prompts=prompts)
 
 
-def limits_of(run: Run, exclude: Path | None) -> DataConfig:
-    """The recipe's limits on the pairs. `data.max_pairs` is one on the training pairs only."""
+def limits_of(run: Run, exclude: Path | None) -> tuple[DataConfig, frozenset[str]]:
+    """The recipe's limits on the pairs, and the prompts that may not be among them.
+
+    Of held-out pairs these are the prompts of the training pairs in the folder `exclude`. `data.max_pairs`
+    limits training pairs only.
+    """
     data = run.recipe.data
-    return data if exclude is None else data.model_copy(update={"max_pairs": 0})
-
-
-def excluded_prompts(exclude: Path | None) -> frozenset[str]:
-    """The prompts of the training pairs in the folder `exclude`: such a pair would not be held out."""
-    return frozenset() if exclude is None else prompt_keys(exclude)
+    if exclude is None:
+        return data, frozenset()
+    return data.model_copy(update={"max_pairs": 0}), prompt_keys(exclude)
 
 
 def reference_key(run: Run, pairs: Path) -> str:
@@ -435,9 +435,6 @@ INPUTS = "inputs.json"
 JUDGE = "judge"
 """What the judge is called there, before its name."""
 
-_SHOWN = 12
-"""Digits of a digest in a message."""
-
 
 def input_digests(run: Run) -> dict[str, str]:
     """SHA-256 of the content that the recipe names, by the key that names it."""
@@ -463,9 +460,7 @@ def input_digests(run: Run) -> dict[str, str]:
 
 
 def require_same_inputs(run: Run, inputs: Mapping[str, str]) -> None:
-    """Refuse to go on with inputs of another content than the run began with.
-
-    Names of inputs are the recipe's affair; a moved file is no other content.
+    """Refuse to go on with inputs of another content than the run began with; a moved file is the same.
 
     Raises:
         RunChangedError: each changed input is named, with its digest before and now.
@@ -476,7 +471,7 @@ def require_same_inputs(run: Run, inputs: Mapping[str, str]) -> None:
     # By what they are for; where they lie may differ.
     before = {name.split()[0]: digest for name, digest in read_json(path).items()}
     changes = [
-        f"{name}: SHA-256 {before[kind][:_SHOWN]} -> {digest[:_SHOWN]}"
+        f"{name}: SHA-256 {before[kind][:12]} -> {digest[:12]}"
         for name, digest in inputs.items()
         if (kind := name.split()[0]) in before and before[kind] != digest
     ]
@@ -507,42 +502,27 @@ def provenance(recipe: Recipe, *, inputs: dict[str, str]) -> dict[str, Any]:
     It is published, on a model card too: no environment variables, no user names, no paths of this machine,
     so not the command either. What that said stands in the run's `config.json`.
     """
+    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     return {
         "recipe_sha256": digest(dump_config(recipe)),
         "inputs": inputs,
         "trust_remote_code": recipe.model.trust_remote_code,
         "remote_code": remote_code(recipe.model),
-        "versions": {"python": platform.python_version(), **_versions()},
-        "hardware": hardware(),
+        "versions": versions(),
+        "hardware": {"machine": platform.machine(), "cpus": os.cpu_count(), "gpus": gpus},
         "git": git_state(),
     }
 
 
-def hardware() -> dict[str, Any]:
-    """The machine in a few words."""
-    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-    return {"machine": platform.machine(), "cpus": os.cpu_count(), "gpus": gpus}
-
-
 def git_state() -> str | None:
     """Commit of the checkout this was started in, with "+changes" if it was not clean; None outside git."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
     try:
-        commit = _git("rev-parse", "HEAD")
-        return commit + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "")
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
-def _git(*arguments: str) -> str:
-    command = ["git", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+def versions() -> dict[str, str]:
+    """The versions of Python and of the packages that decide results."""
+    return {"python": platform.python_version(), **{package: version(package) for package in _PACKAGES}}

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,7 @@ from selective_dpo.errors import ConfigError, name_some
 from selective_dpo.evaluation.evaluate import check_evaluation
 from selective_dpo.report.page import write_report
 from selective_dpo.run.doctor import require_sound
-from selective_dpo.run.folder import RunDirectory, alone, beside_others
+from selective_dpo.run.folder import RunDirectory, alone
 from selective_dpo.run.keys import Run
 from selective_dpo.run.stages import bring_up, build_curricula, complete, scorer_results
 from selective_dpo.storage.artifacts import replacing
@@ -68,11 +67,6 @@ def score(run: Run, *, only: tuple[str, ...] = ()) -> None:
     Raises:
         ConfigError: `only` names a scorer that the protocol does not have, or there are none.
     """
-    with _locked(run, only):
-        _score(run, only)
-
-
-def _score(run: Run, only: tuple[str, ...] = ()) -> None:
     if run.recipe.curriculum:
         raise ConfigError(
             f"nothing to score: the difficulty comes from {run.recipe.curriculum}; use `run`, or leave the "
@@ -81,11 +75,12 @@ def _score(run: Run, only: tuple[str, ...] = ()) -> None:
     planned = {scorer.name: scorer for scorer in planned_runs(run.recipe.score)}
     if unknown := sorted(set(only) - set(planned)):
         raise ConfigError(f"no scorer named {name_some(unknown)}; this recipe has {', '.join(planned)}")
-    if only:
-        bring_up(run, "reference")
-        complete(run, scorer_results(run, [planned[name] for name in planned if name in only]))
-    else:
-        bring_up(run, "scores")
+    with alone(run.folder.root, but_for_scorers=bool(only)):
+        if only:
+            bring_up(run, "reference")
+            complete(run, scorer_results(run, [planned[name] for name in planned if name in only]))
+        else:
+            bring_up(run, "scores")
 
 
 def curriculum(run: Run) -> Curriculum:
@@ -137,10 +132,6 @@ def run_all(run: Run) -> Path:
     return path
 
 
-def _locked(run: Run, only: tuple[str, ...]) -> AbstractContextManager[None]:
-    return beside_others(run.folder.root) if only else alone(run.folder.root)
-
-
 def push(run: Run) -> None:
     """Send the finished policy to the hub, where the recipe asks for it and it was not done yet."""
     if run.recipe.train.hub_id and this_process().is_main_process:
@@ -160,7 +151,7 @@ def run_verb(
     """
     run = open_run(recipe, fresh=fresh)
     if recipe.launch.processes > 1 and not under_a_launcher():
-        with _locked(run, only):
+        with alone(run.folder.root, but_for_scorers=bool(only)):
             bring_up(run, "pairs")
         return relaunch(command_line, processes=recipe.launch.processes)
     actions: dict[str, Callable[[], object]] = {
@@ -212,7 +203,7 @@ def score_difficulty(
             }
         )
         run = open_run(recipe, say=lambda line: None)
-        _score(run)
+        bring_up(run, "scores")
         return collect_records([run.folder.scores(scorer) for scorer in run.scorer_runs])
 
 

@@ -3,9 +3,9 @@
     pairs -> reference -> scores -> curriculum -> policy -> evaluation
     pairs -> curriculum -> reference -> policy -> evaluation       where the recipe has a `curriculum: PATH`
 
-A stage is a value (`Stage`): its name, the stages before it, and the results that it makes. A result is one,
-too (`Result`): where it goes, the key of everything it is made from, and the function that makes it. How a
-result is looked up, locked, made, published and announced is written once, in `complete`.
+A stage (`Stage`) gives the results that it makes. A result is a value (`Result`): where it goes, the key of
+everything it is made from, and the function that makes it. How a result is looked up, locked, made, published
+and announced is written once, in `complete`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from selective_dpo.difficulty.protocols import ScorerRun, planned_runs, require_
 from selective_dpo.difficulty.scorer import COST, ScorerJob, collect_losses, run_scorer
 from selective_dpo.difficulty.step_scorers import OneStepJob, gradient_pass, run_step_scorer
 from selective_dpo.distributed.processes import (
-    making,
+    held_by_main,
     publish_from_main,
     this_process,
     wait_for_everyone,
@@ -76,7 +76,6 @@ from selective_dpo.run.keys import (
     Run,
     curriculum_key,
     evaluation_key,
-    excluded_prompts,
     gradient_job,
     has_curriculum,
     imported_inputs,
@@ -97,6 +96,7 @@ from selective_dpo.run.keys import (
     weight_digests,
 )
 from selective_dpo.storage.artifacts import MANIFEST, is_complete, read_json, read_manifest
+from selective_dpo.storage.locks import lock_beside
 from selective_dpo.training.arguments import (
     ORIGINAL_DEFAULTS,
     autocast_dtype,
@@ -131,36 +131,19 @@ class Result(NamedTuple):
         return is_complete(self.path, key=self.key)
 
 
-class Stage(NamedTuple):
-    """A step of a run."""
-
-    name: str
-    inputs: tuple[str, ...]
-    """The stages whose results it is made from."""
-    results: Callable[[Run], Iterator[Sequence[Result]]]
-    """What it makes; each sequence is made before the next one is asked for, so its keys may depend on it."""
+Stage = Callable[[Run], Iterator[Sequence[Result]]]
+"""What a step of a run makes. Each sequence is made before the next one is asked for, so that its keys may
+depend on it."""
 
 
 def stages_of(recipe: Recipe) -> dict[str, Stage]:
-    """All stages of a recipe, by name."""
+    """All stages of a recipe, by name, in their order: each is made from the results of those before it."""
+    first: dict[str, Stage] = {"pairs": _pairs}
     if recipe.curriculum:  # difficulty comes from outside: only pairs that are trained on need a reference
-        stages = [
-            Stage("pairs", (), _pairs),
-            Stage("curriculum", ("pairs",), _imported_curricula),
-            Stage("reference", ("curriculum",), _references),
-        ]
+        first |= {"curriculum": _imported_curricula, "reference": _references}
     else:
-        stages = [
-            Stage("pairs", (), _pairs),
-            Stage("reference", ("pairs",), _references),
-            Stage("scores", ("reference",), _scores),
-            Stage("curriculum", ("scores",), _curricula),
-        ]
-    stages += [
-        Stage("policy", ("curriculum", "reference"), _policies),
-        Stage("evaluation", ("policy",), _evaluation),
-    ]
-    return {stage.name: stage for stage in stages}
+        first |= {"reference": _references, "scores": _scores, "curriculum": _curricula}
+    return {**first, "policy": _policies, "evaluation": _evaluation}
 
 
 def bring_up(run: Run, name: str) -> None:
@@ -169,17 +152,11 @@ def bring_up(run: Run, name: str) -> None:
     Raises:
         SelectiveDPOError: anything that the user has to mend.
     """
-    stages, completed = stages_of(run.recipe), set[str]()
-
-    def complete_stage(stage: Stage) -> None:
-        for before in stage.inputs:
-            if before not in completed:
-                complete_stage(stages[before])
-        for results in stage.results(run):
+    for stage, results_of in stages_of(run.recipe).items():
+        for results in results_of(run):
             complete(run, results)
-        completed.add(stage.name)
-
-    complete_stage(stages[name])
+        if stage == name:
+            return
 
 
 def complete(run: Run, results: Sequence[Result]) -> None:
@@ -222,7 +199,7 @@ def complete(run: Run, results: Sequence[Result]) -> None:
 
 
 def _make(result: Result) -> None:
-    with making(result.path):
+    with held_by_main(lock_beside(result.path), what=str(result.path)):
         if not result.is_complete():  # it may have been made since it was looked for
             wait_for_everyone()
             result.make()
@@ -295,14 +272,15 @@ def _prepared_pairs(
 
     def make() -> None:
         if this_process().is_main_process:
+            limits, prompts = limits_of(run, exclude)
             with Progress(0, folder.name, unit="rows") as progress:
                 prepare_pairs(
                     sources,
-                    limits_of(run, exclude),
+                    limits,
                     run.tokenizer,
                     folder,
                     key=key,
-                    exclude_prompts=excluded_prompts(exclude),
+                    exclude_prompts=prompts,
                     progress=progress.advance,
                 )
         wait_for_everyone()

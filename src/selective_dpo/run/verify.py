@@ -15,7 +15,7 @@ import contextlib
 import json
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,6 @@ from selective_dpo.run.keys import (
 from selective_dpo.stats.estimates import Estimate
 from selective_dpo.stats.win_rates import Verdicts, cross_pairing, self_pairing
 from selective_dpo.storage.artifacts import MANIFEST, read_json, read_manifest, verify_folder
-from selective_dpo.storage.digests import digest
 from selective_dpo.training.arguments import ORIGINAL_DEFAULTS
 
 TEXTS = ("prompt", "chosen", "rejected")
@@ -112,7 +111,7 @@ class Check:
     def equal(self, place: str, what: str, found: object, wanted: object) -> None:
         """`found` must be `wanted`."""
         if found != wanted:
-            self.wrong(place, f"{what} is {_shortened(found)} and should be {_shortened(wanted)}")
+            self.wrong(place, f"{what} is {str(found)[:200]} and should be {str(wanted)[:200]}")
 
     def same_ids(self, place: str, found: Sequence[str], wanted: Sequence[str], what: str) -> bool:
         """`found` must hold each of `wanted` once, and nothing else; `what` says whose ids they are."""
@@ -161,10 +160,7 @@ class Verification:
 
     def to_json(self) -> dict[str, Any]:
         """For machines."""
-        checks = [
-            {"name": each.name, "status": each.status, "counted": each.counted, "problems": each.problems}
-            for each in self.checks
-        ]
+        checks = [{**asdict(check), "status": check.status} for check in self.checks]
         return {"run": str(self.root), "ok": not self.problems, "checks": checks}
 
     def text(self) -> str:
@@ -203,7 +199,6 @@ def verify_run(root: str | Path) -> Verification:
             checks.policy(name, training, curricula.get(training.curriculum))
         checks.evaluation(run)
         checks.keys(run)
-    checks.hub()
     return Verification(folder.root, tuple(checks.done))
 
 
@@ -471,11 +466,6 @@ class _Checks:
 
     def _result_again(self, run: Run, arm: ArmResult, answers: pa.Table, verdicts: pa.Table) -> ArmResult:
         """An arm's result from its answers and verdicts, its curriculum and its policy."""
-
-        def judged(name: str) -> Verdicts | None:
-            rows = verdicts.filter(pc.equal(verdicts["arm"], name))
-            return Verdicts(rows["prompt_id"].to_pylist(), rows["score"].to_pylist()) if len(rows) else None
-
         given: dict[str, list[Answer]] = {}
         for row in answers.filter(pc.equal(answers["arm"], arm.name)).to_pylist():
             given.setdefault(row["prompt_id"], []).append(Answer(row["answer"], row["tokens"]))
@@ -487,8 +477,8 @@ class _Checks:
             updates=read_json(training.policy / COST)["optimizer_steps"] if training else 0,
             held_out=arm.held_out,
             answers=given,
-            verdicts=judged(arm.name),
-            selected_verdicts=judged(SELECTED) if arm.name != SELECTED else None,
+            verdicts=_verdicts_on(arm.name, verdicts),
+            selected_verdicts=_verdicts_on(SELECTED, verdicts) if arm.name != SELECTED else None,
         )
 
     def keys(self, run: Run) -> None:
@@ -513,20 +503,15 @@ class _Checks:
                 if not is_same:
                     check.wrong(place, f"made from other inputs than {CONFIG} and the folders before it name")
 
-    def hub(self) -> None:
-        """What was pushed to the hub is the policy that is here."""
-        receipt = self.folder.root / "hub.json"
-        if receipt.is_file():
-            with self.check("hub", receipt) as check:
-                content = read_json(receipt)
-                check.counted = f"pushed to {content['hub_id']}"
-                wanted = digest(read_manifest(self.folder.policy).files)
-                check.equal(receipt.name, "files", content["files"], wanted)
-
 
 def _asks_a_file_that_is_gone(run: Run) -> bool:
     source = run.recipe.evaluate.generation.source
     return bool(source) and not Path(source).is_file()
+
+
+def _verdicts_on(arm: str, verdicts: pa.Table) -> Verdicts | None:
+    rows = verdicts.filter(pc.equal(verdicts["arm"], arm))
+    return Verdicts(rows["prompt_id"].to_pylist(), rows["score"].to_pylist()) if len(rows) else None
 
 
 def _names(table: pa.Table, keys: Sequence[str]) -> list[str]:
@@ -541,8 +526,3 @@ def _joined(rows: Iterable[tuple[object, ...]]) -> list[str]:
 def _rounded(value: int | Estimate | None) -> object:
     """An estimate's numbers as texts of nine decimals: what differs by a rounding error is the same."""
     return value if value is None or isinstance(value, int) else [f"{number:.9f}" for number in value]
-
-
-def _shortened(value: object) -> str:
-    text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -79,8 +79,10 @@ def publish_folder(folder: Path, *, kind: str, key: str) -> Iterator[Path]:
     """
     # The folders above are made, and removed if nothing came of them, together with the lock file.
     with holding(lock_beside(folder), what=str(folder)):
-        _remove_partials(folder)
-        partial = folder.parent / f".partial-{folder.name}-{uuid.uuid4().hex[:8]}"
+        # The name's random end is spelled out: `.partial-a-*` would be those of a folder `a-b`, too.
+        for leftover in folder.parent.glob(f".partial-{glob.escape(folder.name)}-{'[0-9a-f]' * 8}"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        partial = _partial(folder)
         partial.mkdir()
         try:
             yield partial
@@ -93,12 +95,6 @@ def publish_folder(folder: Path, *, kind: str, key: str) -> Iterator[Path]:
             _name_place(error, folder, partial)
             shutil.rmtree(partial, ignore_errors=True)
             raise
-
-
-def _remove_partials(folder: Path) -> None:
-    # The name's random end is spelled out: `.partial-a-*` would be those of a folder `a-b`, too.
-    for leftover in folder.parent.glob(f".partial-{glob.escape(folder.name)}-{'[0-9a-f]' * 8}"):
-        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -173,7 +169,7 @@ def replacing(path: Path) -> Iterator[Path]:
         what = "a folder" if path.is_dir() else "a device or a pipe"
         raise DiskError(f"{path} is {what}, which no file can take the place of: choose another path")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.parent / f".partial-{path.name}-{uuid.uuid4().hex[:8]}"
+    partial = _partial(path)
     try:
         yield partial
         _flush(partial)
@@ -209,6 +205,11 @@ def _to_json(value: Mapping[str, Any]) -> str:
     return json.dumps(value, indent=2, allow_nan=False) + "\n"
 
 
+def _partial(path: Path) -> Path:
+    """A name beside `path` that nobody else uses."""
+    return path.parent / f".partial-{path.name}-{uuid.uuid4().hex[:8]}"
+
+
 def _name_place(error: BaseException, path: Path, partial: Path) -> None:
     # A write that the system refuses does not say where, and the name aside means nothing to the user.
     if not isinstance(error, OSError) or error.errno is None:
@@ -231,7 +232,7 @@ def _replace_folder(partial: Path, folder: Path) -> None:
     # with it: at no moment does `folder` hold a manifest that speaks of other files.
     for path in sorted({entry.parent for entry in partial.rglob("*")} | {partial}):
         _flush(path)
-    retired = folder.parent / f".partial-{folder.name}-{uuid.uuid4().hex[:8]}"
+    retired = _partial(folder)
     if folder.exists():
         folder.rename(retired)
     partial.rename(folder)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import socket
 import sys
@@ -23,7 +22,6 @@ import warnings
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
@@ -37,20 +35,6 @@ _PATIENCE = 0.5
 
 _MAX_COMMAND = 200
 """Characters of a command in a message."""
-
-
-class Holder(NamedTuple):
-    """Who holds a lock, as it says itself."""
-
-    host: str
-    pid: int
-    since: str
-    """UTC."""
-    command: str
-
-    def describe(self) -> str:
-        """The holder in words."""
-        return f"process {self.pid} on {self.host} since {self.since} ({self.command})"
 
 
 def run_lock(root: Path) -> Path:
@@ -78,32 +62,23 @@ def holding(lock: Path, *, what: str, shared: bool = False) -> Iterator[None]:
     Raises:
         BusyError: another process, or another thread of this one, holds it.
     """
-    with _without_empty_folders(lock), contextlib.ExitStack() as stack:
-        if shared:
-            with _held(lock, what):
-                stack.enter_context(_held(lock.parent / f"{lock.name}-shared-{uuid.uuid4().hex[:8]}", what))
-        else:
-            stack.enter_context(_held(lock, what))
-            for other in _shared_locks(lock):
-                with _held(other, what):  # left by a killed process: leaving removes it
-                    pass
-        yield
-
-
-@contextlib.contextmanager
-def _without_empty_folders(lock: Path) -> Iterator[None]:
-    """Remove the folders above the lock that were made meanwhile, if nothing else is in them."""
     made = [folder for folder in lock.parents if not folder.exists()]
     try:
-        yield
+        with contextlib.ExitStack() as stack:
+            if shared:
+                with _held(lock, what):
+                    own = lock.parent / f"{lock.name}-shared-{uuid.uuid4().hex[:8]}"
+                    stack.enter_context(_held(own, what))
+            else:
+                stack.enter_context(_held(lock, what))
+                for other in sorted(lock.parent.glob(f"{lock.name}-shared-*")):
+                    with _held(other, what):  # left by a killed process: leaving removes it
+                        pass
+            yield
     finally:
         with contextlib.suppress(OSError):  # there is something else in them
             for folder in made:
                 folder.rmdir()
-
-
-def _shared_locks(lock: Path) -> list[Path]:
-    return sorted(lock.parent.glob(f"{lock.name}-shared-*"))
 
 
 @contextlib.contextmanager
@@ -118,9 +93,8 @@ def _held(lock: Path, what: str) -> Iterator[None]:
     try:
         _acquire(file_lock, path)
     except Timeout:
-        who = _read_holder(path)
         raise BusyError(
-            f"{what} is in use by {who}: wait until that ends, or end it, and run this again"
+            f"{what} is in use by {_holder(path)}: wait until that ends, or end it, and run this again"
         ) from None
     except OSError as error:
         if error.errno not in _NO_LOCKS:
@@ -158,24 +132,20 @@ def _acquire(file_lock: FileLock, path: Path) -> None:
                 raise
 
 
-def this_holder() -> Holder:
-    """This process. The command without the program's folder."""
-    command = " ".join([Path(sys.argv[0]).name or "python", *sys.argv[1:]])
-    shown = command if len(command) <= _MAX_COMMAND else command[:_MAX_COMMAND] + "..."
-    since = datetime.now(UTC).isoformat(timespec="seconds")
-    return Holder(socket.gethostname(), os.getpid(), since, shown)
-
-
 def _write_holder(path: Path) -> None:
+    """This process in words. The command without the program's folder."""
+    command = " ".join([Path(sys.argv[0]).name or "python", *sys.argv[1:]])[:_MAX_COMMAND]
+    since = datetime.now(UTC).isoformat(timespec="seconds")
+    line = f"process {os.getpid()} on {socket.gethostname()} since {since} ({command})\n"
     try:
-        path.write_text(json.dumps(this_holder()._asdict()) + "\n", "utf-8")
+        path.write_text(line, "utf-8", errors="backslashreplace")
     except OSError as error:
         error.filename = error.filename or str(path)  # a write does not say where
         raise
 
 
-def _read_holder(path: Path) -> str:
+def _holder(path: Path) -> str:
     try:
-        return Holder(**json.loads(path.read_text("utf-8", errors="replace"))).describe()
-    except (OSError, ValueError, TypeError):
+        return path.read_text("utf-8", errors="replace").strip() or "another process"
+    except OSError:
         return "another process"
