@@ -61,8 +61,10 @@ def recipe(tmp_path: Path) -> Recipe:
 
 def test_passes_arithmetic_tokens_and_flops(recipe: Recipe) -> None:
     found = planned(recipe, even_pairs())
-    # The reference once, one epoch for each seed, all pairs once for each seed and evaluation.
+    # The reference once, one epoch for each seed, all pairs once for each seed and evaluation. One-step takes
+    # gradients once, with the reference from the same forward pass, and measures once.
     assert {name: (each.forward_passes, each.backward_passes) for name, each in found.items()} == {
+        "one-step": (1 + 1, 1),
         "paper": (1 + 3 + 15, 3),
         "fast": (1 + 1 + 2, 1),
         "certified at least": (1 + 2 + 4, 2),
@@ -74,7 +76,7 @@ def test_passes_arithmetic_tokens_and_flops(recipe: Recipe) -> None:
     # 2 a forward pass, 2 a backward pass with LoRA. All weights are trained in `train`: with its reference a
     # DPO epoch is 2 + 2 + 4.
     assert (fast.nt, fast.dpo_epochs) == (10, 10 / 8)
-    assert (paper.nt, found["certified at least"].nt) == (44, 18)
+    assert (paper.nt, found["certified at least"].nt, found["one-step"].nt) == (44, 18, 6)
     # All rows are as long: nothing is padded. 24 x 6 tokens a pass.
     assert (fast.tokens, paper.tokens) == (144 * 4, 144 * 19)
     # A forward pass: 2 x 80 parameters x 144 tokens.
@@ -86,11 +88,13 @@ def test_passes_arithmetic_tokens_and_flops(recipe: Recipe) -> None:
 
 
 def test_the_arithmetic_of_the_documentation(tmp_path: Path) -> None:
-    # docs/protocols.md: with gradient checkpointing 50, 22 and 12 NT, and a full DPO epoch of 10.
+    # docs/protocols.md: with gradient checkpointing 50, 22, 12 and 8 NT, and a full DPO epoch of 10.
     again = {"activation_checkpointing": True}
     blocks: dict[str, Any] = {"score": {"trainer": again}, "train": {"lora": None, "trainer": again}}
     found = by_name(planned_protocols(tiny_recipe(tmp_path, **blocks), None, None))
-    assert [found[name].nt for name in ("paper", "certified at least", "fast")] == [50, 22, 12]
+    assert [found[name].nt for name in ("paper", "certified at least", "fast", "one-step")] == [
+        *(50, 22, 12, 8),
+    ]
     assert found["fast"].dpo_epochs == 12 / 10
     # Two epochs of all weights: 1 + 2 + 2 passes, and 2 x (4 + 2).
     blocks["score"] = {"lora": None, "trainer": {**again, "num_train_epochs": 2}}
@@ -134,11 +138,12 @@ def test_which_protocols_are_compared(tmp_path: Path) -> None:
         ("certified at least", (41, 42), 2, False),
         ("certified at most", (41, 42, 43, 44, 45, 46), 2, False),
     )
+    one_step = ("one-step", (41,), 1, False)
     assert compared(protocol="paper") == [
-        ("paper", (41, 42, 43), 5, True), ("fast", (41,), 2, False), least, most
+        one_step, ("paper", (41, 42, 43), 5, True), ("fast", (41,), 2, False), least, most
     ]  # fmt: skip
     # The recipe's own seeds and evaluations.
-    assert compared(protocol="certified", seeds=[1, 2, 3], evaluations=4)[2:] == [
+    assert compared(protocol="certified", seeds=[1, 2, 3], evaluations=4)[3:] == [
         ("certified at least", (1, 2), 4, True), ("certified at most", (1, 2, 3), 4, True)
     ]  # fmt: skip
     assert compared(protocol="custom", seeds=[9], evaluations=3)[-1] == ("custom", (9,), 3, True)
