@@ -239,8 +239,13 @@ def test_killed_in_either_pass_it_goes_on(inputs: Path, alone: Run, monkeypatch:
 
 
 def test_splits_show_how_well_they_agree(inputs: Path) -> None:
-    run = open_run(one_step_recipe(inputs, "splits", splits=2), say=lambda line: None)
+    lines: list[str] = []
+    run = open_run(one_step_recipe(inputs, "splits", splits=2), say=lines.append)
     made = curriculum(run)
+    told = [line for line in lines if line.startswith("scores: ")]
+    assert [line.rpartition(",")[0] for line in told] == [
+        f"scores: one-step, seed {seed}: 40 pairs in 8 folds" for seed in (41, 42)
+    ]
     assert made.facts["seeds"] == [41, 42]
     (agreement,) = made.facts["agreement"]["seeds"]
     assert 0.2 < agreement["spearman"]["value"] < 1.0

@@ -399,18 +399,29 @@ def scorer_results(run: Run, scorers: Sequence[ScorerRun]) -> list[Result]:
     """The records of these scorers; the reference is complete."""
     results = []
     for job in (scorer_job(run, scorer) for scorer in scorers):
-        describe = partial(_measured, job)
+        name, folder, key = job.run.name, job.folder, job.key
         if isinstance(job, OneStepJob):
-            made = Result(job.run.name, job.folder, job.key, partial(run_step_scorer, job), describe)
+            make, describe = partial(run_step_scorer, job), partial(_stepped, job)
+            results.append(Result(name, folder, key, make, describe))
         else:
-            made = Result(
-                job.run.name, job.folder, job.key, partial(run_scorer, job), describe, job.checkpoints
-            )
-        results.append(made)
+            make, describe = partial(run_scorer, job), partial(_measured, job)
+            results.append(Result(name, folder, key, make, describe, job.checkpoints))
     return results
 
 
-def _measured(job: ScorerJob | OneStepJob) -> str:
+def _stepped(job: OneStepJob) -> str:
+    """Of a split, said once: with its last fold."""
+    if job.run.fold < job.run.folds - 1:
+        return ""
+    folders = [job.folder.parent / job.run._replace(fold=fold).name for fold in range(job.run.folds)]
+    costs = [read_json(folder / COST) for folder in folders]
+    pairs, seconds = (sum(cost[name] for cost in costs) for name in ("held_out_pairs", "seconds"))
+    aside = "".join(_set_aside(folder) for folder in folders)
+    made = f"scores: one-step, seed {job.run.seed}: {pairs:,} pairs in {len(folders)} folds"
+    return f"{made}, {seconds:.0f} s{aside}"
+
+
+def _measured(job: ScorerJob) -> str:
     cost = read_json(job.folder / COST)
     return (
         f"{job.run.name}: {cost['train_pairs']:,} pairs trained, {cost['held_out_pairs']:,} measured "
