@@ -24,6 +24,7 @@ from selective_dpo.difficulty.one_step import GradientSums, add_sums, micro_batc
 from selective_dpo.difficulty.scorer import collect_records
 from selective_dpo.difficulty.step_scorers import StepScorer
 from selective_dpo.logprobs.reference import load_reference
+from selective_dpo.losses import chance_loss, pair_losses
 from selective_dpo.run.keys import Run
 from selective_dpo.run.run import curriculum, open_run, score
 from selective_dpo.storage.artifacts import read_json
@@ -321,6 +322,33 @@ def test_options_without_effect_are_refused(
     (tmp_path / "recipe.json").write_text(json.dumps(raw), "utf-8")
     assert main(["score", str(tmp_path / "recipe.json")]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_loss_that_starts_the_wrong_way_is_refused(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # DiscoPOP's loss rises at a log-ratio of 0, with its usual temperature of 0.05.
+    trainer = {"beta": 0.1, "bf16": False, "loss_type": "discopop"}
+    recipe = one_step_recipe(inputs, "discopop", trainer=trainer)
+    assert main(["score", str(recipe_file(recipe, tmp_path / "discopop.yaml"))]) == 2
+    assert "does not prefer chosen to rejected" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("loss", ["ipo", "hinge", "sigmoid_norm"])
+def test_other_losses_are_on_their_own_scale(inputs: Path, loss: str) -> None:
+    trainer = {"beta": 0.1, "bf16": False, "loss_type": loss, "activation_checkpointing": False}
+    run = scored(one_step_recipe(inputs, loss, trainer=trainer))
+    records, tokens = records_of(run), load_tokens(run.folder.pairs)
+    at = {name: row for row, name in enumerate(tokens["pair_id"])}
+    rows = [tokens[at[name]] for name in records.pair_id]
+    pairs = [
+        np.stack([getattr(records, f"{who}_{side}_logp") for side in ("chosen", "rejected")], axis=1)
+        for who in ("policy", "reference")
+    ]
+    counts = np.array([[len(row["chosen_ids"]), len(row["rejected_ids"])] for row in rows])
+    np.testing.assert_allclose(records.loss, pair_losses(*pairs, counts, trainer).loss_P, rtol=1e-9)
+    # One number for all pairs of a fold, fitted on the others: on the whole better than not moving.
+    assert records.loss.mean() < chance_loss(trainer)
 
 
 def test_fewer_prompts_than_folds_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -137,6 +137,9 @@ class StepScorer:
     Args:
         tokens: the tokenized pairs that are measured.
         seed: decides an adapter's first weights.
+
+    Raises:
+        ConfigError: a loss whose gradient at the starting policy does not prefer chosen to rejected.
     """
 
     def __init__(self, recipe: Recipe, tokens: Dataset, seed: int) -> None:
@@ -166,7 +169,13 @@ class StepScorer:
                 weight.requires_grad_(False)
         self.weights = [weight for weight in self.model.parameters() if weight.requires_grad]
         self.start_W = self._flat([weight.detach() for weight in self.weights])
-        self._slopes_P2 = torch.from_numpy(one_step.loss_slopes(self.tokens_P2, self._settings)).float()
+        slopes_P2 = one_step.loss_slopes(self.tokens_P2, self._settings)
+        if not (slopes_P2 * (-1, 1) > 0).all():
+            raise ConfigError(
+                f"score.trainer.loss_type {self._settings.get('loss_type')} does not prefer chosen to "
+                "rejected where a policy has not moved yet, and one step goes no further: use protocol 'fast'"
+            )
+        self._slopes_P2 = torch.from_numpy(slopes_P2).float()
 
     def require_computable(self) -> None:
         """Raise `ModelError` where the model has no row for a token, or gives the first pairs no numbers."""
