@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from pydantic import ValidationError
 
 from selective_dpo.config import SelectConfig
 from selective_dpo.criteria import CRITERIA
-from selective_dpo.curriculum.columns import id_positions
+from selective_dpo.curriculum.columns import codes, id_positions
 from selective_dpo.curriculum.import_ import imported_from
 from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.data.adapters import KEPT
@@ -31,6 +32,7 @@ from selective_dpo.evaluation.results import (
 from selective_dpo.losses import LN_2
 from selective_dpo.report.inspect import OF_A_REPORT, ExampleGroup, example_groups
 from selective_dpo.stats.estimates import Estimate
+from selective_dpo.stats.rank_correlation import clustered_spearman
 from selective_dpo.storage.artifacts import SCHEMA_VERSION, read_json, write_json
 
 FINDINGS = "findings.json"
@@ -48,6 +50,17 @@ class Lengths(NamedTuple):
     def pair_P(self) -> NDArray[np.int64]:
         """Tokens of the prompt and both completions, the prompt once."""
         return self.prompt_P + self.chosen_P + self.rejected_P
+
+
+class LengthCorrelation(NamedTuple):
+    """How closely the difficulty follows one length."""
+
+    name: str
+    label: str
+    """What stands at its axis."""
+    tokens_P: NDArray[np.int64]
+    spearman: Estimate
+    """Its rank correlation with the difficulty, clustered by prompt."""
 
 
 class DropCount(NamedTuple):
@@ -72,6 +85,10 @@ class TrainingLog(NamedTuple):
     loss: Curve
     held_out_loss: Curve
     difficulty: Curve
+
+
+CURVES = {"loss": "Training loss", "held_out_loss": "Held-out loss", "difficulty": "Difficulty of the batch"}
+"""The curves of a `TrainingLog` and what they are called."""
 
 
 class TruthRow(NamedTuple):
@@ -124,6 +141,23 @@ class ReportContent:
             return " (nats)"
         words = "" if self.is_loss or self.imported else CRITERIA[self.select.aggregate].label
         return f" {words}".rstrip()
+
+    @cached_property
+    def length_correlations(self) -> tuple[LengthCorrelation, ...]:
+        """Of the length of the pair, and of chosen over rejected; empty where nothing was tokenized."""
+        if self.lengths is None:
+            return ()
+        clusters_P, _ = codes(self.curriculum.table["prompt_id"])
+        longer_P = self.lengths.chosen_P - self.lengths.rejected_P
+        return tuple(
+            LengthCorrelation(
+                name, label, tokens_P, clustered_spearman(tokens_P, self.curriculum.difficulty_P, clusters_P)
+            )
+            for name, label, tokens_P in (
+                ("length of the pair", "tokens of the pair", self.lengths.pair_P),
+                ("length of chosen over rejected", "chosen minus rejected (tokens)", longer_P),
+            )
+        )
 
     @property
     def imported(self) -> Mapping[str, Any] | None:

@@ -16,12 +16,11 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 from selective_dpo.criteria import CRITERIA
-from selective_dpo.curriculum.columns import codes
 from selective_dpo.evaluation.results import REFERENCE, SELECTED, EvaluationResults, Measure, main_measure
-from selective_dpo.report.content import Curve, ReportContent
+from selective_dpo.report.content import CURVES, Curve, LengthCorrelation, ReportContent
 from selective_dpo.report.tables import describe_chance, printable
 from selective_dpo.stats.estimates import Estimate
-from selective_dpo.stats.rank_correlation import binned_medians, clustered_spearman
+from selective_dpo.stats.rank_correlation import binned_medians
 
 # The hues are Okabe and Ito's, which people with any of the common color-vision deficiencies can tell apart.
 BLUE = "#0072B2"
@@ -110,6 +109,12 @@ def signed(value: float, decimals: int) -> str:
     """A difference with its sign, a true minus, and none at zero."""
     text = f"{value:+.{decimals}f}"
     return text[1:] if float(text) == 0 else text.replace("-", "\N{MINUS SIGN}")
+
+
+def spearman_in_words(rho: Estimate) -> str:
+    """A rank correlation with its 95% interval."""
+    value, low, high = (signed(number, 2) for number in (rho.value, rho.low, rho.high))
+    return f"Spearman {value} (95% {low} to {high})"
 
 
 def difficulty_svg(content: ReportContent) -> str:
@@ -222,20 +227,15 @@ def length_svg(content: ReportContent) -> str | None:
         return None
     with report_style():
         figure, (whole, difference) = new_figure(3.6, columns=2, sharey=True)
-        lengths = content.lengths
-        _draw_length(whole, content, lengths.pair_P, "tokens of the pair", "Length of the pair")
-        longer_P = lengths.chosen_P - lengths.rejected_P
-        _draw_length(
-            difference, content, longer_P, "chosen minus rejected (tokens)", "Length of chosen over rejected"
-        )
+        for axes, correlation in zip((whole, difference), content.length_correlations, strict=True):
+            _draw_length(axes, content, correlation)
         whole.set_ylabel(f"difficulty{content.unit}")
         titles = "; ".join(axes.get_title(loc="left") for axes in (whole, difference))
         return to_svg(figure, name="length", description=f"Difficulty against length. {titles}")
 
 
-def _draw_length(axes: Any, content: ReportContent, length_P: Any, label: str, title: str) -> None:
-    difficulty_P = content.curriculum.difficulty_P
-    clusters_P, _ = codes(content.curriculum.table["prompt_id"])
+def _draw_length(axes: Any, content: ReportContent, correlation: LengthCorrelation) -> None:
+    difficulty_P, length_P = content.curriculum.difficulty_P, correlation.tokens_P
     shown = np.ones(len(length_P), dtype=bool)
     for values_P in (length_P, difficulty_P):
         least, largest = np.quantile(values_P, _SHOWN_QUANTILES)
@@ -257,10 +257,8 @@ def _draw_length(axes: Any, content: ReportContent, length_P: Any, label: str, t
     axes.plot(bins.centres, bins.median, color=BLUE, linewidth=1.8, marker="o", markersize=4)
     if content.chance is not None:
         axes.axhline(content.chance, linewidth=1.2, **_CHANCE_LINE)
-    rho = clustered_spearman(length_P, difficulty_P, clusters_P)
-    value, low, high = (signed(number, 2) for number in (rho.value, rho.low, rho.high))
-    axes.set_title(f"{title}\nSpearman {value} (95% {low} to {high})")
-    axes.set_xlabel(label)
+    axes.set_title(f"{correlation.name.capitalize()}\n{spearman_in_words(correlation.spearman)}")
+    axes.set_xlabel(correlation.label)
     axes.grid(axis="y", color=FAINT)
     axes.set_axisbelow(True)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}".replace("-", "\N{MINUS SIGN}"))
@@ -340,16 +338,16 @@ def _draw_estimates(
 
 
 def training_svg(content: ReportContent) -> str | None:
-    """Loss by step, and the difficulty of the pairs trained on by step, one line an arm."""
+    """Loss by step, and the difficulty of the pairs trained on by step, one line an arm.
+
+    A curve of one point is not drawn; the page says it in a line.
+    """
     panels = []
-    for name, title, label in (
-        ("loss", "Training loss", "loss"),
-        ("held_out_loss", "Held-out loss", "loss"),
-        ("difficulty", "Difficulty of the batch", f"difficulty{content.unit}"),
-    ):
-        curves = {log.arm: curve for log in content.training_logs if (curve := getattr(log, name)).steps}
-        if curves:
-            panels.append((title, label, curves))
+    for name, title in CURVES.items():
+        label = f"difficulty{content.unit}" if name == "difficulty" else "loss"
+        curves = {log.arm: getattr(log, name) for log in content.training_logs}
+        if drawn := {arm: curve for arm, curve in curves.items() if len(curve.steps) > 1}:
+            panels.append((title, label, drawn))
     if not panels:
         return None
     with report_style():

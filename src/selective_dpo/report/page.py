@@ -27,8 +27,15 @@ from selective_dpo.evaluation.results import (
     main_measure,
 )
 from selective_dpo.losses import LN_2
-from selective_dpo.report.content import DropCount, ReportContent, load_report_content
-from selective_dpo.report.figures import agreement_svg, arms_svg, difficulty_svg, length_svg, training_svg
+from selective_dpo.report.content import CURVES, DropCount, ReportContent, load_report_content
+from selective_dpo.report.figures import (
+    agreement_svg,
+    arms_svg,
+    difficulty_svg,
+    length_svg,
+    spearman_in_words,
+    training_svg,
+)
 from selective_dpo.report.tables import (
     agreement_rows,
     describe_chance,
@@ -116,6 +123,7 @@ def render_report(content: ReportContent) -> str:
         cost=_facts(content.cost),
         config=json.dumps(content.config, indent=2) if content.config else "",
         seeds_note=seeds_note(content.results) if content.results else "",
+        single_points=_single_points(content),
         agreement_note=_agreement_note(content.agreement),
         preview=preview,
         turns=turns,
@@ -141,6 +149,17 @@ def _arms_table(results: EvaluationResults) -> Table:
     ]
     header = tuple(name for name in rows[0] if any(row[name] for row in rows))
     return Table(header, tuple(tuple(row[name] or "–" for name in header) for row in rows))
+
+
+def _single_points(content: ReportContent) -> str:
+    """The training curves of one point, which cannot be drawn, in a line; empty where there are none."""
+    points = [
+        f"{title.lower()} of {log.arm} {curve.values[0]:.4g} at step {curve.steps[0]:,}"
+        for log in content.training_logs
+        for name, title in CURVES.items()
+        if len((curve := getattr(log, name)).steps) == 1
+    ]
+    return f"Logged once only, so not drawn as a curve: {'; '.join(points)}." if points else ""
 
 
 def _seeds_table(agreement: Mapping[str, Any]) -> Table | None:
@@ -253,10 +272,21 @@ def headline(content: ReportContent) -> list[str]:
         sentences.append(f"Records are missing of {', '.join(map(str, without))}.")
     if partial := int(facts.get("partial") or 0):
         sentences.append(f"{partial:,} pairs lack some of their records and were ranked by those they have.")
+    sentences += _strongest_correlate(content)
     if content.results is None:
         nothing = "No evaluation is part of this run, so nothing is said about what training on them gives."
         return [*sentences, nothing]
     return sentences + _evaluation_sentences(content.results)
+
+
+def _strongest_correlate(content: ReportContent) -> list[str]:
+    """The length that difficulty follows most closely; nothing where no interval is clear of zero."""
+    clear = [each for each in content.length_correlations if _side(each.spearman, 0.0)]
+    if not clear:
+        return []
+    strongest = max(clear, key=lambda each: abs(each.spearman.value))
+    found = spearman_in_words(strongest.spearman)
+    return [f"Of the lengths, difficulty follows the {strongest.name} most closely: {found}."]
 
 
 def _evaluation_sentences(results: EvaluationResults) -> list[str]:
