@@ -15,6 +15,7 @@ import jinja2
 import numpy as np
 import torch
 import transformers
+from torch.nn.utils.rnn import pad_sequence
 
 from selective_dpo.config import GenerationConfig
 from selective_dpo.data.templates import Conversation, render
@@ -188,18 +189,14 @@ def _generating(model: Any) -> Iterator[None]:
 
 def _continue(model: Any, batch: Sequence[_Row], settings: transformers.GenerationConfig) -> list[list[int]]:
     """The new token ids of each row, padding included."""
-    width = max(len(row.ids) for row in batch)
-    input_ids = torch.full((len(batch), width), int(settings.pad_token_id))
-    attention_mask = torch.zeros_like(input_ids)
-    for number, row in enumerate(batch):
-        input_ids[number, width - len(row.ids) :] = torch.tensor(row.ids)
-        attention_mask[number, width - len(row.ids) :] = 1
+    ids = [torch.tensor(row.ids, device=model.device) for row in batch]
+    left: dict[str, Any] = {"batch_first": True, "padding_side": "left"}
+    input_ids = pad_sequence(ids, padding_value=int(settings.pad_token_id), **left)
+    attention_mask = pad_sequence([torch.ones_like(row) for row in ids], **left)
     output: Any = model.generate(
-        input_ids=input_ids.to(model.device),
-        attention_mask=attention_mask.to(model.device),
-        generation_config=settings,
+        input_ids=input_ids, attention_mask=attention_mask, generation_config=settings
     )
-    new_ids: list[list[int]] = output[:, width:].tolist()
+    new_ids: list[list[int]] = output[:, input_ids.shape[1] :].tolist()
     return new_ids
 
 

@@ -26,7 +26,6 @@ from selective_dpo.evaluation.results import (
     SELECTED,
     EvaluationResults,
     estimate_from_json,
-    estimate_to_json,
     from_json,
 )
 from selective_dpo.losses import LN_2
@@ -205,7 +204,7 @@ def load_report_content(run_folder: Path) -> ReportContent:
 def save_findings(run_folder: Path, findings: Sequence[str], truth: Sequence[TruthRow] = ()) -> None:
     """Keep sentences that the caller measured, and the truth table, for this and later reports."""
     rows = [
-        {"group": group, "selected": estimate_to_json(selected), "deselected": estimate_to_json(deselected)}
+        {"group": group, "selected": selected.as_json(), "deselected": deselected.as_json()}
         for group, selected, deselected in truth
     ]
     content = {"schema_version": SCHEMA_VERSION, "findings": list(findings), "truth": rows}
