@@ -119,14 +119,6 @@ def spearman_in_words(rho: Estimate) -> str:
 
 def difficulty_svg(content: ReportContent) -> str:
     """Histogram of the difficulty, the selected pairs apart from the others, and the loss at chance."""
-    with report_style():
-        figure, (axes,) = new_figure(3.3)
-        draw_difficulty(axes, content)
-        return to_svg(figure, name="difficulty", description=f"Histogram: {axes.get_title(loc='left')}")
-
-
-def draw_difficulty(axes: Any, content: ReportContent) -> None:
-    """Draw the histogram of `difficulty_svg` on `axes`."""
     difficulty_P = content.curriculum.difficulty_P
     selected_P = np.asarray(content.curriculum.table["selected"])
     low, high = np.quantile(difficulty_P, _SHOWN_QUANTILES)
@@ -135,29 +127,32 @@ def draw_difficulty(axes: Any, content: ReportContent) -> None:
     selected, _ = np.histogram(shown_P[selected_P], edges)
     others, _ = np.histogram(shown_P[~selected_P], edges)
     bar = {"width": np.diff(edges), "align": "edge", "edgecolor": "white", "linewidth": 0.4}
-    axes.bar(edges[:-1], selected, color=BLUE, label=f"selected ({selected_P.sum():,})", **bar)
-    axes.bar(
-        edges[:-1],
-        others,
-        bottom=selected,
-        color=GREY,
-        label=f"not selected ({(~selected_P).sum():,})",
-        **bar,
-    )
-    title = f"{selected_P.sum():,} of {len(difficulty_P):,} pairs selected"
-    if content.chance is not None:
-        name, _ = describe_chance(content.chance)
-        title += f"; {float((difficulty_P > content.chance).mean()):.1%} lie above {name}"
-        if edges[0] <= content.chance <= edges[-1]:
-            axes.axvline(content.chance, label=f"{name} (chance)", linewidth=1.4, **_CHANCE_LINE)
-    axes.set_title(title)
-    meaning = "as imported" if content.imported is not None else CRITERIA[content.select.aggregate].axis
-    axes.set_xlabel(f"difficulty: {meaning}{content.unit if content.is_loss or content.imported else ''}")
-    axes.set_ylabel("pairs")
-    axes.margins(x=0.01)
-    axes.set_ylim(0, 1.08 * max(selected + others))
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.legend(loc="best", handlelength=1.4)
+    with report_style():
+        figure, (axes,) = new_figure(3.3)
+        axes.bar(edges[:-1], selected, color=BLUE, label=f"selected ({selected_P.sum():,})", **bar)
+        axes.bar(
+            edges[:-1],
+            others,
+            bottom=selected,
+            color=GREY,
+            label=f"not selected ({(~selected_P).sum():,})",
+            **bar,
+        )
+        title = f"{selected_P.sum():,} of {len(difficulty_P):,} pairs selected"
+        if content.chance is not None:
+            name, _ = describe_chance(content.chance)
+            title += f"; {float((difficulty_P > content.chance).mean()):.1%} lie above {name}"
+            if edges[0] <= content.chance <= edges[-1]:
+                axes.axvline(content.chance, label=f"{name} (chance)", linewidth=1.4, **_CHANCE_LINE)
+        axes.set_title(title)
+        meaning = "as imported" if content.imported is not None else CRITERIA[content.select.aggregate].axis
+        axes.set_xlabel(f"difficulty: {meaning}{content.unit if content.is_loss or content.imported else ''}")
+        axes.set_ylabel("pairs")
+        axes.margins(x=0.01)
+        axes.set_ylim(0, 1.08 * max(selected + others))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.legend(loc="best", handlelength=1.4)
+        return to_svg(figure, name="difficulty", description=f"Histogram: {axes.get_title(loc='left')}")
 
 
 def agreement_svg(content: ReportContent) -> str | None:
