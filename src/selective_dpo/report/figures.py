@@ -191,19 +191,11 @@ def agreement_svg(content: ReportContent) -> str | None:
             axis.set_ticks(ticks, labels)
             axis.set_tick_params(length=0)
         for start, centre in zip([0, *starts], centres, strict=True):
-            name = {"text": f"seed {columns[start]['seed']}", "textcoords": "offset points", "color": MUTED}
-            axes.annotate(
-                xy=(centre, 0), xycoords=("data", "axes fraction"), xytext=(0, -24), ha="center", **name
-            )
-            axes.annotate(
-                xy=(0, centre),
-                xycoords=("axes fraction", "data"),
-                xytext=(-26, 0),
-                va="center",
-                rotation=90,
-                ha="center",
-                **name,
-            )
+            name: dict[str, Any] = {"text": f"seed {columns[start]['seed']}", "color": MUTED, "ha": "center"}
+            name |= {"textcoords": "offset points"}
+            axes.annotate(xy=(centre, 0), xycoords=("data", "axes fraction"), xytext=(0, -24), **name)
+            name |= {"va": "center", "rotation": 90}
+            axes.annotate(xy=(0, centre), xycoords=("axes fraction", "data"), xytext=(-26, 0), **name)
         axes.invert_yaxis()
         axes.set_aspect("equal")
         axes.spines[:].set_visible(False)
@@ -269,7 +261,7 @@ def arms_svg(content: ReportContent) -> str | None:
     with report_style():
         options: dict[str, Any] = {"width_ratios": (1.25, 1)} if compared else {}
         figure, axes = new_figure(1.5 + 0.46 * len(measure.values), columns=1 + bool(compared), **options)
-        draw_arms(axes[0], results, measure)
+        _draw_arms(axes[0], results, measure)
         if compared:
             differences = {arm.name: arm.difference for arm in compared if arm.difference}
             axes[1].axvline(0.0, color=MUTED, linewidth=1)
@@ -282,8 +274,7 @@ def arms_svg(content: ReportContent) -> str | None:
         return to_svg(figure, name="arms", description=f"Dot plot with 95% intervals: {title}")
 
 
-def draw_arms(axes: Any, results: EvaluationResults, measure: Measure) -> None:
-    """Draw each arm's estimate with its 95% interval, one line an arm, beside what it was trained on."""
+def _draw_arms(axes: Any, results: EvaluationResults, measure: Measure) -> None:
     names = list(measure.values)
     axes.axvline(0.5, color=MUTED, linewidth=1)
     _draw_estimates(axes, measure.values, names, lambda value: f"{value:.1%}")
@@ -369,6 +360,15 @@ def training_svg(content: ReportContent) -> str | None:
         )
         titles = ", ".join(title for title, _, _ in panels)
         return to_svg(figure, name="training", description=f"Curves by optimizer step: {titles}")
+
+
+FIGURES: dict[str, Callable[[ReportContent], str | None]] = {
+    "difficulty": difficulty_svg,
+    "agreement": agreement_svg,
+    "length": length_svg,
+    "arms": arms_svg,
+    "training": training_svg,
+}
 
 
 def _smoothed(curve: Curve) -> Curve:

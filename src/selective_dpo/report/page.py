@@ -28,14 +28,7 @@ from selective_dpo.evaluation.results import (
 )
 from selective_dpo.losses import LN_2
 from selective_dpo.report.content import CURVES, DropCount, ReportContent, load_report_content
-from selective_dpo.report.figures import (
-    agreement_svg,
-    arms_svg,
-    difficulty_svg,
-    length_svg,
-    spearman_in_words,
-    training_svg,
-)
+from selective_dpo.report.figures import FIGURES, spearman_in_words
 from selective_dpo.report.tables import (
     agreement_rows,
     describe_chance,
@@ -100,13 +93,12 @@ def render_report(content: ReportContent) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    figures = {
-        "difficulty": difficulty_svg(content),
-        "agreement": agreement_svg(content),
-        "length": length_svg(content),
-        "arms": arms_svg(content),
-        "training": training_svg(content),
-    }
+    figures = {name: draw(content) for name, draw in FIGURES.items()}
+    seeds = tuple(tuple(number or "–" for number in numbers) for numbers in agreement_rows(content.agreement))
+    truth = tuple(
+        (row.group, share_with_interval(row.selected), share_with_interval(row.deselected))
+        for row in content.truth
+    )
     return environment.from_string(template).render(
         content=content,
         # Our own style sheet and drawings are the only markup that is not escaped.
@@ -116,9 +108,9 @@ def render_report(content: ReportContent) -> str:
         tiles=tiles(content),
         headline=headline(content),
         arms=_arms_table(content.results) if content.results else None,
-        seeds=_seeds_table(content.agreement),
+        seeds=Table(("Seeds", "Spearman", "Overlap of the selected", "Jaccard"), seeds) if seeds else None,
         drops=_drops_table(content.drops),
-        truth=_truth_table(content),
+        truth=Table(("Share of the pairs", "Selected", "Not selected"), truth) if truth else None,
         provenance=_facts(content.provenance),
         cost=_facts(content.cost),
         config=json.dumps(content.config, indent=2) if content.config else "",
@@ -162,13 +154,6 @@ def _single_points(content: ReportContent) -> str:
     return f"Logged once only, so not drawn as a curve: {'; '.join(points)}." if points else ""
 
 
-def _seeds_table(agreement: Mapping[str, Any]) -> Table | None:
-    rows = tuple(
-        (name, *(number or "–" for number in numbers)) for name, *numbers in agreement_rows(agreement)
-    )
-    return Table(("Seeds", "Spearman", "Overlap of the selected", "Jaccard"), rows) if rows else None
-
-
 def _drops_table(drops: tuple[DropCount, ...]) -> Table:
     """Rows of each status, by source where there are several."""
     sources = sorted({drop.source for drop in drops})
@@ -185,14 +170,6 @@ def _drops_table(drops: tuple[DropCount, ...]) -> Table:
     sums = [sum(drop.rows for drop in drops if drop.source == source) for source in shown]
     rows.append(("all input rows", *(f"{rows:,}" for rows in sums), f"{sum(totals.values()):,}"))
     return Table(("Status", *shown, "Rows"), tuple(rows))
-
-
-def _truth_table(content: ReportContent) -> Table | None:
-    rows = tuple(
-        (row.group, share_with_interval(row.selected), share_with_interval(row.deselected))
-        for row in content.truth
-    )
-    return Table(("Share of the pairs", "Selected", "Not selected"), rows) if rows else None
 
 
 def _facts(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
