@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib
+import matplotlib.style
 import numpy as np
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
@@ -68,6 +68,7 @@ _STYLE: dict[str, Any] = {
     "grid.linewidth": 0.8,
     "legend.frameon": False,
     "legend.fontsize": 9,
+    "svg.fonttype": "none",
     "text.color": INK,
     # A label is the user's text: a dollar sign in it is not mathematics.
     "text.parse_math": False,
@@ -78,17 +79,8 @@ _STYLE: dict[str, Any] = {
     "ytick.labelcolor": INK,
     "ytick.labelsize": 9,
 }
-
-
-@contextlib.contextmanager
-def report_style() -> Iterator[None]:
-    """matplotlib's defaults and ours for as long as this is open, whatever the user's settings are."""
-    defaults = {
-        name: value for name, value in matplotlib.rcParamsDefault.items() if not name.startswith("backend")
-    }
-    letters = {"svg.fonttype": "none", "svg.hashsalt": "selective-dpo"}
-    with matplotlib.rc_context({**defaults, **_STYLE, **letters}):
-        yield
+# matplotlib's defaults and ours for as long as a figure is drawn, whatever the user's settings are.
+_STYLED = matplotlib.style.context(_STYLE, after_reset=True)
 
 
 def new_figure(height_inches: float, columns: int = 1, **options: Any) -> tuple[Figure, list[Any]]:
@@ -117,6 +109,7 @@ def spearman_in_words(rho: Estimate) -> str:
     return f"Spearman {value} (95% {low} to {high})"
 
 
+@_STYLED
 def difficulty_svg(content: ReportContent) -> str:
     """Histogram of the difficulty, the selected pairs apart from the others, and the loss at chance."""
     difficulty_P = content.curriculum.difficulty_P
@@ -127,34 +120,34 @@ def difficulty_svg(content: ReportContent) -> str:
     selected, _ = np.histogram(shown_P[selected_P], edges)
     others, _ = np.histogram(shown_P[~selected_P], edges)
     bar = {"width": np.diff(edges), "align": "edge", "edgecolor": "white", "linewidth": 0.4}
-    with report_style():
-        figure, (axes,) = new_figure(3.3)
-        axes.bar(edges[:-1], selected, color=BLUE, label=f"selected ({selected_P.sum():,})", **bar)
-        axes.bar(
-            edges[:-1],
-            others,
-            bottom=selected,
-            color=GREY,
-            label=f"not selected ({(~selected_P).sum():,})",
-            **bar,
-        )
-        title = f"{selected_P.sum():,} of {len(difficulty_P):,} pairs selected"
-        if content.chance is not None:
-            name, _ = describe_chance(content.chance)
-            title += f"; {float((difficulty_P > content.chance).mean()):.1%} lie above {name}"
-            if edges[0] <= content.chance <= edges[-1]:
-                axes.axvline(content.chance, label=f"{name} (chance)", linewidth=1.4, **_CHANCE_LINE)
-        axes.set_title(title)
-        meaning = "as imported" if content.imported is not None else CRITERIA[content.select.aggregate].axis
-        axes.set_xlabel(f"difficulty: {meaning}{content.unit if content.is_loss or content.imported else ''}")
-        axes.set_ylabel("pairs")
-        axes.margins(x=0.01)
-        axes.set_ylim(0, 1.08 * max(selected + others))
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-        axes.legend(loc="best", handlelength=1.4)
-        return to_svg(figure, name="difficulty", description=f"Histogram: {axes.get_title(loc='left')}")
+    figure, (axes,) = new_figure(3.3)
+    axes.bar(edges[:-1], selected, color=BLUE, label=f"selected ({selected_P.sum():,})", **bar)
+    axes.bar(
+        edges[:-1],
+        others,
+        bottom=selected,
+        color=GREY,
+        label=f"not selected ({(~selected_P).sum():,})",
+        **bar,
+    )
+    title = f"{selected_P.sum():,} of {len(difficulty_P):,} pairs selected"
+    if content.chance is not None:
+        name, _ = describe_chance(content.chance)
+        title += f"; {float((difficulty_P > content.chance).mean()):.1%} lie above {name}"
+        if edges[0] <= content.chance <= edges[-1]:
+            axes.axvline(content.chance, label=f"{name} (chance)", linewidth=1.4, **_CHANCE_LINE)
+    axes.set_title(title)
+    meaning = "as imported" if content.imported is not None else CRITERIA[content.select.aggregate].axis
+    axes.set_xlabel(f"difficulty: {meaning}{content.unit if content.is_loss or content.imported else ''}")
+    axes.set_ylabel("pairs")
+    axes.margins(x=0.01)
+    axes.set_ylim(0, 1.08 * max(selected + others))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.legend(loc="best", handlelength=1.4)
+    return to_svg(figure, name="difficulty", description=f"Histogram: {axes.get_title(loc='left')}")
 
 
+@_STYLED
 def agreement_svg(content: ReportContent) -> str | None:
     """Heat map of Spearman's correlation between the losses of all seeds and evaluations."""
     columns = content.agreement.get("columns") or []
@@ -165,60 +158,55 @@ def agreement_svg(content: ReportContent) -> str | None:
     apart = spearman[~np.eye(count, dtype=bool)]
     if not np.isfinite(apart).any():
         return None
-    with report_style():
-        figure, (axes,) = new_figure(5.9)
-        floor = min(math.floor(10 * float(np.nanmin(apart))) / 10, 0.9)
-        mesh = axes.pcolormesh(
-            spearman, cmap=_HEAT_MAP, vmin=floor, vmax=1.0, edgecolor="white", linewidth=0.6
-        )
-        if count <= _MAX_ANNOTATED_COLUMNS:
-            for row, column in np.ndindex(count, count):
-                value = spearman[row, column]
-                dark = value > floor + 0.55 * (1 - floor)
-                size = 7.2 if count > 8 else 9
-                text = f"{value:.2f}".replace("0.", ".", 1) if np.isfinite(value) else "–"
-                place = {"ha": "center", "va": "center"}
-                axes.text(
-                    column + 0.5, row + 0.5, text, color="white" if dark else INK, fontsize=size, **place
-                )
-        starts = [place for place in range(1, count) if columns[place]["seed"] != columns[place - 1]["seed"]]
-        for start in starts:
-            axes.axhline(start, color="white", linewidth=3)
-            axes.axvline(start, color="white", linewidth=3)
-        centres = [(low + high) / 2 for low, high in zip([0, *starts], [*starts, count], strict=True)]
-        ticks, labels = np.arange(count) + 0.5, [str(column["evaluation"]) for column in columns]
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_ticks(ticks, labels)
-            axis.set_tick_params(length=0)
-        for start, centre in zip([0, *starts], centres, strict=True):
-            name: dict[str, Any] = {"text": f"seed {columns[start]['seed']}", "color": MUTED, "ha": "center"}
-            name |= {"textcoords": "offset points"}
-            axes.annotate(xy=(centre, 0), xycoords=("data", "axes fraction"), xytext=(0, -24), **name)
-            name |= {"va": "center", "rotation": 90}
-            axes.annotate(xy=(0, centre), xycoords=("axes fraction", "data"), xytext=(-26, 0), **name)
-        axes.invert_yaxis()
-        axes.set_aspect("equal")
-        axes.spines[:].set_visible(False)
-        axes.set_title(
-            f"Rank correlation between any two evaluations: {np.nanmin(apart):.2f} to {np.nanmax(apart):.2f}"
-        )
-        colors = figure.colorbar(mesh, ax=axes, shrink=0.6, aspect=25, pad=0.03)
-        colors.outline.set_visible(False)
-        colors.set_label("Spearman's rank correlation")
-        return to_svg(figure, name="agreement", description=f"Heat map: {axes.get_title(loc='left')}")
+    figure, (axes,) = new_figure(5.9)
+    floor = min(math.floor(10 * float(np.nanmin(apart))) / 10, 0.9)
+    mesh = axes.pcolormesh(spearman, cmap=_HEAT_MAP, vmin=floor, vmax=1.0, edgecolor="white", linewidth=0.6)
+    if count <= _MAX_ANNOTATED_COLUMNS:
+        for row, column in np.ndindex(count, count):
+            value = spearman[row, column]
+            dark = value > floor + 0.55 * (1 - floor)
+            size = 7.2 if count > 8 else 9
+            text = f"{value:.2f}".replace("0.", ".", 1) if np.isfinite(value) else "–"
+            place = {"ha": "center", "va": "center"}
+            axes.text(column + 0.5, row + 0.5, text, color="white" if dark else INK, fontsize=size, **place)
+    starts = [place for place in range(1, count) if columns[place]["seed"] != columns[place - 1]["seed"]]
+    for start in starts:
+        axes.axhline(start, color="white", linewidth=3)
+        axes.axvline(start, color="white", linewidth=3)
+    centres = [(low + high) / 2 for low, high in zip([0, *starts], [*starts, count], strict=True)]
+    ticks, labels = np.arange(count) + 0.5, [str(column["evaluation"]) for column in columns]
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_ticks(ticks, labels)
+        axis.set_tick_params(length=0)
+    for start, centre in zip([0, *starts], centres, strict=True):
+        name: dict[str, Any] = {"text": f"seed {columns[start]['seed']}", "color": MUTED, "ha": "center"}
+        name |= {"textcoords": "offset points"}
+        axes.annotate(xy=(centre, 0), xycoords=("data", "axes fraction"), xytext=(0, -24), **name)
+        name |= {"va": "center", "rotation": 90}
+        axes.annotate(xy=(0, centre), xycoords=("axes fraction", "data"), xytext=(-26, 0), **name)
+    axes.invert_yaxis()
+    axes.set_aspect("equal")
+    axes.spines[:].set_visible(False)
+    axes.set_title(
+        f"Rank correlation between any two evaluations: {np.nanmin(apart):.2f} to {np.nanmax(apart):.2f}"
+    )
+    colors = figure.colorbar(mesh, ax=axes, shrink=0.6, aspect=25, pad=0.03)
+    colors.outline.set_visible(False)
+    colors.set_label("Spearman's rank correlation")
+    return to_svg(figure, name="agreement", description=f"Heat map: {axes.get_title(loc='left')}")
 
 
+@_STYLED
 def length_svg(content: ReportContent) -> str | None:
     """Difficulty against the pair's length, and against how much longer the chosen answer is."""
     if content.lengths is None:
         return None
-    with report_style():
-        figure, (whole, difference) = new_figure(3.6, columns=2, sharey=True)
-        for axes, correlation in zip((whole, difference), content.length_correlations, strict=True):
-            _draw_length(axes, content, correlation)
-        whole.set_ylabel(f"difficulty{content.unit}")
-        titles = "; ".join(axes.get_title(loc="left") for axes in (whole, difference))
-        return to_svg(figure, name="length", description=f"Difficulty against length. {titles}")
+    figure, (whole, difference) = new_figure(3.6, columns=2, sharey=True)
+    for axes, correlation in zip((whole, difference), content.length_correlations, strict=True):
+        _draw_length(axes, content, correlation)
+    whole.set_ylabel(f"difficulty{content.unit}")
+    titles = "; ".join(axes.get_title(loc="left") for axes in (whole, difference))
+    return to_svg(figure, name="length", description=f"Difficulty against length. {titles}")
 
 
 def _draw_length(axes: Any, content: ReportContent, correlation: LengthCorrelation) -> None:
@@ -251,6 +239,7 @@ def _draw_length(axes: Any, content: ReportContent, correlation: LengthCorrelati
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}".replace("-", "\N{MINUS SIGN}"))
 
 
+@_STYLED
 def arms_svg(content: ReportContent) -> str | None:
     """Each arm's win rate (else held-out accuracy), and its paired difference to the run's own policy."""
     results = content.results
@@ -258,20 +247,19 @@ def arms_svg(content: ReportContent) -> str | None:
     if results is None or measure is None:
         return None
     compared = [arm for arm in results.arms if arm.difference is not None and arm.name != SELECTED]
-    with report_style():
-        options: dict[str, Any] = {"width_ratios": (1.25, 1)} if compared else {}
-        figure, axes = new_figure(1.5 + 0.46 * len(measure.values), columns=1 + bool(compared), **options)
-        _draw_arms(axes[0], results, measure)
-        if compared:
-            differences = {arm.name: arm.difference for arm in compared if arm.difference}
-            axes[1].axvline(0.0, color=MUTED, linewidth=1)
-            _draw_estimates(axes[1], differences, list(measure.values), lambda value: signed(100 * value, 1))
-            axes[1].set_yticks([])
-            axes[1].set_xlabel("difference (percentage points)")
-            axes[1].set_title("Selected minus the arm")
-            axes[1].xaxis.set_major_formatter(lambda value, _: signed(100 * value, 0))
-        title = axes[0].get_title(loc="left")
-        return to_svg(figure, name="arms", description=f"Dot plot with 95% intervals: {title}")
+    options: dict[str, Any] = {"width_ratios": (1.25, 1)} if compared else {}
+    figure, axes = new_figure(1.5 + 0.46 * len(measure.values), columns=1 + bool(compared), **options)
+    _draw_arms(axes[0], results, measure)
+    if compared:
+        differences = {arm.name: arm.difference for arm in compared if arm.difference}
+        axes[1].axvline(0.0, color=MUTED, linewidth=1)
+        _draw_estimates(axes[1], differences, list(measure.values), lambda value: signed(100 * value, 1))
+        axes[1].set_yticks([])
+        axes[1].set_xlabel("difference (percentage points)")
+        axes[1].set_title("Selected minus the arm")
+        axes[1].xaxis.set_major_formatter(lambda value, _: signed(100 * value, 0))
+    title = axes[0].get_title(loc="left")
+    return to_svg(figure, name="arms", description=f"Dot plot with 95% intervals: {title}")
 
 
 def _draw_arms(axes: Any, results: EvaluationResults, measure: Measure) -> None:
@@ -323,6 +311,7 @@ def _draw_estimates(
     axes.xaxis.get_major_locator().set_params(nbins=6)
 
 
+@_STYLED
 def training_svg(content: ReportContent) -> str | None:
     """Loss by step, and the difficulty of the pairs trained on by step, one line an arm.
 
@@ -336,30 +325,29 @@ def training_svg(content: ReportContent) -> str | None:
             panels.append((title, label, drawn))
     if not panels:
         return None
-    with report_style():
-        figure, axes = new_figure(3.4, columns=len(panels))
-        colors = arm_colors([log.arm for log in content.training_logs])
-        styles = {arm: _LINE_STYLES[place % len(_LINE_STYLES)] for place, arm in enumerate(colors)}
-        lines = {}
-        for panel, (title, label, curves) in zip(axes, panels, strict=True):
-            for arm, curve in curves.items():
-                smooth = _smoothed(curve)
-                style = {"color": colors[arm], "linestyle": "-" if arm == SELECTED else styles[arm]}
-                width = 2.2 if arm == SELECTED else 1.5
-                (lines[arm],) = panel.plot(*smooth, linewidth=width, **style)
-            panel.set_title(title)
-            panel.set_xlabel("optimizer step")
-            panel.set_ylabel(label)
-            panel.grid(axis="y", color=FAINT)
-        figure.legend(
-            list(lines.values()),
-            [printable(arm) for arm in lines],
-            loc="outside lower center",
-            ncols=min(len(lines), 4),
-            handlelength=3,
-        )
-        titles = ", ".join(title for title, _, _ in panels)
-        return to_svg(figure, name="training", description=f"Curves by optimizer step: {titles}")
+    figure, axes = new_figure(3.4, columns=len(panels))
+    colors = arm_colors([log.arm for log in content.training_logs])
+    styles = {arm: _LINE_STYLES[place % len(_LINE_STYLES)] for place, arm in enumerate(colors)}
+    lines = {}
+    for panel, (title, label, curves) in zip(axes, panels, strict=True):
+        for arm, curve in curves.items():
+            smooth = _smoothed(curve)
+            style = {"color": colors[arm], "linestyle": "-" if arm == SELECTED else styles[arm]}
+            width = 2.2 if arm == SELECTED else 1.5
+            (lines[arm],) = panel.plot(*smooth, linewidth=width, **style)
+        panel.set_title(title)
+        panel.set_xlabel("optimizer step")
+        panel.set_ylabel(label)
+        panel.grid(axis="y", color=FAINT)
+    figure.legend(
+        list(lines.values()),
+        [printable(arm) for arm in lines],
+        loc="outside lower center",
+        ncols=min(len(lines), 4),
+        handlelength=3,
+    )
+    titles = ", ".join(title for title, _, _ in panels)
+    return to_svg(figure, name="training", description=f"Curves by optimizer step: {titles}")
 
 
 FIGURES: dict[str, Callable[[ReportContent], str | None]] = {
