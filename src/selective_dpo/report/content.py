@@ -217,9 +217,7 @@ def _read_findings(path: Path) -> tuple[tuple[str, ...], tuple[TruthRow, ...]]:
     value = read_json(path)
     try:
         truth = tuple(
-            TruthRow(
-                str(row["group"]), estimate_from_json(row["selected"]), estimate_from_json(row["deselected"])
-            )
+            TruthRow(str(row["group"]), *(estimate_from_json(row[name]) for name in TruthRow._fields[1:]))
             for row in value.get("truth", [])
         )
         return tuple(str(sentence) for sentence in value.get("findings", [])), truth
@@ -248,12 +246,7 @@ def _provenance(run_folder: Path, curriculum: Curriculum) -> dict[str, Any]:
 def _read_drops(path: Path) -> tuple[DropCount, ...]:
     table = pq.read_table(path, columns=["source", "status"])
     counted = table.group_by(["source", "status"], use_threads=False).aggregate([([], "count_all")])
-    drops = [
-        DropCount(source or "", status, rows)
-        for source, status, rows in zip(
-            *(counted[name].to_pylist() for name in ("source", "status", "count_all")), strict=True
-        )
-    ]
+    drops = [DropCount(row["source"] or "", row["status"], row["count_all"]) for row in counted.to_pylist()]
     return tuple(sorted(drops, key=lambda drop: (drop.source, drop.status != KEPT, -drop.rows, drop.status)))
 
 
@@ -278,16 +271,13 @@ def _read_training_logs(run_folder: Path) -> tuple[TrainingLog, ...]:
         history = read_json(path).get("log_history")
         if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
             raise ArtifactError(f"{path} holds no log_history; run `train` again")
-        logs.append(
-            TrainingLog(arm, *(_curve(history, name) for name in ("loss", "eval_loss", "difficulty")))
-        )
+        curves = []
+        for name in ("loss", "eval_loss", "difficulty"):
+            points = {
+                int(entry["step"]): float(entry[name])
+                for entry in history
+                if "step" in entry and isinstance(entry.get(name), int | float) and math.isfinite(entry[name])
+            }
+            curves.append(Curve(tuple(points), tuple(points.values())))
+        logs.append(TrainingLog(arm, *curves))
     return tuple(logs)
-
-
-def _curve(history: Sequence[Mapping[str, Any]], name: str) -> Curve:
-    points = [
-        (int(entry["step"]), float(entry[name]))
-        for entry in history
-        if "step" in entry and isinstance(entry.get(name), int | float) and math.isfinite(entry[name])
-    ]
-    return Curve(tuple(step for step, _ in points), tuple(value for _, value in points))
