@@ -436,9 +436,9 @@ def _inspect(options: argparse.Namespace, overrides: Overrides) -> None:
 
     asked = Wanted(**{name: getattr(options, name) for name in REGIONS}, pair_ids=tuple(options.pair))
     pairs = Path(options.pairs) if options.pairs else None
-    found = look_at(Path(options.curriculum), DEFAULT if asked == Wanted() else asked, pairs)
+    groups, total = look_at(Path(options.curriculum), DEFAULT if asked == Wanted() else asked, pairs)
     longest = None if options.full else LONGEST
-    print("\n\n\n".join(group_text(group, found.total, longest=longest) for group in found.groups))
+    print("\n\n\n".join(group_text(group, total, longest=longest) for group in groups))
 
 
 # --- the table ----------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from selective_dpo.config import EvaluateConfig, GenerationConfig
 from selective_dpo.errors import ConfigError
-from selective_dpo.evaluation.evaluate import Arm, Evaluation, evaluate_arms, judge_answers
+from selective_dpo.evaluation.evaluate import VERDICT_COLUMNS, Arm, Evaluation, evaluate_arms, judge_answers
 from selective_dpo.evaluation.generate import Answer, Prompt
 from selective_dpo.evaluation.results import PreferenceMetrics, from_json, preference_metrics
 from selective_dpo.identity import Text
@@ -88,12 +88,14 @@ def test_all_samples_of_a_prompt_meet_all_of_the_opponents() -> None:
     answers = {"p": (Answer("aaa", 3), Answer("a", 1)), "q": (Answer("", 0), Answer("aaaa", 4))}
     opponents = {"p": (Answer("bb", 2), Answer("b", 1)), "q": (Answer("b", 1), Answer("bbbb", 4))}
     prompts = [Prompt("q", "?"), Prompt("p", "?")]
-    verdicts = judge_answers(LongerIsBetter(), prompts, answers, opponents, cross_pairing(2, 2))
-    assert verdicts.prompt_ids_N == ["q"] * 4 + ["p"] * 4
-    np.testing.assert_array_equal(verdicts.sample_N, [0, 0, 1, 1] * 2)
-    np.testing.assert_array_equal(verdicts.opponent_sample_N, [0, 1, 0, 1] * 2)
+    verdicts = judge_answers(LongerIsBetter(), "a", prompts, answers, opponents, cross_pairing(2, 2))
+    assert dict(zip(verdicts.schema.names, verdicts.schema.types, strict=True)) == VERDICT_COLUMNS
+    assert verdicts["arm"].to_pylist() == ["a"] * 8
+    assert verdicts["prompt_id"].to_pylist() == ["q"] * 4 + ["p"] * 4
+    assert verdicts["sample"].to_pylist() == [0, 0, 1, 1] * 2
+    assert verdicts["opponent_sample"].to_pylist() == [0, 1, 0, 1] * 2
     # q: "" loses to both; "aaaa" beats "b", ties "bbbb". p: "aaa" beats both; "a" loses to "bb", ties "b".
-    np.testing.assert_array_equal(verdicts.scores_N, [0, 0, 1, 0.5, 1, 1, 0, 0.5])
+    assert verdicts["score"].to_pylist() == [0, 0, 1, 0.5, 1, 1, 0, 0.5]
 
 
 @pytest.fixture(scope="module")

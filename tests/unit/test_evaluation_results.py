@@ -6,19 +6,17 @@ import json
 import math
 from pathlib import Path
 
-import numpy as np
+import pyarrow as pa
 import pytest
 
 from selective_dpo.errors import ArtifactError, DataError
 from selective_dpo.evaluation.evaluate import (
     GENERATION_COLUMNS,
     VERDICT_COLUMNS,
-    ArmVerdicts,
+    Evaluation,
     arm_result,
     generations_table,
-    instruction_of,
-    verdicts_table,
-    write_model_outputs,
+    model_outputs,
 )
 from selective_dpo.evaluation.generate import Answer, Prompt
 from selective_dpo.evaluation.results import (
@@ -136,25 +134,11 @@ def test_generations_table() -> None:
     assert generations_table([], {}).num_rows == 0
 
 
-def test_verdicts_table() -> None:
-    verdicts = ArmVerdicts(["p", "q"], np.array([0, 1]), np.array([1, 0]), np.array([1.0, 0.5]))
-    table = verdicts_table({"a": verdicts, "b": verdicts})
-    assert dict(zip(table.schema.names, table.schema.types, strict=True)) == VERDICT_COLUMNS
-    assert table.to_pylist()[1] == {
-        "arm": "a",
-        "prompt_id": "q",
-        "sample": 1,
-        "opponent_sample": 0,
-        "score": 0.5,
-    }
-    assert table.num_rows == 4
-    assert verdicts_table({}).num_rows == 0
-
-
 def test_alpaca_eval_outputs(tmp_path: Path) -> None:
-    write_model_outputs(tmp_path / "out" / "selected.json", "selected", PROMPTS, ANSWERS)
-    outputs = json.loads((tmp_path / "out" / "selected.json").read_text("utf-8"))
-    assert outputs == [
+    tables = generations_table(PROMPTS, {"selected": ANSWERS}), pa.schema(VERDICT_COLUMNS).empty_table()
+    Evaluation(full_results(), *tables, tuple(PROMPTS), {"selected": ANSWERS, "all": {}}).write(tmp_path)
+    (path,) = (tmp_path / "alpaca_eval_outputs").iterdir()
+    assert json.loads(path.read_text("utf-8")) == [
         {"instruction": "plain", "output": "a", "generator": "selected"},
         {"instruction": CHAT[-1]["content"], "output": "c", "generator": "selected"},
     ]
@@ -162,4 +146,4 @@ def test_alpaca_eval_outputs(tmp_path: Path) -> None:
 
 def test_a_prompt_without_a_user_has_no_instruction() -> None:
     with pytest.raises(DataError, match="without a user message"):
-        instruction_of([{"role": "system", "content": "x"}])
+        model_outputs("selected", [Prompt("p", [{"role": "system", "content": "x"}])], ANSWERS)

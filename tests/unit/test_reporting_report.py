@@ -9,9 +9,10 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from selective_dpo.report.content import DropCount, ReportContent, load_report_content
+from selective_dpo.report.content import Curve, DropCount, Lengths, ReportContent, load_report_content
 from selective_dpo.report.page import headline, render_report, tiles, write_report
 from selective_dpo.report.tables import LONGEST_SHOWN, preview, printable, turns
 from selective_dpo.stats.estimates import Estimate
@@ -146,6 +147,34 @@ def test_undefined_numbers_leave_no_trace(content: ReportContent) -> None:
         "Pairs kept",
         "Win rate",
     ]
+
+
+def test_the_summary_names_the_strongest_correlate_of_difficulty(content: ReportContent) -> None:
+    rank_P = np.argsort(np.argsort(content.curriculum.difficulty_P))
+    nothing_P = np.zeros_like(rank_P)
+    lengths = Lengths(prompt_P=2 * rank_P, chosen_P=nothing_P, rejected_P=rank_P)
+    # The difference falls with every rank, and the pair grows with every rank but the one that is lowered.
+    lengths.prompt_P[30] -= 60
+    text = Page(render_report(replace(content, lengths=lengths))).text
+    expected = (
+        "difficulty follows the length of chosen over rejected most closely: Spearman −1.00 (95% −1.00 to"
+    )
+    assert expected in text
+    none = replace(content, lengths=Lengths(nothing_P + 1, nothing_P + 1, nothing_P + 1))
+    assert "most closely" not in " ".join(headline(none))
+
+
+def test_a_training_curve_of_one_point_is_a_line_of_text(content: ReportContent) -> None:
+    nothing = Curve((), ())
+    log = content.training_logs[0]._replace(
+        loss=Curve((10,), (0.69314,)), held_out_loss=nothing, difficulty=nothing
+    )
+    page = Page(render_report(replace(content, training_logs=(log,))))
+    assert (
+        "Logged once only, so not drawn as a curve: training loss of selected 0.6931 at step 10." in page.text
+    )
+    assert "No policy has been trained" not in page.text
+    assert "figure-training" not in {attributes.get("id") for _, attributes in page.tags}
 
 
 def sentences_with(content: ReportContent, difference: Estimate, win_rate: Estimate) -> str:

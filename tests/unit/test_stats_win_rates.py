@@ -23,9 +23,9 @@ ARM = Verdicts(["a", "c", "a", "b", "a", "a", "c"], [1, 1, 1, 0, 0.5, 0.5, 0.5])
 
 
 def test_prompts_weigh_the_same_whatever_their_number_of_verdicts() -> None:
-    scored = prompt_scores(ARM)
-    assert scored.prompt_ids_G == ["a", "b", "c"]
-    np.testing.assert_array_equal(scored.scores_G, [0.75, 0.0, 0.75])
+    prompt_ids, scores = prompt_scores(ARM)
+    assert prompt_ids == ["a", "b", "c"]
+    np.testing.assert_array_equal(scores, [0.75, 0.0, 0.75])
 
 
 def test_win_rate_and_its_standard_error() -> None:

@@ -13,7 +13,6 @@ import gc
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from selective_dpo.config import EvaluateConfig, GenerationConfig
 from selective_dpo.config.schema import file_name
@@ -45,9 +44,9 @@ from selective_dpo.evaluation.results import (
     repeat_name,
     to_json,
 )
-from selective_dpo.identity import Text, canonical_text, positions_of
+from selective_dpo.identity import canonical_text, positions_of
 from selective_dpo.losses import is_pairwise, pair_losses
-from selective_dpo.stats.estimates import Estimate, clustered_mean
+from selective_dpo.stats.estimates import clustered_mean
 from selective_dpo.stats.win_rates import (
     Pairing,
     Verdicts,
@@ -110,22 +109,7 @@ class Arm(NamedTuple):
     """Measures the loaded model on held-out pairs, after it has answered the prompts."""
 
 
-class ArmVerdicts(NamedTuple):
-    """All comparisons of one arm; columns of equal length N."""
-
-    prompt_ids_N: list[str]
-    sample_N: NDArray[np.int64]
-    opponent_sample_N: NDArray[np.int64]
-    scores_N: NDArray[np.float64]
-
-    @property
-    def by_prompt(self) -> Verdicts:
-        """What a win rate is computed from."""
-        return Verdicts(self.prompt_ids_N, self.scores_N)
-
-
-@dataclass(frozen=True)
-class Evaluation:
+class Evaluation(NamedTuple):
     """Results, and every answer and verdict they come from."""
 
     results: EvaluationResults
@@ -141,8 +125,9 @@ class Evaluation:
         pq.write_table(self.verdicts, folder / VERDICTS)
         for arm, answers in self.answers_by_arm.items():
             if answers:
+                outputs = model_outputs(arm, self.prompts, answers)
                 path = folder / ALPACA_EVAL_OUTPUTS / f"{arm}.json"
-                write_model_outputs(path, arm, self.prompts, answers)
+                write_atomic(path, json.dumps(outputs, indent=2) + "\n")
 
 
 def check_evaluation(config: EvaluateConfig, *, has_test: bool) -> None:
@@ -228,8 +213,17 @@ def evaluate_arms(
         answers_by_arm[arm.name], held_out[arm.name] = _measure(
             arm, tokenizer, asked, config.generation, encode
         )
-    verdicts = {} if judge is None or not asked else _judge_all(judge, asked, answers_by_arm)
-    selected = verdicts.get(SELECTED)
+    tables: dict[str, pa.Table] = {}
+    if judge is not None and asked:
+        samples, opponents = config.generation.samples, answers_by_arm[REFERENCE]
+        for name, answers in answers_by_arm.items():
+            # Against itself the starting model needs two different samples.
+            pairing = self_pairing(samples) if name == REFERENCE else cross_pairing(samples, samples)
+            if len(pairing.sample_C):
+                tables[name] = judge_answers(judge, name, asked, answers, opponents, pairing)
+    verdicts = {
+        name: Verdicts(table["prompt_id"].to_pylist(), table["score"]) for name, table in tables.items()
+    }
     found = [
         arm_result(
             name=arm.name,
@@ -238,8 +232,8 @@ def evaluate_arms(
             updates=arm.updates,
             held_out=held_out[arm.name],
             answers=answers_by_arm[arm.name],
-            verdicts=verdicts[arm.name].by_prompt if arm.name in verdicts else None,
-            selected_verdicts=selected.by_prompt if selected and arm.name != SELECTED else None,
+            verdicts=verdicts.get(arm.name),
+            selected_verdicts=verdicts.get(SELECTED) if arm.name != SELECTED else None,
         )
         for arm in everyone
     ]
@@ -250,8 +244,9 @@ def evaluate_arms(
         arms=tuple(found[: 1 + len(arms)]),
         repeats=tuple(found[1 + len(arms) :]),
     )
+    verdicts_table = pa.concat_tables([pa.schema(VERDICT_COLUMNS).empty_table(), *tables.values()])
     generations = generations_table(asked, answers_by_arm)
-    return Evaluation(results, generations, verdicts_table(verdicts), tuple(asked), answers_by_arm)
+    return Evaluation(results, generations, verdicts_table, tuple(asked), answers_by_arm)
 
 
 def _measure(
@@ -278,39 +273,29 @@ def _measure(
     return answers, held_out
 
 
-def _judge_all(
-    judge: Judge, prompts: Sequence[Prompt], answers_by_arm: Mapping[str, Answers]
-) -> dict[str, ArmVerdicts]:
-    opponents = answers_by_arm[REFERENCE]
-    samples = len(next(iter(opponents.values()), ()))
-    pairings = {
-        # Against itself the starting model needs two different samples
-        name: self_pairing(samples) if name == REFERENCE else cross_pairing(samples, samples)
-        for name in answers_by_arm
-    }
-    return {
-        name: judge_answers(judge, prompts, answers_by_arm[name], opponents, pairing)
-        for name, pairing in pairings.items()
-        if len(pairing.sample_C)
-    }
-
-
 def judge_answers(
-    judge: Judge, prompts: Sequence[Prompt], answers: Answers, opponents: Answers, pairing: Pairing
-) -> ArmVerdicts:
-    """Compare the samples that `pairing` names, for each prompt: N = prompts * comparisons verdicts."""
+    judge: Judge,
+    arm: str,
+    prompts: Sequence[Prompt],
+    answers: Answers,
+    opponents: Answers,
+    pairing: Pairing,
+) -> pa.Table:
+    """Compare the samples that `pairing` names, for each prompt; one row a comparison (`VERDICT_COLUMNS`)."""
     comparisons = len(pairing.sample_C)
     texts_a, texts_b = (
         [side[prompt.prompt_id][sample].text for prompt in prompts for sample in samples_C.tolist()]
         for side, samples_C in ((answers, pairing.sample_C), (opponents, pairing.opponent_sample_C))
     )
     asked = [prompt.text for prompt in prompts for _ in range(comparisons)]
-    return ArmVerdicts(
+    columns = [
+        [arm] * len(asked),
         [prompt.prompt_id for prompt in prompts for _ in range(comparisons)],
         np.tile(pairing.sample_C, len(prompts)),
         np.tile(pairing.opponent_sample_C, len(prompts)),
         judge.compare(asked, texts_a, texts_b),
-    )
+    ]
+    return pa.table(columns, schema=pa.schema(VERDICT_COLUMNS))
 
 
 def arm_result(
@@ -331,26 +316,20 @@ def arm_result(
     Raises:
         IdentityError: the arm and `selected` were judged on different prompts.
     """
-    difference = None
-    if verdicts is not None and selected_verdicts is not None:
-        difference = win_rate_difference(selected_verdicts, verdicts)
+    lengths = [answer.tokens for samples in answers.values() for answer in samples]
+    prompt_ids = [prompt_id for prompt_id, samples in answers.items() for _ in samples]
     return ArmResult(
         name=name,
         label=label,
         pairs=pairs,
         updates=updates,
         held_out=held_out,
-        win_rate=win_rate(verdicts) if verdicts is not None else None,
-        difference=difference,
-        answer_tokens=_mean_answer_tokens(answers) if answers else None,
+        win_rate=win_rate(verdicts) if verdicts else None,
+        difference=win_rate_difference(selected_verdicts, verdicts)
+        if verdicts and selected_verdicts
+        else None,
+        answer_tokens=clustered_mean(lengths, prompt_ids) if answers else None,
     )
-
-
-def _mean_answer_tokens(answers: Answers) -> Estimate:
-    """Mean number of tokens of an answer, clustered by prompt."""
-    lengths = [answer.tokens for samples in answers.values() for answer in samples]
-    prompt_ids = [prompt_id for prompt_id, samples in answers.items() for _ in samples]
-    return clustered_mean(lengths, prompt_ids)
 
 
 def held_out_metrics(
@@ -410,50 +389,24 @@ def generations_table(prompts: Sequence[Prompt], answers_by_arm: Mapping[str, An
     return pa.Table.from_pylist(rows, schema=pa.schema(GENERATION_COLUMNS))
 
 
-def verdicts_table(verdicts_by_arm: Mapping[str, ArmVerdicts]) -> pa.Table:
-    """One row a comparison; see `VERDICT_COLUMNS`."""
-    schema = pa.schema(VERDICT_COLUMNS)
-    tables = [
-        pa.table(
-            [
-                [arm] * len(verdicts.prompt_ids_N),
-                verdicts.prompt_ids_N,
-                verdicts.sample_N,
-                verdicts.opponent_sample_N,
-                verdicts.scores_N,
-            ],
-            schema=schema,
-        )
-        for arm, verdicts in verdicts_by_arm.items()
-    ]
-    return pa.concat_tables([schema.empty_table(), *tables])
-
-
-def write_model_outputs(path: Path, arm: str, prompts: Sequence[Prompt], answers: Answers) -> None:
-    """Write the first sample of each prompt, in their order, as AlpacaEval reads `model_outputs`.
+def model_outputs(arm: str, prompts: Sequence[Prompt], answers: Answers) -> list[dict[str, str]]:
+    """The first sample of each prompt, in their order, as AlpacaEval reads `model_outputs`.
 
     The format (https://github.com/tatsu-lab/alpaca_eval) is a JSON list of objects: `instruction`, `output`
-    and `generator`, which is `arm`.
+    and `generator`, which is `arm`. The instruction is plain text as it is, and the last user message of a
+    conversation.
 
     Raises:
         DataError: a prompt has no user message.
     """
-    outputs = [
-        {
-            "instruction": instruction_of(prompt.text),
-            "output": answers[prompt.prompt_id][0].text,
-            "generator": arm,
-        }
-        for prompt in prompts
-    ]
-    write_atomic(path, json.dumps(outputs, indent=2) + "\n")
-
-
-def instruction_of(text: Text) -> str:
-    """Plain text as it is; of messages, the content of the last one by the user."""
-    if isinstance(text, str):
-        return text
-    for message in reversed(text):
-        if message["role"] == "user":
-            return str(message["content"])
-    raise DataError("a prompt without a user message has no instruction; drop it from data.test")
+    outputs = []
+    for prompt in prompts:
+        instruction = prompt.text
+        if not isinstance(instruction, str):
+            asked = [str(message["content"]) for message in instruction if message["role"] == "user"]
+            if not asked:
+                raise DataError("a prompt without a user message has no instruction; drop it from data.test")
+            instruction = asked[-1]
+        output = answers[prompt.prompt_id][0].text
+        outputs.append({"instruction": instruction, "output": output, "generator": arm})
+    return outputs

@@ -15,6 +15,7 @@ import jinja2
 import numpy as np
 import torch
 import transformers
+from torch.nn.utils.rnn import pad_sequence
 
 from selective_dpo.config import GenerationConfig
 from selective_dpo.data.templates import Conversation, render
@@ -106,7 +107,17 @@ def generate_answers(
         )
     end_ids = _end_ids(model, tokenizer, prompts)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(end_ids, default=0)
-    settings = _settings(config, end_ids, int(pad_id))
+    sampling: dict[str, Any] = {"do_sample": False}
+    if config.temperature > 0.0:
+        # top_k: transformers' own default is 50.
+        sampling = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
+    settings = transformers.GenerationConfig(  # type: ignore[no-untyped-call]
+        max_new_tokens=config.max_new_tokens,
+        eos_token_id=sorted(end_ids) or None,
+        pad_token_id=int(pad_id),
+        use_cache=True,
+        **sampling,
+    )
     answers: dict[str, dict[int, Answer]] = {prompt.prompt_id: {} for prompt in prompts}
     with _generating(model), Progress(len(rows), f"answers of {stream}", unit="answers") as progress:
         for start in range(0, len(rows), config.batch_size):
@@ -114,7 +125,14 @@ def generate_answers(
             content = [config.seed, stream, [[row.prompt_id, row.sample] for row in batch]]
             torch.manual_seed(int(digest(content)[:15], 16))  # 60 bits: what torch takes without a sign
             for row, new_ids in zip(batch, _continue(model, batch, settings), strict=True):
-                answers[row.prompt_id][row.sample] = _answer(tokenizer, new_ids, end_ids)
+                # After a row's end `generate` goes on with padding, which may be the end token itself.
+                length = next(
+                    (place for place, token in enumerate(new_ids) if token in end_ids), len(new_ids)
+                )
+                text = tokenizer.decode(
+                    new_ids[:length], skip_special_tokens=True, clean_up_tokenization_spaces=False
+                )
+                answers[row.prompt_id][row.sample] = Answer(str(text), length)
             progress.advance(len(batch))
     return {
         prompt_id: tuple(samples[number] for number in range(config.samples))
@@ -143,27 +161,6 @@ def _end_ids(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[P
     return frozenset(int(token) for token in ids if token is not None)
 
 
-def _settings(
-    config: GenerationConfig, end_ids: frozenset[int], pad_id: int
-) -> transformers.GenerationConfig:
-    sampling: dict[str, Any] = {"do_sample": False}
-    if config.temperature > 0.0:
-        # transformers' own default is top_k = 50
-        sampling = {
-            "do_sample": True,
-            "temperature": config.temperature,
-            "top_p": config.top_p,
-            "top_k": 0,
-        }
-    return transformers.GenerationConfig(  # type: ignore[no-untyped-call]
-        max_new_tokens=config.max_new_tokens,
-        eos_token_id=sorted(end_ids) or None,
-        pad_token_id=pad_id,
-        use_cache=True,
-        **sampling,
-    )
-
-
 @contextlib.contextmanager
 def _generating(model: Any) -> Iterator[None]:
     """Evaluation mode, blank generation defaults and a random state of our own; all restored."""
@@ -188,26 +185,15 @@ def _generating(model: Any) -> Iterator[None]:
 
 def _continue(model: Any, batch: Sequence[_Row], settings: transformers.GenerationConfig) -> list[list[int]]:
     """The new token ids of each row, padding included."""
-    width = max(len(row.ids) for row in batch)
-    input_ids = torch.full((len(batch), width), int(settings.pad_token_id))
-    attention_mask = torch.zeros_like(input_ids)
-    for number, row in enumerate(batch):
-        input_ids[number, width - len(row.ids) :] = torch.tensor(row.ids)
-        attention_mask[number, width - len(row.ids) :] = 1
+    ids = [torch.tensor(row.ids, device=model.device) for row in batch]
+    left: dict[str, Any] = {"batch_first": True, "padding_side": "left"}
+    input_ids = pad_sequence(ids, padding_value=int(settings.pad_token_id), **left)
+    attention_mask = pad_sequence([torch.ones_like(row) for row in ids], **left)
     output: Any = model.generate(
-        input_ids=input_ids.to(model.device),
-        attention_mask=attention_mask.to(model.device),
-        generation_config=settings,
+        input_ids=input_ids, attention_mask=attention_mask, generation_config=settings
     )
-    new_ids: list[list[int]] = output[:, width:].tolist()
+    new_ids: list[list[int]] = output[:, input_ids.shape[1] :].tolist()
     return new_ids
-
-
-def _answer(tokenizer: PreTrainedTokenizerBase, new_ids: list[int], end_ids: frozenset[int]) -> Answer:
-    # After a row's end `generate` goes on with padding, which may be the end token itself.
-    length = next((place for place, token in enumerate(new_ids) if token in end_ids), len(new_ids))
-    text = tokenizer.decode(new_ids[:length], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return Answer(str(text), length)
 
 
 def encode_prompt(

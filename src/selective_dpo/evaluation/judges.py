@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from selective_dpo.config import EvaluateConfig, ModelConfig
@@ -80,11 +81,18 @@ class RewardJudge(ABC):
                     new[key, answer] = prompt
         if new:
             found = self.rewards(list(new.values()), [answer for _, answer in new])
-            _require_finite(found, list(new), self.name)
+            bad = [key[:80] for (key, _), reward in zip(new, found, strict=True) if not np.isfinite(reward)]
+            if bad:
+                raise ModelError(
+                    f"judge {self.name!r} gave {len(bad):,} answers a reward that is not finite; "
+                    f"use another reward model. Prompts: {name_some(bad, 3)}"
+                )
             self._known.update(zip(new, found, strict=True))
         return scores_from_rewards(
-            [self._known[key, answer] for key, answer in zip(keys, answers_a, strict=True)],
-            [self._known[key, answer] for key, answer in zip(keys, answers_b, strict=True)],
+            *(
+                [self._known[pair] for pair in zip(keys, answers, strict=True)]
+                for answers in (answers_a, answers_b)
+            )
         )
 
 
@@ -159,15 +167,6 @@ def judge_for(config: EvaluateConfig) -> Judge | None:
     return None if config.judge == "none" else JUDGES[config.judge](config)
 
 
-def _require_finite(rewards: Sequence[float], keys: Sequence[tuple[str, str]], name: str) -> None:
-    bad = [key[0][:80] for key, reward in zip(keys, rewards, strict=True) if not np.isfinite(reward)]
-    if bad:
-        raise ModelError(
-            f"judge {name!r} gave {len(bad):,} answers a reward that is not finite; "
-            f"use another reward model. Prompts: {name_some(bad, 3)}"
-        )
-
-
 class RewardModelJudge(RewardJudge):
     """Prefers the answer to which a sequence classifier gives the larger output.
 
@@ -222,7 +221,13 @@ class RewardModelJudge(RewardJudge):
             ModelError: the weights cannot be loaded, or a conversation exceeds the model's positions.
         """
         rows = [self._encode(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
-        self._require_positions(rows)
+        positions = getattr(self._config.get_text_config(), "max_position_embeddings", None)
+        longest = max(map(len, rows), default=0)
+        if positions is not None and longest > positions:
+            raise ModelError(
+                f"a conversation of {longest:,} tokens exceeds the {positions:,} positions of reward model "
+                f"{self._path!r}; lower generation.max_new_tokens or choose another"
+            )
         order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
         rewards = [0.0] * len(rows)
         with torch.no_grad(), Progress(len(rows), "rewards", unit="answers") as progress:
@@ -238,24 +243,11 @@ class RewardModelJudge(RewardJudge):
         messages.append({"role": "assistant", "content": answer})
         return encode_conversation(self._tokenizer, Conversation(messages))
 
-    def _require_positions(self, rows: Sequence[Sequence[int]]) -> None:
-        positions = getattr(self._config.get_text_config(), "max_position_embeddings", None)
-        longest = max(map(len, rows), default=0)
-        if positions is not None and longest > positions:
-            raise ModelError(
-                f"a conversation of {longest:,} tokens exceeds the {positions:,} positions of reward model "
-                f"{self._path!r}; lower generation.max_new_tokens or choose another"
-            )
-
     def _forward(self, rows: Sequence[Sequence[int]]) -> list[float]:
-        width = max(map(len, rows))
-        input_ids = torch.full((len(rows), width), self._pad_id if self._pad_id is not None else 0)
-        attention_mask = torch.zeros_like(input_ids)
-        for number, row in enumerate(rows):
-            input_ids[number, : len(row)] = torch.tensor(row)
-            attention_mask[number, : len(row)] = 1
+        ids = [torch.tensor(row, device=self._device) for row in rows]
         output = self._model(
-            input_ids=input_ids.to(self._device), attention_mask=attention_mask.to(self._device)
+            input_ids=pad_sequence(ids, batch_first=True, padding_value=self._pad_id or 0),
+            attention_mask=pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
         )
         found: list[float] = output.logits.float().squeeze(-1).tolist()
         return found

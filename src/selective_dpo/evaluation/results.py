@@ -79,11 +79,6 @@ class EvaluationResults(NamedTuple):
         """The arm or repeat of that name, if it was evaluated."""
         return next((arm for arm in self.policies if arm.name == name), None)
 
-    @property
-    def has_win_rates(self) -> bool:
-        """Whether any trained arm's answers were judged."""
-        return any(arm.win_rate is not None for arm in self.arms if arm.name != REFERENCE)
-
 
 class Measure(NamedTuple):
     """The quantity that the arms are compared by."""
@@ -95,7 +90,7 @@ class Measure(NamedTuple):
 
 def main_measure(results: EvaluationResults) -> Measure | None:
     """The win rate where answers were judged, else the accuracy on held-out pairs, else nothing."""
-    if results.has_win_rates:
+    if any(arm.win_rate for arm in results.arms if arm.name != REFERENCE):
         return Measure("win rate", {arm.name: arm.win_rate for arm in results.arms if arm.win_rate})
     held_out = {arm.name: arm.held_out.accuracy for arm in results.arms if arm.held_out}
     return Measure("held-out accuracy", held_out) if held_out else None
@@ -159,14 +154,8 @@ def from_json(content: Mapping[str, Any]) -> EvaluationResults:
         raise ArtifactError(f"results.json is not in the format of this version: {error}") from error
 
 
-def estimate_to_json(estimate: Estimate) -> dict[str, float | None]:
-    """An estimate as a JSON object, NaN as null."""
-    fields: dict[str, float | None] = _as_json(estimate)
-    return fields
-
-
 def estimate_from_json(content: Mapping[str, float | None]) -> Estimate:
-    """The inverse of `estimate_to_json`."""
+    """The inverse of `Estimate.as_json`."""
     return Estimate(**{name: math.nan if value is None else value for name, value in content.items()})
 
 

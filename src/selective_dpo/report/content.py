@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from pydantic import ValidationError
 
 from selective_dpo.config import SelectConfig
 from selective_dpo.criteria import CRITERIA
-from selective_dpo.curriculum.columns import id_positions
+from selective_dpo.curriculum.columns import codes, id_positions
 from selective_dpo.curriculum.import_ import imported_from
 from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.data.adapters import KEPT
@@ -25,12 +26,12 @@ from selective_dpo.evaluation.results import (
     SELECTED,
     EvaluationResults,
     estimate_from_json,
-    estimate_to_json,
     from_json,
 )
 from selective_dpo.losses import LN_2
 from selective_dpo.report.inspect import OF_A_REPORT, ExampleGroup, example_groups
 from selective_dpo.stats.estimates import Estimate
+from selective_dpo.stats.rank_correlation import clustered_spearman
 from selective_dpo.storage.artifacts import SCHEMA_VERSION, read_json, write_json
 
 FINDINGS = "findings.json"
@@ -48,6 +49,17 @@ class Lengths(NamedTuple):
     def pair_P(self) -> NDArray[np.int64]:
         """Tokens of the prompt and both completions, the prompt once."""
         return self.prompt_P + self.chosen_P + self.rejected_P
+
+
+class LengthCorrelation(NamedTuple):
+    """How closely the difficulty follows one length."""
+
+    name: str
+    label: str
+    """What stands at its axis."""
+    tokens_P: NDArray[np.int64]
+    spearman: Estimate
+    """Its rank correlation with the difficulty, clustered by prompt."""
 
 
 class DropCount(NamedTuple):
@@ -72,6 +84,10 @@ class TrainingLog(NamedTuple):
     loss: Curve
     held_out_loss: Curve
     difficulty: Curve
+
+
+CURVES = {"loss": "Training loss", "held_out_loss": "Held-out loss", "difficulty": "Difficulty of the batch"}
+"""The curves of a `TrainingLog` and what they are called."""
 
 
 class TruthRow(NamedTuple):
@@ -125,6 +141,23 @@ class ReportContent:
         words = "" if self.is_loss or self.imported else CRITERIA[self.select.aggregate].label
         return f" {words}".rstrip()
 
+    @cached_property
+    def length_correlations(self) -> tuple[LengthCorrelation, ...]:
+        """Of the length of the pair, and of chosen over rejected; empty where nothing was tokenized."""
+        if self.lengths is None:
+            return ()
+        clusters_P, _ = codes(self.curriculum.table["prompt_id"])
+        longer_P = self.lengths.chosen_P - self.lengths.rejected_P
+        return tuple(
+            LengthCorrelation(
+                name, label, tokens_P, clustered_spearman(tokens_P, self.curriculum.difficulty_P, clusters_P)
+            )
+            for name, label, tokens_P in (
+                ("length of the pair", "tokens of the pair", self.lengths.pair_P),
+                ("length of chosen over rejected", "chosen minus rejected (tokens)", longer_P),
+            )
+        )
+
     @property
     def imported(self) -> Mapping[str, Any] | None:
         """Where the difficulty was imported from; None: it was measured in this run."""
@@ -171,7 +204,7 @@ def load_report_content(run_folder: Path) -> ReportContent:
 def save_findings(run_folder: Path, findings: Sequence[str], truth: Sequence[TruthRow] = ()) -> None:
     """Keep sentences that the caller measured, and the truth table, for this and later reports."""
     rows = [
-        {"group": group, "selected": estimate_to_json(selected), "deselected": estimate_to_json(deselected)}
+        {"group": group, "selected": selected.as_json(), "deselected": deselected.as_json()}
         for group, selected, deselected in truth
     ]
     content = {"schema_version": SCHEMA_VERSION, "findings": list(findings), "truth": rows}
@@ -184,9 +217,7 @@ def _read_findings(path: Path) -> tuple[tuple[str, ...], tuple[TruthRow, ...]]:
     value = read_json(path)
     try:
         truth = tuple(
-            TruthRow(
-                str(row["group"]), estimate_from_json(row["selected"]), estimate_from_json(row["deselected"])
-            )
+            TruthRow(str(row["group"]), *(estimate_from_json(row[name]) for name in TruthRow._fields[1:]))
             for row in value.get("truth", [])
         )
         return tuple(str(sentence) for sentence in value.get("findings", [])), truth
@@ -215,12 +246,7 @@ def _provenance(run_folder: Path, curriculum: Curriculum) -> dict[str, Any]:
 def _read_drops(path: Path) -> tuple[DropCount, ...]:
     table = pq.read_table(path, columns=["source", "status"])
     counted = table.group_by(["source", "status"], use_threads=False).aggregate([([], "count_all")])
-    drops = [
-        DropCount(source or "", status, rows)
-        for source, status, rows in zip(
-            *(counted[name].to_pylist() for name in ("source", "status", "count_all")), strict=True
-        )
-    ]
+    drops = [DropCount(row["source"] or "", row["status"], row["count_all"]) for row in counted.to_pylist()]
     return tuple(sorted(drops, key=lambda drop: (drop.source, drop.status != KEPT, -drop.rows, drop.status)))
 
 
@@ -245,16 +271,13 @@ def _read_training_logs(run_folder: Path) -> tuple[TrainingLog, ...]:
         history = read_json(path).get("log_history")
         if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
             raise ArtifactError(f"{path} holds no log_history; run `train` again")
-        logs.append(
-            TrainingLog(arm, *(_curve(history, name) for name in ("loss", "eval_loss", "difficulty")))
-        )
+        curves = []
+        for name in ("loss", "eval_loss", "difficulty"):
+            points = {
+                int(entry["step"]): float(entry[name])
+                for entry in history
+                if "step" in entry and isinstance(entry.get(name), int | float) and math.isfinite(entry[name])
+            }
+            curves.append(Curve(tuple(points), tuple(points.values())))
+        logs.append(TrainingLog(arm, *curves))
     return tuple(logs)
-
-
-def _curve(history: Sequence[Mapping[str, Any]], name: str) -> Curve:
-    points = [
-        (int(entry["step"]), float(entry[name]))
-        for entry in history
-        if "step" in entry and isinstance(entry.get(name), int | float) and math.isfinite(entry[name])
-    ]
-    return Curve(tuple(step for step, _ in points), tuple(value for _, value in points))

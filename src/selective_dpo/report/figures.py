@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib
+import matplotlib.style
 import numpy as np
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 from selective_dpo.criteria import CRITERIA
-from selective_dpo.curriculum.columns import codes
 from selective_dpo.evaluation.results import REFERENCE, SELECTED, EvaluationResults, Measure, main_measure
-from selective_dpo.report.content import Curve, ReportContent
+from selective_dpo.report.content import CURVES, Curve, LengthCorrelation, ReportContent
 from selective_dpo.report.tables import describe_chance, printable
 from selective_dpo.stats.estimates import Estimate
-from selective_dpo.stats.rank_correlation import binned_medians, clustered_spearman
+from selective_dpo.stats.rank_correlation import binned_medians
 
 # The hues are Okabe and Ito's, which people with any of the common color-vision deficiencies can tell apart.
 BLUE = "#0072B2"
@@ -69,6 +68,7 @@ _STYLE: dict[str, Any] = {
     "grid.linewidth": 0.8,
     "legend.frameon": False,
     "legend.fontsize": 9,
+    "svg.fonttype": "none",
     "text.color": INK,
     # A label is the user's text: a dollar sign in it is not mathematics.
     "text.parse_math": False,
@@ -79,17 +79,8 @@ _STYLE: dict[str, Any] = {
     "ytick.labelcolor": INK,
     "ytick.labelsize": 9,
 }
-
-
-@contextlib.contextmanager
-def report_style() -> Iterator[None]:
-    """matplotlib's defaults and ours for as long as this is open, whatever the user's settings are."""
-    defaults = {
-        name: value for name, value in matplotlib.rcParamsDefault.items() if not name.startswith("backend")
-    }
-    letters = {"svg.fonttype": "none", "svg.hashsalt": "selective-dpo"}
-    with matplotlib.rc_context({**defaults, **_STYLE, **letters}):
-        yield
+# matplotlib's defaults and ours for as long as a figure is drawn, whatever the user's settings are.
+_STYLED = matplotlib.style.context(_STYLE, after_reset=True)
 
 
 def new_figure(height_inches: float, columns: int = 1, **options: Any) -> tuple[Figure, list[Any]]:
@@ -112,16 +103,15 @@ def signed(value: float, decimals: int) -> str:
     return text[1:] if float(text) == 0 else text.replace("-", "\N{MINUS SIGN}")
 
 
+def spearman_in_words(rho: Estimate) -> str:
+    """A rank correlation with its 95% interval."""
+    value, low, high = (signed(number, 2) for number in (rho.value, rho.low, rho.high))
+    return f"Spearman {value} (95% {low} to {high})"
+
+
+@_STYLED
 def difficulty_svg(content: ReportContent) -> str:
     """Histogram of the difficulty, the selected pairs apart from the others, and the loss at chance."""
-    with report_style():
-        figure, (axes,) = new_figure(3.3)
-        draw_difficulty(axes, content)
-        return to_svg(figure, name="difficulty", description=f"Histogram: {axes.get_title(loc='left')}")
-
-
-def draw_difficulty(axes: Any, content: ReportContent) -> None:
-    """Draw the histogram of `difficulty_svg` on `axes`."""
     difficulty_P = content.curriculum.difficulty_P
     selected_P = np.asarray(content.curriculum.table["selected"])
     low, high = np.quantile(difficulty_P, _SHOWN_QUANTILES)
@@ -130,6 +120,7 @@ def draw_difficulty(axes: Any, content: ReportContent) -> None:
     selected, _ = np.histogram(shown_P[selected_P], edges)
     others, _ = np.histogram(shown_P[~selected_P], edges)
     bar = {"width": np.diff(edges), "align": "edge", "edgecolor": "white", "linewidth": 0.4}
+    figure, (axes,) = new_figure(3.3)
     axes.bar(edges[:-1], selected, color=BLUE, label=f"selected ({selected_P.sum():,})", **bar)
     axes.bar(
         edges[:-1],
@@ -153,8 +144,10 @@ def draw_difficulty(axes: Any, content: ReportContent) -> None:
     axes.set_ylim(0, 1.08 * max(selected + others))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.legend(loc="best", handlelength=1.4)
+    return to_svg(figure, name="difficulty", description=f"Histogram: {axes.get_title(loc='left')}")
 
 
+@_STYLED
 def agreement_svg(content: ReportContent) -> str | None:
     """Heat map of Spearman's correlation between the losses of all seeds and evaluations."""
     columns = content.agreement.get("columns") or []
@@ -165,77 +158,59 @@ def agreement_svg(content: ReportContent) -> str | None:
     apart = spearman[~np.eye(count, dtype=bool)]
     if not np.isfinite(apart).any():
         return None
-    with report_style():
-        figure, (axes,) = new_figure(5.9)
-        floor = min(math.floor(10 * float(np.nanmin(apart))) / 10, 0.9)
-        mesh = axes.pcolormesh(
-            spearman, cmap=_HEAT_MAP, vmin=floor, vmax=1.0, edgecolor="white", linewidth=0.6
-        )
-        if count <= _MAX_ANNOTATED_COLUMNS:
-            for row, column in np.ndindex(count, count):
-                value = spearman[row, column]
-                dark = value > floor + 0.55 * (1 - floor)
-                size = 7.2 if count > 8 else 9
-                text = f"{value:.2f}".replace("0.", ".", 1) if np.isfinite(value) else "–"
-                place = {"ha": "center", "va": "center"}
-                axes.text(
-                    column + 0.5, row + 0.5, text, color="white" if dark else INK, fontsize=size, **place
-                )
-        starts = [place for place in range(1, count) if columns[place]["seed"] != columns[place - 1]["seed"]]
-        for start in starts:
-            axes.axhline(start, color="white", linewidth=3)
-            axes.axvline(start, color="white", linewidth=3)
-        centres = [(low + high) / 2 for low, high in zip([0, *starts], [*starts, count], strict=True)]
-        ticks, labels = np.arange(count) + 0.5, [str(column["evaluation"]) for column in columns]
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_ticks(ticks, labels)
-            axis.set_tick_params(length=0)
-        for start, centre in zip([0, *starts], centres, strict=True):
-            name = {"text": f"seed {columns[start]['seed']}", "textcoords": "offset points", "color": MUTED}
-            axes.annotate(
-                xy=(centre, 0), xycoords=("data", "axes fraction"), xytext=(0, -24), ha="center", **name
-            )
-            axes.annotate(
-                xy=(0, centre),
-                xycoords=("axes fraction", "data"),
-                xytext=(-26, 0),
-                va="center",
-                rotation=90,
-                ha="center",
-                **name,
-            )
-        axes.invert_yaxis()
-        axes.set_aspect("equal")
-        axes.spines[:].set_visible(False)
-        axes.set_title(
-            f"Rank correlation between any two evaluations: {np.nanmin(apart):.2f} to {np.nanmax(apart):.2f}"
-        )
-        colors = figure.colorbar(mesh, ax=axes, shrink=0.6, aspect=25, pad=0.03)
-        colors.outline.set_visible(False)
-        colors.set_label("Spearman's rank correlation")
-        return to_svg(figure, name="agreement", description=f"Heat map: {axes.get_title(loc='left')}")
+    figure, (axes,) = new_figure(5.9)
+    floor = min(math.floor(10 * float(np.nanmin(apart))) / 10, 0.9)
+    mesh = axes.pcolormesh(spearman, cmap=_HEAT_MAP, vmin=floor, vmax=1.0, edgecolor="white", linewidth=0.6)
+    if count <= _MAX_ANNOTATED_COLUMNS:
+        for row, column in np.ndindex(count, count):
+            value = spearman[row, column]
+            dark = value > floor + 0.55 * (1 - floor)
+            size = 7.2 if count > 8 else 9
+            text = f"{value:.2f}".replace("0.", ".", 1) if np.isfinite(value) else "–"
+            place = {"ha": "center", "va": "center"}
+            axes.text(column + 0.5, row + 0.5, text, color="white" if dark else INK, fontsize=size, **place)
+    starts = [place for place in range(1, count) if columns[place]["seed"] != columns[place - 1]["seed"]]
+    for start in starts:
+        axes.axhline(start, color="white", linewidth=3)
+        axes.axvline(start, color="white", linewidth=3)
+    centres = [(low + high) / 2 for low, high in zip([0, *starts], [*starts, count], strict=True)]
+    ticks, labels = np.arange(count) + 0.5, [str(column["evaluation"]) for column in columns]
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_ticks(ticks, labels)
+        axis.set_tick_params(length=0)
+    for start, centre in zip([0, *starts], centres, strict=True):
+        name: dict[str, Any] = {"text": f"seed {columns[start]['seed']}", "color": MUTED, "ha": "center"}
+        name |= {"textcoords": "offset points"}
+        axes.annotate(xy=(centre, 0), xycoords=("data", "axes fraction"), xytext=(0, -24), **name)
+        name |= {"va": "center", "rotation": 90}
+        axes.annotate(xy=(0, centre), xycoords=("axes fraction", "data"), xytext=(-26, 0), **name)
+    axes.invert_yaxis()
+    axes.set_aspect("equal")
+    axes.spines[:].set_visible(False)
+    axes.set_title(
+        f"Rank correlation between any two evaluations: {np.nanmin(apart):.2f} to {np.nanmax(apart):.2f}"
+    )
+    colors = figure.colorbar(mesh, ax=axes, shrink=0.6, aspect=25, pad=0.03)
+    colors.outline.set_visible(False)
+    colors.set_label("Spearman's rank correlation")
+    return to_svg(figure, name="agreement", description=f"Heat map: {axes.get_title(loc='left')}")
 
 
+@_STYLED
 def length_svg(content: ReportContent) -> str | None:
     """Difficulty against the pair's length, and against how much longer the chosen answer is."""
     if content.lengths is None:
         return None
-    with report_style():
-        figure, (whole, difference) = new_figure(3.6, columns=2, sharey=True)
-        lengths = content.lengths
-        _draw_length(whole, content, lengths.pair_P, "tokens of the pair", "Length of the pair")
-        longer_P = lengths.chosen_P - lengths.rejected_P
-        _draw_length(
-            difference, content, longer_P, "chosen minus rejected (tokens)", "Length of chosen over rejected"
-        )
-        whole.set_ylabel(f"difficulty{content.unit}")
-        titles = "; ".join(axes.get_title(loc="left") for axes in (whole, difference))
-        return to_svg(figure, name="length", description=f"Difficulty against length. {titles}")
+    figure, (whole, difference) = new_figure(3.6, columns=2, sharey=True)
+    for axes, correlation in zip((whole, difference), content.length_correlations, strict=True):
+        _draw_length(axes, content, correlation)
+    whole.set_ylabel(f"difficulty{content.unit}")
+    titles = "; ".join(axes.get_title(loc="left") for axes in (whole, difference))
+    return to_svg(figure, name="length", description=f"Difficulty against length. {titles}")
 
 
-def _draw_length(axes: Any, content: ReportContent, length_P: Any, label: str, title: str) -> None:
-    difficulty_P = content.curriculum.difficulty_P
-    clusters_P, _ = codes(content.curriculum.table["prompt_id"])
+def _draw_length(axes: Any, content: ReportContent, correlation: LengthCorrelation) -> None:
+    difficulty_P, length_P = content.curriculum.difficulty_P, correlation.tokens_P
     shown = np.ones(len(length_P), dtype=bool)
     for values_P in (length_P, difficulty_P):
         least, largest = np.quantile(values_P, _SHOWN_QUANTILES)
@@ -257,15 +232,14 @@ def _draw_length(axes: Any, content: ReportContent, length_P: Any, label: str, t
     axes.plot(bins.centres, bins.median, color=BLUE, linewidth=1.8, marker="o", markersize=4)
     if content.chance is not None:
         axes.axhline(content.chance, linewidth=1.2, **_CHANCE_LINE)
-    rho = clustered_spearman(length_P, difficulty_P, clusters_P)
-    value, low, high = (signed(number, 2) for number in (rho.value, rho.low, rho.high))
-    axes.set_title(f"{title}\nSpearman {value} (95% {low} to {high})")
-    axes.set_xlabel(label)
+    axes.set_title(f"{correlation.name.capitalize()}\n{spearman_in_words(correlation.spearman)}")
+    axes.set_xlabel(correlation.label)
     axes.grid(axis="y", color=FAINT)
     axes.set_axisbelow(True)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}".replace("-", "\N{MINUS SIGN}"))
 
 
+@_STYLED
 def arms_svg(content: ReportContent) -> str | None:
     """Each arm's win rate (else held-out accuracy), and its paired difference to the run's own policy."""
     results = content.results
@@ -273,24 +247,22 @@ def arms_svg(content: ReportContent) -> str | None:
     if results is None or measure is None:
         return None
     compared = [arm for arm in results.arms if arm.difference is not None and arm.name != SELECTED]
-    with report_style():
-        options: dict[str, Any] = {"width_ratios": (1.25, 1)} if compared else {}
-        figure, axes = new_figure(1.5 + 0.46 * len(measure.values), columns=1 + bool(compared), **options)
-        draw_arms(axes[0], results, measure)
-        if compared:
-            differences = {arm.name: arm.difference for arm in compared if arm.difference}
-            axes[1].axvline(0.0, color=MUTED, linewidth=1)
-            _draw_estimates(axes[1], differences, list(measure.values), lambda value: signed(100 * value, 1))
-            axes[1].set_yticks([])
-            axes[1].set_xlabel("difference (percentage points)")
-            axes[1].set_title("Selected minus the arm")
-            axes[1].xaxis.set_major_formatter(lambda value, _: signed(100 * value, 0))
-        title = axes[0].get_title(loc="left")
-        return to_svg(figure, name="arms", description=f"Dot plot with 95% intervals: {title}")
+    options: dict[str, Any] = {"width_ratios": (1.25, 1)} if compared else {}
+    figure, axes = new_figure(1.5 + 0.46 * len(measure.values), columns=1 + bool(compared), **options)
+    _draw_arms(axes[0], results, measure)
+    if compared:
+        differences = {arm.name: arm.difference for arm in compared if arm.difference}
+        axes[1].axvline(0.0, color=MUTED, linewidth=1)
+        _draw_estimates(axes[1], differences, list(measure.values), lambda value: signed(100 * value, 1))
+        axes[1].set_yticks([])
+        axes[1].set_xlabel("difference (percentage points)")
+        axes[1].set_title("Selected minus the arm")
+        axes[1].xaxis.set_major_formatter(lambda value, _: signed(100 * value, 0))
+    title = axes[0].get_title(loc="left")
+    return to_svg(figure, name="arms", description=f"Dot plot with 95% intervals: {title}")
 
 
-def draw_arms(axes: Any, results: EvaluationResults, measure: Measure) -> None:
-    """Draw each arm's estimate with its 95% interval, one line an arm, beside what it was trained on."""
+def _draw_arms(axes: Any, results: EvaluationResults, measure: Measure) -> None:
     names = list(measure.values)
     axes.axvline(0.5, color=MUTED, linewidth=1)
     _draw_estimates(axes, measure.values, names, lambda value: f"{value:.1%}")
@@ -339,43 +311,52 @@ def _draw_estimates(
     axes.xaxis.get_major_locator().set_params(nbins=6)
 
 
+@_STYLED
 def training_svg(content: ReportContent) -> str | None:
-    """Loss by step, and the difficulty of the pairs trained on by step, one line an arm."""
+    """Loss by step, and the difficulty of the pairs trained on by step, one line an arm.
+
+    A curve of one point is not drawn; the page says it in a line.
+    """
     panels = []
-    for name, title, label in (
-        ("loss", "Training loss", "loss"),
-        ("held_out_loss", "Held-out loss", "loss"),
-        ("difficulty", "Difficulty of the batch", f"difficulty{content.unit}"),
-    ):
-        curves = {log.arm: curve for log in content.training_logs if (curve := getattr(log, name)).steps}
-        if curves:
-            panels.append((title, label, curves))
+    for name, title in CURVES.items():
+        label = f"difficulty{content.unit}" if name == "difficulty" else "loss"
+        curves = {log.arm: getattr(log, name) for log in content.training_logs}
+        if drawn := {arm: curve for arm, curve in curves.items() if len(curve.steps) > 1}:
+            panels.append((title, label, drawn))
     if not panels:
         return None
-    with report_style():
-        figure, axes = new_figure(3.4, columns=len(panels))
-        colors = arm_colors([log.arm for log in content.training_logs])
-        styles = {arm: _LINE_STYLES[place % len(_LINE_STYLES)] for place, arm in enumerate(colors)}
-        lines = {}
-        for panel, (title, label, curves) in zip(axes, panels, strict=True):
-            for arm, curve in curves.items():
-                smooth = _smoothed(curve)
-                style = {"color": colors[arm], "linestyle": "-" if arm == SELECTED else styles[arm]}
-                width = 2.2 if arm == SELECTED else 1.5
-                (lines[arm],) = panel.plot(*smooth, linewidth=width, **style)
-            panel.set_title(title)
-            panel.set_xlabel("optimizer step")
-            panel.set_ylabel(label)
-            panel.grid(axis="y", color=FAINT)
-        figure.legend(
-            list(lines.values()),
-            [printable(arm) for arm in lines],
-            loc="outside lower center",
-            ncols=min(len(lines), 4),
-            handlelength=3,
-        )
-        titles = ", ".join(title for title, _, _ in panels)
-        return to_svg(figure, name="training", description=f"Curves by optimizer step: {titles}")
+    figure, axes = new_figure(3.4, columns=len(panels))
+    colors = arm_colors([log.arm for log in content.training_logs])
+    styles = {arm: _LINE_STYLES[place % len(_LINE_STYLES)] for place, arm in enumerate(colors)}
+    lines = {}
+    for panel, (title, label, curves) in zip(axes, panels, strict=True):
+        for arm, curve in curves.items():
+            smooth = _smoothed(curve)
+            style = {"color": colors[arm], "linestyle": "-" if arm == SELECTED else styles[arm]}
+            width = 2.2 if arm == SELECTED else 1.5
+            (lines[arm],) = panel.plot(*smooth, linewidth=width, **style)
+        panel.set_title(title)
+        panel.set_xlabel("optimizer step")
+        panel.set_ylabel(label)
+        panel.grid(axis="y", color=FAINT)
+    figure.legend(
+        list(lines.values()),
+        [printable(arm) for arm in lines],
+        loc="outside lower center",
+        ncols=min(len(lines), 4),
+        handlelength=3,
+    )
+    titles = ", ".join(title for title, _, _ in panels)
+    return to_svg(figure, name="training", description=f"Curves by optimizer step: {titles}")
+
+
+FIGURES: dict[str, Callable[[ReportContent], str | None]] = {
+    "difficulty": difficulty_svg,
+    "agreement": agreement_svg,
+    "length": length_svg,
+    "arms": arms_svg,
+    "training": training_svg,
+}
 
 
 def _smoothed(curve: Curve) -> Curve:

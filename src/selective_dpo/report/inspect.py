@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
@@ -69,16 +68,9 @@ class ExampleGroup(NamedTuple):
     pairs: tuple[ExamplePair, ...]
 
 
-class Look(NamedTuple):
-    """What was asked for."""
-
-    groups: tuple[ExampleGroup, ...]
-    total: int
-    """Scored pairs of the curriculum."""
-
-
-def look_at(source: Path, wanted: Wanted, pairs: Path | None = None) -> Look:
-    """The wanted pairs of the curriculum at `source`, a `.parquet` file or a run's folder.
+def look_at(source: Path, wanted: Wanted, pairs: Path | None = None) -> tuple[tuple[ExampleGroup, ...], int]:
+    """The wanted pairs of the curriculum at `source`, a `.parquet` file or a run's folder, and how many
+    scored pairs it holds.
 
     Texts come from the folder `pairs`; None: the folder `pairs` beside the curriculum.
 
@@ -98,7 +90,7 @@ def look_at(source: Path, wanted: Wanted, pairs: Path | None = None) -> Look:
     verify_folder(folder)
     _refuse_without_difficulty(wanted.pair_ids, curriculum)
     measured = curriculum.measured
-    return Look(example_groups(folder / PAIRS, measured, wanted), len(measured.pair_ids))
+    return example_groups(folder / PAIRS, measured, wanted), len(measured.pair_ids)
 
 
 def example_groups(path: Path, curriculum: Curriculum, wanted: Wanted) -> tuple[ExampleGroup, ...]:
@@ -110,7 +102,12 @@ def example_groups(path: Path, curriculum: Curriculum, wanted: Wanted) -> tuple[
     rows_by_title = _rows_by_title(curriculum, wanted)
     shown_rows = sorted({row for rows in rows_by_title.values() for row in rows})
     measured = {row["pair_id"]: row for row in curriculum.table.take(shown_rows).to_pylist()}
-    texts = {text["pair_id"]: text for text in _read_texts(path, measured)}
+    table = pq.read_table(
+        path,
+        columns=["pair_id", "prompt", "chosen", "rejected"],
+        filters=(pc.field("status") == KEPT) & pc.field("pair_id").isin(list(measured)),
+    )
+    texts = {text["pair_id"]: text for text in table.to_pylist()}
     if missing := [pair_id for pair_id in measured if pair_id not in texts]:
         raise IdentityError(f"{path} is not of this curriculum's data: it does not hold {name_some(missing)}")
     pairs = {pair_id: _example(row, texts[pair_id]) for pair_id, row in measured.items()}
@@ -159,25 +156,6 @@ def borderline(selected_by_rank_P: NDArray[np.bool_], rule: str) -> tuple[str, i
     return BORDERLINE, int(edges[-1])
 
 
-def _read_texts(path: Path, pair_ids: Collection[str]) -> list[dict[str, Any]]:
-    """The texts of some kept pairs. Of a large file only the row groups that hold them are read."""
-    columns = ["pair_id", "status"]
-    wanted_ids = pa.array(list(pair_ids), type=pa.string())
-
-    def is_wanted(table: pa.Table) -> NDArray[np.bool_]:
-        return np.asarray(
-            pc.and_(pc.equal(table["status"], KEPT), pc.is_in(table["pair_id"], wanted_ids)), dtype=np.bool_
-        )
-
-    with pq.ParquetFile(path) as file:
-        sizes = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
-        rows = np.flatnonzero(is_wanted(file.read(columns)))
-        groups = np.unique(np.searchsorted(np.cumsum(sizes), rows, side="right"))
-        table = file.read_row_groups(groups.tolist(), [*columns, "prompt", "chosen", "rejected"])
-    texts: list[dict[str, Any]] = table.filter(pa.array(is_wanted(table))).to_pylist()
-    return texts
-
-
 def _example(row: Mapping[str, Any], text: Mapping[str, Any]) -> ExamplePair:
     prompt, chosen, rejected = (json.loads(text[name] or '""') for name in ("prompt", "chosen", "rejected"))
     measured = {name: row[name] for name in ("pair_id", "rank", "difficulty", "spread", "selected", "reason")}
@@ -200,13 +178,9 @@ def find_ids(beginnings: Sequence[str], pair_ids: Sequence[str]) -> list[str]:
                 "give more of the id"
             )
         if not candidates:
-            near = list(pair_ids)
-            for length in range(1, len(beginning) + 1):
-                closer = [pair_id for pair_id in near if pair_id.startswith(beginning[:length].lower())]
-                near = closer or near
             raise IdentityError(
                 f"no pair {shown!r} among the {len(pair_ids):,} of this curriculum; "
-                f"nearest: {name_some(near, 3)}"
+                "the column pair_id of curriculum.parquet holds their ids"
             )
         found[candidates[0]] = None
     return list(found)

@@ -27,8 +27,8 @@ from selective_dpo.evaluation.results import (
     main_measure,
 )
 from selective_dpo.losses import LN_2
-from selective_dpo.report.content import DropCount, ReportContent, load_report_content
-from selective_dpo.report.figures import agreement_svg, arms_svg, difficulty_svg, length_svg, training_svg
+from selective_dpo.report.content import CURVES, DropCount, ReportContent, load_report_content
+from selective_dpo.report.figures import FIGURES, spearman_in_words
 from selective_dpo.report.tables import (
     agreement_rows,
     describe_chance,
@@ -93,13 +93,12 @@ def render_report(content: ReportContent) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    figures = {
-        "difficulty": difficulty_svg(content),
-        "agreement": agreement_svg(content),
-        "length": length_svg(content),
-        "arms": arms_svg(content),
-        "training": training_svg(content),
-    }
+    figures = {name: draw(content) for name, draw in FIGURES.items()}
+    seeds = tuple(tuple(number or "–" for number in numbers) for numbers in agreement_rows(content.agreement))
+    truth = tuple(
+        (row.group, share_with_interval(row.selected), share_with_interval(row.deselected))
+        for row in content.truth
+    )
     return environment.from_string(template).render(
         content=content,
         # Our own style sheet and drawings are the only markup that is not escaped.
@@ -109,13 +108,14 @@ def render_report(content: ReportContent) -> str:
         tiles=tiles(content),
         headline=headline(content),
         arms=_arms_table(content.results) if content.results else None,
-        seeds=_seeds_table(content.agreement),
+        seeds=Table(("Seeds", "Spearman", "Overlap of the selected", "Jaccard"), seeds) if seeds else None,
         drops=_drops_table(content.drops),
-        truth=_truth_table(content),
+        truth=Table(("Share of the pairs", "Selected", "Not selected"), truth) if truth else None,
         provenance=_facts(content.provenance),
         cost=_facts(content.cost),
         config=json.dumps(content.config, indent=2) if content.config else "",
         seeds_note=seeds_note(content.results) if content.results else "",
+        single_points=_single_points(content),
         agreement_note=_agreement_note(content.agreement),
         preview=preview,
         turns=turns,
@@ -143,11 +143,15 @@ def _arms_table(results: EvaluationResults) -> Table:
     return Table(header, tuple(tuple(row[name] or "–" for name in header) for row in rows))
 
 
-def _seeds_table(agreement: Mapping[str, Any]) -> Table | None:
-    rows = tuple(
-        (name, *(number or "–" for number in numbers)) for name, *numbers in agreement_rows(agreement)
-    )
-    return Table(("Seeds", "Spearman", "Overlap of the selected", "Jaccard"), rows) if rows else None
+def _single_points(content: ReportContent) -> str:
+    """The training curves of one point, which cannot be drawn, in a line; empty where there are none."""
+    points = [
+        f"{title.lower()} of {log.arm} {curve.values[0]:.4g} at step {curve.steps[0]:,}"
+        for log in content.training_logs
+        for name, title in CURVES.items()
+        if len((curve := getattr(log, name)).steps) == 1
+    ]
+    return f"Logged once only, so not drawn as a curve: {'; '.join(points)}." if points else ""
 
 
 def _drops_table(drops: tuple[DropCount, ...]) -> Table:
@@ -166,14 +170,6 @@ def _drops_table(drops: tuple[DropCount, ...]) -> Table:
     sums = [sum(drop.rows for drop in drops if drop.source == source) for source in shown]
     rows.append(("all input rows", *(f"{rows:,}" for rows in sums), f"{sum(totals.values()):,}"))
     return Table(("Status", *shown, "Rows"), tuple(rows))
-
-
-def _truth_table(content: ReportContent) -> Table | None:
-    rows = tuple(
-        (row.group, share_with_interval(row.selected), share_with_interval(row.deselected))
-        for row in content.truth
-    )
-    return Table(("Share of the pairs", "Selected", "Not selected"), rows) if rows else None
 
 
 def _facts(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -253,10 +249,21 @@ def headline(content: ReportContent) -> list[str]:
         sentences.append(f"Records are missing of {', '.join(map(str, without))}.")
     if partial := int(facts.get("partial") or 0):
         sentences.append(f"{partial:,} pairs lack some of their records and were ranked by those they have.")
+    sentences += _strongest_correlate(content)
     if content.results is None:
         nothing = "No evaluation is part of this run, so nothing is said about what training on them gives."
         return [*sentences, nothing]
     return sentences + _evaluation_sentences(content.results)
+
+
+def _strongest_correlate(content: ReportContent) -> list[str]:
+    """The length that difficulty follows most closely; nothing where no interval is clear of zero."""
+    clear = [each for each in content.length_correlations if _side(each.spearman, 0.0)]
+    if not clear:
+        return []
+    strongest = max(clear, key=lambda each: abs(each.spearman.value))
+    found = spearman_in_words(strongest.spearman)
+    return [f"Of the lengths, difficulty follows the {strongest.name} most closely: {found}."]
 
 
 def _evaluation_sentences(results: EvaluationResults) -> list[str]:

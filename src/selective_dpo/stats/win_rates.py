@@ -22,14 +22,6 @@ class Verdicts(NamedTuple):
     """1 where the arm's answer won, 0.5 for a tie, 0 where it lost."""
 
 
-class PromptScores(NamedTuple):
-    """The mean score of each prompt's verdicts."""
-
-    prompt_ids_G: list[str]
-    """Sorted, unique."""
-    scores_G: NDArray[np.float64]
-
-
 class Pairing(NamedTuple):
     """Which sample of the arm meets which sample of its opponent; shapes [C] int64."""
 
@@ -64,8 +56,10 @@ def self_pairing(samples: int) -> Pairing:
     return Pairing(first.astype(np.int64), second.astype(np.int64))
 
 
-def prompt_scores(verdicts: Verdicts) -> PromptScores:
-    """Mean score per prompt, so that a prompt with more verdicts does not weigh more.
+def prompt_scores(verdicts: Verdicts) -> tuple[list[str], NDArray[np.float64]]:
+    """Prompt ids [G], sorted and unique, and the mean score [G] of each.
+
+    So a prompt with more verdicts does not weigh more.
 
     Raises:
         ValueError: no verdicts, columns of different lengths, or a score that is not 0, 0.5 or 1.
@@ -79,7 +73,7 @@ def prompt_scores(verdicts: Verdicts) -> PromptScores:
         raise ValueError("a verdict's score must be 0, 0.5 or 1")
     prompt_ids, group_N = np.unique(np.asarray(verdicts.prompt_ids_N), return_inverse=True)
     means = np.bincount(group_N, weights=scores) / np.bincount(group_N)
-    return PromptScores([str(prompt_id) for prompt_id in prompt_ids], means)
+    return prompt_ids.tolist(), means
 
 
 def win_rate(verdicts: Verdicts) -> Estimate:
@@ -88,8 +82,8 @@ def win_rate(verdicts: Verdicts) -> Estimate:
     Raises:
         ValueError: see `prompt_scores`.
     """
-    scored = prompt_scores(verdicts)
-    return clustered_share(scored.scores_G, scored.prompt_ids_G)
+    prompt_ids_G, scores_G = prompt_scores(verdicts)
+    return clustered_share(scores_G, prompt_ids_G)
 
 
 def win_rate_difference(arm: Verdicts, other: Verdicts) -> Estimate:
@@ -102,7 +96,7 @@ def win_rate_difference(arm: Verdicts, other: Verdicts) -> Estimate:
         IdentityError: the two were not judged on the same prompts.
         ValueError: see `prompt_scores`.
     """
-    left, right = prompt_scores(arm), prompt_scores(other)
-    require_same(left.prompt_ids_G, right.prompt_ids_G, what="prompts of two win rates")
-    # Both are sorted by prompt id, and now known to hold the same ones
-    return clustered_share(left.scores_G - right.scores_G, left.prompt_ids_G, least=-1.0)
+    (prompt_ids_G, scores_G), (other_ids_G, other_scores_G) = prompt_scores(arm), prompt_scores(other)
+    require_same(prompt_ids_G, other_ids_G, what="prompts of two win rates")
+    # Both are sorted by prompt id, and now known to hold the same ones.
+    return clustered_share(scores_G - other_scores_G, prompt_ids_G, least=-1.0)
