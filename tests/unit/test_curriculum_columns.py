@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from selective_dpo.curriculum.columns import codes, first_rows, id_positions, text_array
+from selective_dpo.curriculum.records import codes, id_positions, text_array
 from selective_dpo.errors import IdentityError
 
 
@@ -41,7 +41,6 @@ def test_codes_count_the_values_as_they_appear() -> None:
     code_N, distinct = codes(column)
     assert code_N.tolist() == [0, 1, 0, 2, 1]
     assert distinct.to_pylist() == ["b", "a", "c"]
-    assert first_rows(code_N, 3).tolist() == [0, 1, 3]
     assert codes(pa.chunked_array([], type=pa.int64()))[0].tolist() == []
 
 

@@ -19,8 +19,15 @@ from numpy.typing import NDArray
 from selective_dpo.config import SelectConfig
 from selective_dpo.criteria import CRITERIA, criterion_source
 from selective_dpo.curriculum.build import assemble, build_curriculum, resolved_selection
-from selective_dpo.curriculum.columns import require_plain, text_array
-from selective_dpo.curriculum.records import MAX_LOSS, Difficulty, LossTable, arrange, difficulty
+from selective_dpo.curriculum.records import (
+    MAX_LOSS,
+    Difficulty,
+    LossTable,
+    arrange,
+    difficulty,
+    require_plain,
+    text_array,
+)
 from selective_dpo.curriculum.table import Curriculum, dataset_ids, digest_of_table, facts_path
 from selective_dpo.data.store import load_ids
 from selective_dpo.errors import ArtifactError, ConfigError, DataError, IdentityError, RecordsError, name_some

@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
 from selective_dpo.config import SelectConfig
-from selective_dpo.curriculum.columns import require_plain, text_array
-from selective_dpo.curriculum.records import LossTable
+from selective_dpo.curriculum.records import LossTable, require_plain, text_array
 from selective_dpo.curriculum.select import NOT_SELECTED
 from selective_dpo.errors import ArtifactError, ConfigError, DataError, IdentityError, name_some
 from selective_dpo.identity import ids_digest, require_unique

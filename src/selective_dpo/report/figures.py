@@ -16,7 +16,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 from selective_dpo.criteria import CRITERIA
-from selective_dpo.curriculum.columns import codes
+from selective_dpo.curriculum.records import codes
 from selective_dpo.evaluation.results import REFERENCE, SELECTED, EvaluationResults, Measure, main_measure
 from selective_dpo.report.content import Curve, ReportContent
 from selective_dpo.report.tables import describe_chance, printable
