@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -14,7 +14,8 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from selective_dpo.curriculum.table import Curriculum, loss_column
+from selective_dpo.curriculum.records import difficulty
+from selective_dpo.curriculum.table import Curriculum, curriculum_losses, loss_column
 from selective_dpo.errors import ConfigError, DataError, IdentityError, name_some
 from selective_dpo.storage.artifacts import publish_folder, replacing
 
@@ -103,27 +104,17 @@ def _original_columns(curriculum: Curriculum) -> pa.Table:
         for seed in facts["seeds"]
         for evaluation in facts["evaluations"]
     }
+    mean = difficulty(curriculum_losses(curriculum), "mean", allow_partial=True)
     columns: dict[str, Any] = {
         "prompt_id": table["prompt_id"],
         **losses,
-        "learning_order": _means(list(losses.values())) if losses else table["difficulty"],
+        "learning_order": mean.difficulty_P if losses else table["difficulty"],
     }
     if (facts.get("select") or {}).get("aggregate", "mean") != "mean":
         columns["difficulty"] = table["difficulty"]
     if table["pair_id"] != table["prompt_id"]:
         columns["pair_id"] = table["pair_id"]
     return pa.table(columns)
-
-
-def _means(columns: Sequence[pa.ChunkedArray]) -> pa.Array:
-    """Of the losses that each pair has."""
-    total_P = np.zeros(len(columns[0]))
-    held_P = np.zeros(len(columns[0]), dtype=np.int64)
-    for column in columns:
-        total_P += pc.fill_null(column, 0.0).to_numpy()
-        held_P += np.asarray(column.is_valid())
-    has_none_P = held_P == 0
-    return pa.array(total_P / np.where(has_none_P, 1, held_P), mask=has_none_P)
 
 
 def _write_csv(table: pa.Table, path: Path) -> None:
