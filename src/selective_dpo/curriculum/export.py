@@ -132,14 +132,11 @@ def _write_csv(table: pa.Table, path: Path) -> None:
 def _write_jsonl(rows: Dataset, path: Path) -> None:
     with replacing(path) as partial, partial.open("w", encoding="ascii", newline="\n") as stream:
         for table in rows.with_format("arrow").iter(batch_size=_ROWS_AT_ONCE):
-            stream.writelines(_json_line(row) for row in table.to_pylist())
-
-
-def _json_line(row: dict[str, Any]) -> str:
-    plain = {name: value for name, value in row.items() if name not in TEXTS}
-    # The texts are JSON already: spliced in as they stand, nothing can be lost on the way.
-    spliced = "".join(f', "{name}": {row[name]}' for name in TEXTS)
-    return json.dumps(plain)[:-1] + spliced + "}\n"
+            for row in table.to_pylist():
+                plain = json.dumps({name: value for name, value in row.items() if name not in TEXTS})
+                # The texts are JSON already: spliced in as they stand, nothing can be lost on the way.
+                spliced = "".join(f', "{name}": {row[name]}' for name in TEXTS)
+                stream.write(f"{plain[:-1]}{spliced}}}\n")
 
 
 def _write_dataset(rows: Dataset, path: Path, scratch: Path, *, key: str) -> None:

@@ -28,7 +28,7 @@ from selective_dpo.curriculum.records import (
     require_plain,
     text_array,
 )
-from selective_dpo.curriculum.table import Curriculum, dataset_ids, digest_of_table, facts_path
+from selective_dpo.curriculum.table import Curriculum, dataset_ids, paths_of
 from selective_dpo.data.store import load_ids
 from selective_dpo.errors import ArtifactError, ConfigError, DataError, IdentityError, RecordsError, name_some
 from selective_dpo.identity import require_unique
@@ -85,7 +85,7 @@ def read_outside(
     path = Path(path)
     if not path.exists():
         raise DataError(f"{path} does not exist: give a CSV or Parquet file, or a curriculum's folder")
-    if not path.is_dir() and not facts_path(path).is_file():
+    if not path.is_dir() and not paths_of(path)[1].is_file():
         return _of_file(path, id_column, difficulty_column, names)
     if id_column or difficulty_column or names:
         raise ConfigError(f"{path} is no file with a choice of columns: leave out the options that name them")
@@ -94,7 +94,7 @@ def read_outside(
 
 def is_records(path: Path) -> bool:
     """Whether `path` is a folder, and no curriculum's: then it is read as one of the original's records."""
-    return path.is_dir() and not facts_path(path).is_file()
+    return path.is_dir() and not paths_of(path)[1].is_file()
 
 
 def _of_file(path: Path, id_column: str, difficulty_column: str, names: IdKind | None) -> Outside:
@@ -123,7 +123,7 @@ def _of_curriculum(path: Path) -> Outside:
     curriculum = Curriculum.load(path)
     table, facts = curriculum.measured.table, curriculum.facts
     origin, earlier = facts["provenance"], imported_from(facts)
-    digest = digest_of_table(path)
+    digest = file_digest(paths_of(path)[0])
     folder = path.resolve() if path.is_dir() else path.resolve().parent
     made_by = {
         "run": folder.name,

@@ -180,7 +180,7 @@ class Curriculum:
         Raises:
             BusyError: another process is writing it.
         """
-        table_path, facts_path = _paths(Path(path))
+        table_path, facts_path = paths_of(Path(path))
         # Whatever fails while the two are written, those that were there stay; a kill between the two renames
         # leaves facts that are not of the table, which `load` notices.
         with (
@@ -205,7 +205,7 @@ class Curriculum:
             ArtifactError: not there, incomplete, damaged, or of another schema version.
             IdentityError: its ids are missing, repeated or out of order.
         """
-        table_path, facts_path = _paths(Path(path))
+        table_path, facts_path = paths_of(Path(path))
         if not table_path.is_file():
             raise ArtifactError(f"no curriculum at {table_path}")
         facts = _read_facts(facts_path)
@@ -226,16 +226,6 @@ class Curriculum:
         return made
 
 
-def facts_path(path: Path) -> Path:
-    """Where the facts are of a curriculum at `path`, which is as `Curriculum.load` takes it."""
-    return _paths(path)[1]
-
-
-def digest_of_table(path: Path) -> str:
-    """SHA-256 of the table of the curriculum at `path`."""
-    return file_digest(_paths(path)[0])
-
-
 def _read_facts(path: Path) -> dict[str, Any]:
     try:
         facts = read_json(path)
@@ -247,7 +237,8 @@ def _read_facts(path: Path) -> dict[str, Any]:
     return facts
 
 
-def _paths(path: Path) -> tuple[Path, Path]:
+def paths_of(path: Path) -> tuple[Path, Path]:
+    """Where the table and the facts are of a curriculum at `path`, which is as `Curriculum.load` takes it."""
     if path.suffix == ".parquet":
         return path, path.with_suffix(".json")
     return path / TABLE, path / FACTS
