@@ -280,7 +280,7 @@ def test_a_table_that_is_no_parquet_is_refused_whatever_its_digest(tmp_path: Pat
         Curriculum.load(folder)
     (folder / FACTS).unlink()
     (folder / FACTS).mkdir()
-    with pytest.raises(ArtifactError, match="is a folder"):
+    with pytest.raises(ArtifactError, match=r"curriculum\.json does not hold the facts of a curriculum"):
         Curriculum.load(folder)
 
 

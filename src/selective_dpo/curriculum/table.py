@@ -208,12 +208,19 @@ class Curriculum:
         table_path, facts_path = paths_of(Path(path))
         if not table_path.is_file():
             raise ArtifactError(f"no curriculum at {table_path}")
-        facts = _read_facts(facts_path)
-        if facts.pop("schema_version", None) != SCHEMA_VERSION:
+        try:
+            facts = read_json(facts_path)
+            head = {
+                name: facts.pop(name, None) for name in ("schema_version", "table_sha256", "facts_sha256")
+            }
+            facts_sha256 = digest(facts)
+        except (ValueError, RecursionError, IsADirectoryError) as error:  # also NaN, and blocks without end
+            raise ArtifactError(f"{facts_path} does not hold the facts of a curriculum: {error}") from error
+        if head["schema_version"] != SCHEMA_VERSION:
             raise ArtifactError(f"{facts_path} is not of schema version {SCHEMA_VERSION}")
-        if facts.pop("table_sha256", None) != file_digest(table_path):
+        if head["table_sha256"] != file_digest(table_path):
             raise ArtifactError(f"{table_path} is not the table that {facts_path.name} was written for")
-        if facts.pop("facts_sha256", None) != digest(facts):
+        if head["facts_sha256"] != facts_sha256:
             raise ArtifactError(f"{facts_path} was changed since it was written; build the curriculum again")
         try:
             with pq.ParquetFile(table_path) as file:
@@ -224,17 +231,6 @@ class Curriculum:
         made = cls(table, facts)
         require_facts(facts, table, facts_path)
         return made
-
-
-def _read_facts(path: Path) -> dict[str, Any]:
-    try:
-        facts = read_json(path)
-        digest(facts)
-    except (ValueError, RecursionError) as error:  # NaN, or blocks in blocks without end
-        raise ArtifactError(f"{path} does not hold the facts of a curriculum: {error}") from error
-    except IsADirectoryError:
-        raise ArtifactError(f"{path} is a folder, not the facts of a curriculum") from None
-    return facts
 
 
 def paths_of(path: Path) -> tuple[Path, Path]:
