@@ -104,11 +104,13 @@ def _original_columns(curriculum: Curriculum) -> pa.Table:
         for seed in facts["seeds"]
         for evaluation in facts["evaluations"]
     }
-    mean = difficulty(curriculum_losses(curriculum), "mean", allow_partial=True)
+    order = table["difficulty"]
+    if losses:
+        order = pa.array(difficulty(curriculum_losses(curriculum), allow_partial=True).difficulty_P)
     columns: dict[str, Any] = {
         "prompt_id": table["prompt_id"],
         **losses,
-        "learning_order": mean.difficulty_P if losses else table["difficulty"],
+        "learning_order": order,
     }
     if (facts.get("select") or {}).get("aggregate", "mean") != "mean":
         columns["difficulty"] = table["difficulty"]
