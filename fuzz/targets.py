@@ -103,10 +103,10 @@ def records_csv(data: bytes) -> None:
             (folder / file).write_bytes(content)
         imported = import_records(folder, {"allow_partial": True})
         made = imported.curriculum
-        assert [count.distinct_ids for count in imported.folder.counts] == [
+        assert [len(count.records) for count in imported.folder.evaluations] == [
             made.table[f"loss_seed{count.seed}_evaluation1"].length()
             - made.table[f"loss_seed{count.seed}_evaluation1"].null_count
-            for count in imported.folder.counts
+            for count in imported.folder.evaluations
         ]
         check_curriculum(made, folder)
 

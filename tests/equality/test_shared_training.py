@@ -322,6 +322,7 @@ def test_rows_cut_at_the_beginning_have_no_common_prompt_and_stay_padded(
 def test_what_rules_shared_rows_out_is_said(
     tmp_path: Path, forwards: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    packing_support.say_once.cache_clear()
     # A window of 20 tokens cuts the longest pair, of 55.
     windowed = {"model": model_of("mistral", seed=1, sliding_window=20)}
     trainer_of(PairTrainer, tmp_path / "window", pairs(8), **windowed, max_steps=1).train()

@@ -85,11 +85,11 @@ def test_any_records(
         (folder / name).write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
     with bounded(), refusals():
         imported = import_records(folder, {"aggregate": aggregate, "allow_partial": allow_partial})
-        for count in imported.folder.counts:
+        for count in imported.folder.evaluations:
             read = [row for name in count.files for row in files[name]]
             held = [item for item, loss in read if item or loss.strip()]
             assert count.rows == len(held)
-            assert count.distinct_ids == len(set(held))
+            assert len(count.records) == len(set(held))
         assert imported.describe()
         check_curriculum(imported.curriculum, folder)
 

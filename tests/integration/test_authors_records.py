@@ -56,12 +56,12 @@ def test_export_equals_the_authors_file(model, tmp_path) -> None:
 @pytest.mark.parametrize("model", MODELS)
 def test_repeated_ids_are_counted(model) -> None:
     imported = imported_of(model)
-    assert len(imported.folder.counts) == 15
-    for count in imported.folder.counts:
+    assert len(imported.folder.evaluations) == 15
+    for count in imported.folder.evaluations:
         assert count.rows == 6_784
-        assert count.distinct_ids == 6_668
-        assert count.rows - count.distinct_ids == 116
-    assert imported.folder.counts[0].conflicting_ids == CONFLICTING[model]
+        assert len(count.records) == 6_668
+        assert count.rows - len(count.records) == 116
+    assert len(imported.folder.evaluations[0].conflicting_ids) == CONFLICTING[model]
     assert "116 rows in each repeat an id" in imported.describe()
     assert imported.curriculum.facts["partial"] == 0
 

@@ -106,6 +106,12 @@ def test_every_rule_reaches_the_table(select, size) -> None:
         ({"tau": 0.5}, "tau: unknown key"),
         ({"threshold": 0.5}, "threshold works only with rule 'below'"),
         ({"count": 13}, "count is 13, but there are 12"),
+        ({"count": 0}, "count is 0"),
+        ({"fraction": 0.5, "count": 2}, "not both"),
+        ({"rule": "below"}, "needs a threshold"),
+        ({"rule": "band"}, "needs a band"),
+        ({"rule": "band", "band": [0.5, 0.2]}, "rising"),
+        ({"rule": "random", "seed": -1}, "seed is -1"),
     ],
 )
 def test_wrong_selections_are_config_errors_of_one_line(select, words) -> None:

@@ -56,13 +56,13 @@ def test_both_layouts_give_the_same_losses(tmp_path, make) -> None:
     assert rows[2]["loss_seed42_evaluation2"] == pytest.approx(loss_of("c", 42, 1))
     assert rows[0]["difficulty"] == pytest.approx(0.1 + 0.415 + 0.0005)
     assert imported.curriculum.order == ["a", "b"]
-    assert [(count.seed, count.evaluation, count.rows) for count in imported.folder.counts] == [
+    assert [(count.seed, count.evaluation, count.rows) for count in imported.folder.evaluations] == [
         (41, 1, 4),
         (41, 2, 4),
         (42, 1, 4),
         (42, 2, 4),
     ]
-    assert imported.folder.repeated_ids == ()
+    assert imported.folder.provenance["repeated_ids"] == 0
     assert "prompt ids, taken for both" in imported.curriculum.facts["provenance"]["ids"]
 
 
@@ -71,10 +71,10 @@ def test_first_of_repeated_rows_is_used_and_all_are_counted(tmp_path) -> None:
     again = [("a", loss_of("a", 41, 0)), ("b", 77.0), ("b", loss_of("b", 41, 0))]
     write(tmp_path / "seed41_step00.csv", rows_for(41, 0) + again)
     imported = import_records(tmp_path)
-    first = imported.folder.counts[0]
-    assert (first.rows, first.distinct_ids, first.repeated_ids, first.conflicting_ids) == (7, 4, 2, 1)
-    assert imported.folder.repeated_ids == ("a", "b")
-    assert imported.folder.conflicting_ids == ("b",)
+    first = imported.folder.evaluations[0]
+    assert (first.rows, len(first.records)) == (7, 4)
+    assert sorted(first.repeated_ids) == ["a", "b"]
+    assert first.conflicting_ids == ("b",)
     table = imported.curriculum.table
     assert table["loss_seed41_evaluation1"].to_pylist()[1] == pytest.approx(loss_of("b", 41, 0))
     told = imported.describe()
@@ -87,7 +87,7 @@ def test_a_repetition_in_the_other_half_counts(tmp_path) -> None:
     make_halves(tmp_path)
     write(tmp_path / "learning_record-seed41-step0-second.csv.gz", [*rows_for(41, 0, "ba"), ("c", 5.0)])
     imported = import_records(tmp_path)
-    assert imported.folder.conflicting_ids == ("c",)
+    assert imported.folder.evaluations[0].conflicting_ids == ("c",)
     assert imported.curriculum.table["loss_seed41_evaluation1"].to_pylist()[2] == pytest.approx(
         loss_of("c", 41, 0)
     )

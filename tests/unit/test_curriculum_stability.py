@@ -326,7 +326,7 @@ def test_target_is_checked(target) -> None:
         (np.full((10, 2), np.nan), Rule(), RecordsError, "no pair has"),
         (noisy(10, 2, 0.9), Rule("below"), ConfigError, "threshold"),
         (noisy(10, 2, 0.9), Rule("below", threshold=-1.0), ConfigError, "raise it"),
-        (noisy(10, 2, 0.9), Rule(fraction=1.7), ConfigError, "fraction"),
+        (noisy(10, 2, 0.9), Rule(count=17), ConfigError, "count"),
     ],
 )
 def test_mistakes_are_named(losses, rule, error, words) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from selective_dpo.curriculum.table import COLUMNS, FACTS, TABLE, Curriculum, loss_column
+from selective_dpo.curriculum.build import build_curriculum
+from selective_dpo.curriculum.records import LossTable
+from selective_dpo.curriculum.table import COLUMNS, FACTS, TABLE, Curriculum, curriculum_losses, loss_column
 from selective_dpo.errors import ArtifactError, IdentityError
 from selective_dpo.identity import ids_digest
 
@@ -138,3 +141,29 @@ def test_a_table_of_something_else_is_refused(tmp_path: Path) -> None:
 def test_a_pair_that_stands_twice_is_refused() -> None:
     with pytest.raises(IdentityError, match=r"^curriculum: 1 ids stand more than once: a$"):
         curriculum(pair_id=["a", "b", "a", "d"])
+
+
+def loss_table_of(pairs: int = 6) -> LossTable:
+    ids = np.array([f"p{index}" for index in range(pairs)])
+    prompts = np.array([f"q{index // 2}" for index in range(pairs)])
+    losses = np.random.default_rng(0).uniform(size=(pairs, 2, 3))
+    losses[1, 0, 2] = np.nan
+    return LossTable(ids, prompts, (41, 43), (1, 2, 3), losses)
+
+
+def test_losses_come_back() -> None:
+    table = loss_table_of()
+    curriculum = build_curriculum(table, {"allow_partial": True})
+    back = curriculum_losses(curriculum)
+    assert (back.seeds_S, back.evaluations_E) == (table.seeds_S, table.evaluations_E)
+    np.testing.assert_array_equal(back.pair_ids_P, table.pair_ids_P)
+    np.testing.assert_array_equal(back.prompt_ids_P, table.prompt_ids_P)
+    np.testing.assert_array_equal(back.losses_PSE, table.losses_PSE)
+
+
+def test_a_missing_column_is_named() -> None:
+    curriculum = build_curriculum(loss_table_of(), {"allow_partial": True})
+    name = loss_column(43, 2)
+    lacking = Curriculum(curriculum.table.drop_columns([name]), curriculum.facts)
+    with pytest.raises(ArtifactError, match=name):
+        curriculum_losses(lacking)

@@ -65,6 +65,9 @@ def agreement(
     draws = _draws(basis, replicates, seed)
     between = _between(len(basis.columns))
     low_K, high_K = bounds(draws)
+    above = Estimate(math.nan, math.nan, math.nan, math.nan)
+    if len(basis.prompt_P) > 1:
+        above = clustered_share(basis.above_P, basis.prompt_P)
     numbers = iter(estimates(draws)[len(between) :])
     return {
         "pairs": len(basis.prompt_P),
@@ -77,21 +80,15 @@ def agreement(
             for a, b in itertools.combinations(basis.seeds, 2)
         ],
         "chance_loss": chance_loss,
-        "above_chance": None if chance_loss is None else _above_chance(basis).as_json(),
+        "above_chance": None if chance_loss is None else above.as_json(),
         "fraction": None if basis.window is None else round(basis.window[1] - basis.window[0], 12),
-        "bootstrap": _how_resampled(replicates, draws),
+        "bootstrap": {
+            "replicates": replicates,
+            "clusters": draws.clusters,
+            "level": LEVEL,
+            **({} if draws.drawn is None else {"clusters_drawn": draws.drawn}),
+        },
     }
-
-
-def _above_chance(basis: _Basis) -> Estimate:
-    if len(basis.prompt_P) < 2:
-        return Estimate(math.nan, math.nan, math.nan, math.nan)
-    return clustered_share(basis.above_P, basis.prompt_P)
-
-
-def _how_resampled(replicates: int, draws: Draws) -> dict[str, Any]:
-    facts = {"replicates": replicates, "clusters": draws.clusters, "level": LEVEL}
-    return facts if draws.drawn is None else {**facts, "clusters_drawn": draws.drawn}
 
 
 class _Basis(NamedTuple):
@@ -113,33 +110,25 @@ class _Basis(NamedTuple):
     """Pairs up to the threshold, by each seed's own difficulty."""
     above_P: NDArray[np.bool_]
 
-    def sampler(self) -> _Sampler:
-        """The same by rows, with at most 4,096 bins a column, so that all lookups stay in the cache.
+    def binned(self) -> _Basis:
+        """The same with at most 4,096 bins a column, in two bytes each, so that lookups stay in the cache.
 
         A rank moves by at most 1 / 4,096 of the range, differently for each of more than 4,096 pairs: a
         correlation moves by about 1 / 4,096 of its own standard error.
         """
-        binned = [_binned(code_P) for code_P in (*self.codes_CP, *self.rank_SP)]
-        return _Sampler(self, np.stack(binned, axis=1), np.ascontiguousarray(self.kept_SP.T))
-
-
-class _Sampler(NamedTuple):
-    """A basis from which the rows of a resample are picked, each with one look into memory."""
-
-    basis: _Basis
-    codes_PK: NDArray[np.uint16]
-    """Bins of the loss columns and of the seeds' own difficulties, then of the seeds' ranks."""
-    kept_PS: NDArray[np.bool_]
+        codes_CP, rank_SP = (
+            np.array([_binned(code_P) for code_P in codes]).reshape(codes.shape)
+            for codes in (self.codes_CP, self.rank_SP)
+        )
+        return self._replace(codes_CP=codes_CP, rank_SP=rank_SP)
 
     def rows(self, rows_N: NDArray[np.intp]) -> _Basis:
         """The basis of some rows."""
-        columns = len(self.basis.codes_CP)
-        codes_KN = self.codes_PK[rows_N].T.astype(np.intp)
-        return self.basis._replace(
-            prompt_P=self.basis.prompt_P[rows_N],
-            codes_CP=codes_KN[:columns],
-            rank_SP=codes_KN[columns:],
-            kept_SP=self.kept_PS[rows_N].T,
+        return self._replace(
+            prompt_P=self.prompt_P[rows_N],
+            codes_CP=self.codes_CP[:, rows_N].astype(np.intp),
+            rank_SP=self.rank_SP[:, rows_N].astype(np.intp),
+            kept_SP=self.kept_SP[:, rows_N],
         )
 
 
@@ -157,7 +146,9 @@ def _basis(table: LossTable, how: str, rule: Rule, chance_loss: float) -> _Basis
         prompt_P=cluster_codes(whole.prompt_ids_P),
         columns=[(table.seeds_S[s], table.evaluations_E[e]) for s, e in np.argwhere(present_SE)],
         seeds=[table.seeds_S[s] for s in seeds],
-        codes_CP=np.array([_value_codes(column_P) for column_P in (*losses_CP, *own_SP)]),
+        codes_CP=np.array(
+            [np.unique(values_P, return_inverse=True)[1] for values_P in (*losses_CP, *own_SP)]
+        ),
         rank_SP=np.array([ranks(own_P, whole.pair_ids_P) for own_P in own_SP], dtype=np.intp),
         window=_window(len(whole_P), rule),
         kept_SP=own_SP <= (np.inf if rule.threshold is None else rule.threshold),
@@ -170,10 +161,6 @@ def _window(pairs: int, rule: Rule) -> tuple[float, float] | None:
         return None
     low, high = rank_window(pairs, Rule("easiest") if rule.name in ("random", "all") else rule)
     return low / pairs, high / pairs
-
-
-def _value_codes(values_P: NDArray[np.float64]) -> NDArray[np.intp]:
-    return np.asarray(np.unique(values_P, return_inverse=True)[1], dtype=np.intp)
 
 
 def _own_difficulties(
@@ -200,13 +187,13 @@ def _draws(basis: _Basis, replicates: int, seed: int) -> Draws:
         statistics = len(_between(len(basis.columns))) + 3 * len(_between(len(basis.seeds)))
         nothing_K = np.full(statistics, np.nan)
         return Draws(nothing_K, np.tile(nothing_K, (replicates, 1)), len(basis.prompt_P))
-    sampler = basis.sampler()
+    binned = basis.binned()
     return cluster_bootstrap(
         lambda weights_P: _statistics(basis, weights_P),
         basis.prompt_P,
         replicates=replicates,
         seed=seed,
-        resampled=lambda rows_N, weights_N: _statistics(sampler.rows(rows_N), weights_N),
+        resampled=lambda rows_N, weights_N: _statistics(binned.rows(rows_N), weights_N),
         max_rows=rows_for(len(basis.codes_CP)),
     )
 

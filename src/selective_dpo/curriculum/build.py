@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from selective_dpo.config import SelectConfig
@@ -96,20 +96,23 @@ def assemble(
         aside: pairs without a difficulty (pair id -> prompt id), and `reason`, why they have none.
     """
     selected = apply_rule(measured.difficulty_P, losses.pair_ids_P, rule_of(config))
-    columns: dict[str, NDArray[Any]] = {
-        "pair_id": losses.pair_ids_P,
-        "prompt_id": losses.prompt_ids_P,
-        "difficulty": measured.difficulty_P,
-        "spread": measured.spread_P,
-        "count": measured.count_P,
-        "rank": selected.rank_P,
-        "selected": selected.selected_P,
-        "reason": selected.reason_P,
-        "position": training_positions(selected, losses.pair_ids_P, config.order, config.seed or 0),
+    position_P = training_positions(selected, losses.pair_ids_P, config.order, config.seed or 0)
+    # Those of `COLUMNS`, without their suffix; what is not a number becomes null.
+    given = {
+        "pair_id_P": losses.pair_ids_P,
+        "prompt_id_P": losses.prompt_ids_P,
+        **measured._asdict(),
+        **selected._asdict(),
+        "position_P": position_P,
     }
-    # What is not a number becomes null: the spread of a difficulty that was imported is not known.
-    arrays = {name: pa.array(columns[name], type=kind, from_pandas=True) for name, kind in COLUMNS.items()}
-    table = _with_losses(pa.table(arrays), losses)
+    table = pa.table(
+        {name: pa.array(given[f"{name}_P"], kind, from_pandas=True) for name, kind in COLUMNS.items()}
+    )
+    for (s, seed), (e, evaluation) in itertools.product(
+        enumerate(losses.seeds_S), enumerate(losses.evaluations_E)
+    ):
+        losses_P = pa.array(losses.losses_PSE[:, s, e], from_pandas=True)
+        table = table.append_column(loss_column(seed, evaluation), losses_P)
     if "margin" in losses.others:
         margin_P = np.nanmean(by_record(losses.others["margin"]), axis=1)
         table = table.append_column(P_WRONG, pa.array(probability_wrong(margin_P)))
@@ -146,14 +149,8 @@ def resolved_selection(select: SelectConfig | Mapping[str, Any] | None) -> Selec
 
 def rule_of(config: SelectConfig) -> Rule:
     """The selection's rule, as `select` takes it."""
-    return Rule(
-        name=config.rule,
-        fraction=config.fraction,
-        count=config.count,
-        threshold=config.threshold,
-        band=config.band,
-        seed=config.seed or 0,
-    )
+    given = config.model_dump(include={"fraction", "count", "threshold", "band"})
+    return Rule(config.rule, **given, seed=config.seed or 0)
 
 
 def _with_aside(table: pa.Table, aside: Mapping[str, str], reason: str) -> pa.Table:
@@ -166,14 +163,3 @@ def _with_aside(table: pa.Table, aside: Mapping[str, str], reason: str) -> pa.Ta
     rows = [{"pair_id": pair, "prompt_id": prompt, **known} for pair, prompt in aside.items()]
     together = pa.concat_tables([table, pa.Table.from_pylist(rows, schema=table.schema)])
     return together.sort_by("pair_id")
-
-
-def _with_losses(table: pa.Table, losses: LossTable) -> pa.Table:
-    """Append one column of losses for each seed's evaluation, null where there is no record."""
-    for s, seed in enumerate(losses.seeds_S):
-        for e, evaluation in enumerate(losses.evaluations_E):
-            column_P = np.ascontiguousarray(losses.losses_PSE[:, s, e])
-            table = table.append_column(
-                loss_column(seed, evaluation), pa.array(column_P, mask=np.isnan(column_P))
-            )
-    return table

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -14,7 +14,8 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from selective_dpo.curriculum.table import P_WRONG, Curriculum, loss_column
+from selective_dpo.curriculum.records import difficulty
+from selective_dpo.curriculum.table import P_WRONG, Curriculum, curriculum_losses, loss_column
 from selective_dpo.errors import ConfigError, DataError, IdentityError, name_some
 from selective_dpo.storage.artifacts import publish_folder, replacing
 
@@ -103,10 +104,13 @@ def _original_columns(curriculum: Curriculum) -> pa.Table:
         for seed in facts["seeds"]
         for evaluation in facts["evaluations"]
     }
+    order = table["difficulty"]
+    if losses:
+        order = pa.array(difficulty(curriculum_losses(curriculum), allow_partial=True).difficulty_P)
     columns: dict[str, Any] = {
         "prompt_id": table["prompt_id"],
         **losses,
-        "learning_order": _means(list(losses.values())) if losses else table["difficulty"],
+        "learning_order": order,
     }
     if (facts.get("select") or {}).get("aggregate", "mean") != "mean":
         columns["difficulty"] = table["difficulty"]
@@ -115,17 +119,6 @@ def _original_columns(curriculum: Curriculum) -> pa.Table:
     if P_WRONG in table.column_names:
         columns[P_WRONG] = table[P_WRONG]
     return pa.table(columns)
-
-
-def _means(columns: Sequence[pa.ChunkedArray]) -> pa.Array:
-    """Of the losses that each pair has."""
-    total_P = np.zeros(len(columns[0]))
-    held_P = np.zeros(len(columns[0]), dtype=np.int64)
-    for column in columns:
-        total_P += pc.fill_null(column, 0.0).to_numpy()
-        held_P += np.asarray(column.is_valid())
-    has_none_P = held_P == 0
-    return pa.array(total_P / np.where(has_none_P, 1, held_P), mask=has_none_P)
 
 
 def _write_csv(table: pa.Table, path: Path) -> None:
@@ -143,14 +136,11 @@ def _write_csv(table: pa.Table, path: Path) -> None:
 def _write_jsonl(rows: Dataset, path: Path) -> None:
     with replacing(path) as partial, partial.open("w", encoding="ascii", newline="\n") as stream:
         for table in rows.with_format("arrow").iter(batch_size=_ROWS_AT_ONCE):
-            stream.writelines(_json_line(row) for row in table.to_pylist())
-
-
-def _json_line(row: dict[str, Any]) -> str:
-    plain = {name: value for name, value in row.items() if name not in TEXTS}
-    # The texts are JSON already: spliced in as they stand, nothing can be lost on the way.
-    spliced = "".join(f', "{name}": {row[name]}' for name in TEXTS)
-    return json.dumps(plain)[:-1] + spliced + "}\n"
+            for row in table.to_pylist():
+                plain = json.dumps({name: value for name, value in row.items() if name not in TEXTS})
+                # The texts are JSON already: spliced in as they stand, nothing can be lost on the way.
+                spliced = "".join(f', "{name}": {row[name]}' for name in TEXTS)
+                stream.write(f"{plain[:-1]}{spliced}}}\n")
 
 
 def _write_dataset(rows: Dataset, path: Path, scratch: Path, *, key: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import io
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,9 +19,16 @@ from numpy.typing import NDArray
 from selective_dpo.config import SelectConfig
 from selective_dpo.criteria import CRITERIA, criterion_source
 from selective_dpo.curriculum.build import assemble, build_curriculum, resolved_selection
-from selective_dpo.curriculum.columns import codes, first_rows, require_plain, text_array
-from selective_dpo.curriculum.records import MAX_LOSS, Difficulty, LossTable, arrange, difficulty
-from selective_dpo.curriculum.table import Curriculum, dataset_ids, digest_of_table, facts_path
+from selective_dpo.curriculum.records import (
+    MAX_LOSS,
+    Difficulty,
+    LossTable,
+    arrange,
+    difficulty,
+    require_plain,
+    text_array,
+)
+from selective_dpo.curriculum.table import Curriculum, dataset_ids, paths_of
 from selective_dpo.data.store import load_ids
 from selective_dpo.errors import ArtifactError, ConfigError, DataError, IdentityError, RecordsError, name_some
 from selective_dpo.identity import require_unique
@@ -78,8 +85,7 @@ def read_outside(
     path = Path(path)
     if not path.exists():
         raise DataError(f"{path} does not exist: give a CSV or Parquet file, or a curriculum's folder")
-    is_file = not path.is_dir() and not facts_path(path).is_file()
-    if is_file:
+    if not path.is_dir() and not paths_of(path)[1].is_file():
         return _of_file(path, id_column, difficulty_column, names)
     if id_column or difficulty_column or names:
         raise ConfigError(f"{path} is no file with a choice of columns: leave out the options that name them")
@@ -88,7 +94,7 @@ def read_outside(
 
 def is_records(path: Path) -> bool:
     """Whether `path` is a folder, and no curriculum's: then it is read as one of the original's records."""
-    return path.is_dir() and not facts_path(path).is_file()
+    return path.is_dir() and not paths_of(path)[1].is_file()
 
 
 def _of_file(path: Path, id_column: str, difficulty_column: str, names: IdKind | None) -> Outside:
@@ -117,7 +123,7 @@ def _of_curriculum(path: Path) -> Outside:
     curriculum = Curriculum.load(path)
     table, facts = curriculum.measured.table, curriculum.facts
     origin, earlier = facts["provenance"], imported_from(facts)
-    digest = digest_of_table(path)
+    digest = file_digest(paths_of(path)[0])
     folder = path.resolve() if path.is_dir() else path.resolve().parent
     made_by = {
         "run": folder.name,
@@ -129,21 +135,18 @@ def _of_curriculum(path: Path) -> Outside:
         "seeds": facts["seeds"],
         "evaluations": facts["evaluations"],
     }
+    # A criterion of somebody else's file is not imported for this.
+    is_loss = made_by["aggregate"] in CRITERIA and CRITERIA[made_by["aggregate"]].is_loss
     own = {
         "kind": "curriculum",
         "name": folder.name,
         "sha256": digest,
         "made_by": {name: value for name, value in made_by.items() if value is not None},
-        "nats": _is_loss(facts["select"]["aggregate"]) and (earlier is None or earlier["nats"]),
+        "nats": is_loss and (earlier is None or earlier["nats"]),
         **({"imported": dict(earlier)} if earlier else {}),
     }
     names: IdKind = "prompt_id" if table["pair_id"] == table["prompt_id"] else "pair_id"
     return Outside(names, table["pair_id"].combine_chunks(), curriculum.measured.difficulty_P, digest, own)
-
-
-def _is_loss(criterion: str) -> bool:
-    # A criterion of somebody else's file is not imported for this.
-    return criterion in CRITERIA and CRITERIA[criterion].is_loss
 
 
 def _model_name(config: Path) -> str | None:
@@ -292,9 +295,9 @@ def imported_in_words(imported: Mapping[str, Any]) -> str:
 MAX_BYTES = 1 << 30
 """Of a file, unpacked: some 25 million rows."""
 
-_PIECE = 16 << 20
-
 _NUMBER = r"^-?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
+
+_NO_HEADER = ("id", "loss")
 
 
 class Numbers(NamedTuple):
@@ -316,59 +319,14 @@ def read_numbers(path: Path, id_columns: Sequence[str] = (), number_columns: Seq
         DataError: it cannot be read, is empty, or lacks a column or has it twice; or a line is not an id and
             a finite number, which is named.
     """
-    if ".parquet" in path.suffixes[-2:]:
-        source = pa.BufferReader(_unpacked(path)) if path.suffix == ".gz" else path
-        try:
-            with pq.ParquetFile(source) as file:
-                chosen = _choose(path, file.schema_arrow.names, id_columns, number_columns)
-                table = file.read(columns=list(chosen))
-            values = table[chosen[1]]
-            # A float32 as the float64 that it is, not as its own shortest text.
-            values = values.cast(pa.float64()) if pa.types.is_floating(values.type) else values
-            texts = [pc.fill_null(column.cast(pa.string()), "") for column in (table[chosen[0]], values)]
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise DataError(f"{path} cannot be read as Parquet: {error}") from error
-        return _parsed(path, chosen, *texts, first_line=1)
-    content = _text(path)
-    if not id_columns:
-        table = _csv_table(path, content, ("id", "loss"), has_header=False)
-        return _parsed(path, ("id", "loss"), *table.columns, first_line=1, hint=" (and no header)")
+    is_parquet = ".parquet" in path.suffixes[-2:]
+    read = _parquet_texts if is_parquet else _csv_texts
     try:
-        header = next(csv.reader(io.StringIO(content.decode("utf-8-sig"))), [])
-    except csv.Error as error:
-        raise DataError(f"{path} cannot be read as CSV: {error}") from error
-    chosen = _choose(path, header, id_columns, number_columns)
-    table = _csv_table(path, content, chosen, has_header=True)
-    return _parsed(path, chosen, *table.columns, first_line=2)
-
-
-def _choose(
-    path: Path, header: list[str], id_columns: Sequence[str], number_columns: Sequence[str]
-) -> tuple[str, str]:
-    found = [next((name for name in names if name in header), "") for names in (id_columns, number_columns)]
-    if not all(found):
-        raise DataError(
-            f"{path} has columns {name_some(header, limit=12) or 'none'}, and needs one of ids "
-            f"({' or '.join(id_columns)}) and one of difficulties ({' or '.join(number_columns)}): name "
-            "others with `selective-dpo import-curriculum --id-column NAME --difficulty-column NAME`"
-        )
-    ids, numbers = found
-    if any(header.count(name) != 1 for name in found) or ids == numbers:
-        raise DataError(f"{path} does not hold columns {ids!r} and {numbers!r}, each once")
-    return ids, numbers
-
-
-def _parsed(
-    path: Path,
-    names: tuple[str, str],
-    ids: pa.ChunkedArray,
-    numbers: pa.ChunkedArray,
-    *,
-    first_line: int,
-    hint: str = "",
-) -> Numbers:
-    """The rows of two columns of text."""
-    texts = pc.utf8_trim_whitespace(numbers)
+        table = read(path, id_columns, number_columns)
+        ids, texts = (pc.fill_null(column, "").combine_chunks() for column in table.columns)
+    except (pa.ArrowException, OSError, ValueError, csv.Error) as error:
+        raise DataError(f"{path} cannot be read as {'Parquet' if is_parquet else 'CSV'}: {error}") from error
+    names, texts = table.column_names, pc.utf8_trim_whitespace(texts)
     has_id_N = np.asarray(pc.not_equal(ids, ""))
     is_blank_N = ~has_id_N & np.asarray(pc.equal(texts, ""))
     is_number_N = np.asarray(pc.match_substring_regex(texts, _NUMBER))
@@ -376,22 +334,48 @@ def _parsed(
     wrong_N = ~is_blank_N & ~(has_id_N & is_number_N & (np.abs(values_N) <= MAX_LOSS))
     if wrong_N.any():
         row = int(np.argmax(wrong_N))
+        first_line = 2 if id_columns and not is_parquet else 1
         raise DataError(
-            f"{path} line {row + first_line}: need an id and a finite {names[1]}{hint}; "
-            f"the {names[1]} is {texts[row].as_py()!r}"
+            f"{path} line {row + first_line}: need an id and a finite {names[1]}"
+            f"{'' if id_columns else ' (and no header)'}; the {names[1]} is {texts[row].as_py()!r}"
         )
     if is_blank_N.all():
         raise DataError(f"{path} has no rows")
-    kept = ids.combine_chunks().filter(pa.array(~is_blank_N))
+    kept = ids.filter(pa.array(~is_blank_N))
     try:
         require_plain(kept, what=f"{path}: ids")
     except IdentityError as error:
         raise DataError(str(error)) from error
-    return Numbers(*names, kept, values_N[~is_blank_N])
+    return Numbers(names[0], names[1], kept, values_N[~is_blank_N])
 
 
-def _text(path: Path) -> bytes:
-    """A file, unpacked; UTF-8."""
+def _choose(
+    path: Path, header: list[str], id_columns: Sequence[str], number_columns: Sequence[str]
+) -> list[str]:
+    found = [next((name for name in names if name in header), "") for names in (id_columns, number_columns)]
+    if not all(found):
+        raise DataError(
+            f"{path} has columns {name_some(header, limit=12) or 'none'}, and needs one of ids "
+            f"({' or '.join(id_columns)}) and one of difficulties ({' or '.join(number_columns)}): name "
+            "others with `selective-dpo import-curriculum --id-column NAME --difficulty-column NAME`"
+        )
+    if [header.count(name) for name in found] != [1, 1] or found[0] == found[1]:
+        raise DataError(f"{path} does not hold columns {found[0]!r} and {found[1]!r}, each once")
+    return found
+
+
+def _parquet_texts(path: Path, id_columns: Sequence[str], number_columns: Sequence[str]) -> pa.Table:
+    source = pa.BufferReader(_unpacked(path)) if path.suffix == ".gz" else path
+    with pq.ParquetFile(source) as file:
+        chosen = _choose(path, file.schema_arrow.names, id_columns, number_columns)
+        ids, values = file.read(columns=chosen).select(chosen).columns
+    # A float32 as the float64 that it is, not as its own shortest text.
+    values = values.cast(pa.float64()) if pa.types.is_floating(values.type) else values
+    return pa.table([ids.cast(pa.string()), values.cast(pa.string())], names=chosen)
+
+
+def _csv_texts(path: Path, id_columns: Sequence[str], number_columns: Sequence[str]) -> pa.Table:
+    """Both columns as text, so that whatever is wrong with them can be shown."""
     content = _unpacked(path)
     # Arrow cannot hand over a wrong row that is not text: it would be left out without a word.
     try:
@@ -399,36 +383,31 @@ def _text(path: Path) -> bytes:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise DataError(f"{path} line {line} is not UTF-8 text; save it as UTF-8") from error
-    return content
-
-
-def _csv_table(path: Path, content: bytes, columns: tuple[str, str], *, has_header: bool) -> pa.Table:
-    """Both columns as text, so that whatever is wrong with them can be shown."""
+    chosen = list(_NO_HEADER)
+    if id_columns:
+        first = content.partition(b"\n")[0].decode("utf-8-sig")
+        chosen = _choose(path, next(csv.reader([first])), id_columns, number_columns)
     wrong: list[pyarrow.csv.InvalidRow] = []
 
     def note(row: pyarrow.csv.InvalidRow) -> str:
         wrong.append(row)
         return "skip"
 
-    # One thread, because only then rows know their number.
-    names = None if has_header else list(columns)
-    reading = pyarrow.csv.ReadOptions(column_names=names, use_threads=False)
-    parsing = pyarrow.csv.ParseOptions(invalid_row_handler=note, ignore_empty_lines=False)
-    converting = pyarrow.csv.ConvertOptions(
-        include_columns=list(columns),
-        column_types=dict.fromkeys(columns, pa.string()),
-        strings_can_be_null=False,
+    table = pyarrow.csv.read_csv(
+        pa.BufferReader(content),
+        # One thread, because only then rows know their number.
+        pyarrow.csv.ReadOptions(column_names=None if id_columns else chosen, use_threads=False),
+        pyarrow.csv.ParseOptions(invalid_row_handler=note, ignore_empty_lines=False),
+        pyarrow.csv.ConvertOptions(
+            include_columns=chosen,
+            column_types=dict.fromkeys(chosen, pa.string()),
+            strings_can_be_null=False,
+        ),
     )
-    try:
-        with pa.BufferReader(content) as stream:
-            table = pyarrow.csv.read_csv(stream, reading, parsing, converting)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} cannot be read as CSV: {error}") from error
     if wrong:
         row = wrong[0]
-        of = "" if has_header else f" ({', '.join(columns)})"
         raise DataError(
-            f"{path} line {row.number}: {row.actual_columns} column(s) instead of {row.expected_columns}{of}"
+            f"{path} line {row.number}: {row.actual_columns} column(s) instead of {row.expected_columns}"
         )
     return table
 
@@ -436,36 +415,26 @@ def _csv_table(path: Path, content: bytes, columns: tuple[str, str], *, has_head
 def _unpacked(path: Path) -> bytes:
     # In pieces: a small .gz can unpack to more than any memory holds.
     pieces: list[bytes] = []
-    size = 0
-    try:
-        with pa.input_stream(str(path), compression="detect") as stream:
-            while piece := stream.read(_PIECE):
-                pieces.append(piece)
-                size += len(piece)
-                if size > MAX_BYTES:
-                    raise DataError(f"{path} has more than {MAX_BYTES >> 20:,} MiB; is it a file of records?")
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} cannot be read as CSV: {error}") from error
+    with pa.input_stream(str(path), compression="detect") as stream:
+        while piece := stream.read(16 << 20):
+            pieces.append(piece)
+            if sum(map(len, pieces)) > MAX_BYTES:
+                raise DataError(f"{path} has more than {MAX_BYTES >> 20:,} MiB; is it a file of records?")
     return b"".join(pieces)
 
 
 # --- A folder of the original repository's learning records (CSV, no header: prompt id, loss) -------------
 
 
-# Two layouts: both halves in one file (seed41_step00.csv), or each in its own
-# (learning_record-seed41-step0-first.csv and -second.csv).
-_DIGITS = "[0-9]{1,9}"
-
-_WHOLE = re.compile(rf"seed(?P<seed>{_DIGITS})_step(?P<step>{_DIGITS})\.csv(\.gz)?")
-
-_HALF = re.compile(
-    rf"learning_record-seed(?P<seed>{_DIGITS})-step(?P<step>{_DIGITS})-(?P<half>first|second)\.csv(\.gz)?"
+# Two layouts: both halves in one file, or each in its own.
+_RECORDS = re.compile(
+    r"(?:seed(\d{1,9})_step(\d{1,9})"
+    r"|learning_record-seed(\d{1,9})-step(\d{1,9})-(first|second))\.csv(?:\.gz)?",
+    re.ASCII,
 )
 
-_HALVES = ("first", "second")
 
-
-class EvaluationCount(NamedTuple):
+class Evaluation(NamedTuple):
     """What the file (or the two halves) of one seed's evaluation held."""
 
     files: tuple[str, ...]
@@ -473,27 +442,24 @@ class EvaluationCount(NamedTuple):
     evaluation: int
     """From 1; the original's step number plus one."""
     rows: int
-    distinct_ids: int
-    repeated_ids: int
+    repeated_ids: tuple[str, ...]
     """Ids that stand more than once. Their first row is used, as the original's script does."""
-    conflicting_ids: int
+    conflicting_ids: tuple[str, ...]
     """Those of them whose losses differ."""
+    records: pa.Table
+    """Each id once."""
 
 
 class RecordFolder(NamedTuple):
     """The losses in a folder of records, and what was found on the way to them."""
 
     losses: LossTable
-    counts: tuple[EvaluationCount, ...]
+    evaluations: tuple[Evaluation, ...]
     """One for each seed and evaluation, in this order."""
     ignored: tuple[str, ...]
     """Names of other files in the folder."""
-    repeated_ids: tuple[str, ...]
-    """Ids that stand more than once in some evaluation, sorted."""
-    conflicting_ids: tuple[str, ...]
-    """Those of them whose losses differ in some evaluation, sorted."""
     provenance: dict[str, Any]
-    """`files` holds the SHA-256 of each."""
+    """`files` holds the SHA-256 of each; `repeated_ids` and `conflicting_ids` count those of all files."""
 
 
 class Imported(NamedTuple):
@@ -505,14 +471,14 @@ class Imported(NamedTuple):
     def describe(self) -> str:
         """What was found, in a few lines."""
         facts, found = self.curriculum.facts, self.folder
-        repeats = [count.rows - count.distinct_ids for count in found.counts]
+        repeats = [each.rows - len(each.records) for each in found.evaluations]
         lines = [
-            f"{len(found.counts)} evaluations (seeds {', '.join(map(str, facts['seeds']))}), "
-            f"{_span([count.rows for count in found.counts])} rows each: "
+            f"{len(found.evaluations)} evaluations (seeds {', '.join(map(str, facts['seeds']))}), "
+            f"{_span([each.rows for each in found.evaluations])} rows each: "
             f"{facts['pairs']:,} distinct ids, {facts['selected']:,} selected",
             f"  {_span(repeats)} rows in each repeat an id; the first row of an id is used",
-            f"  {len(found.repeated_ids):,} ids are repeated in some evaluation, "
-            f"{len(found.conflicting_ids):,} of them with different losses",
+            f"  {found.provenance['repeated_ids']:,} ids are repeated in some evaluation, "
+            f"{found.provenance['conflicting_ids']:,} of them with different losses",
         ]
         if facts["partial"]:
             lines.append(f"  {facts['partial']:,} ids lack some of their losses")
@@ -556,44 +522,43 @@ def read_record_folder(folder: Path, *, allow_partial: bool = False) -> RecordFo
         RecordsError: an id is missing in some file, unless `allow_partial`.
     """
     groups, ignored = _find_files(folder, allow_partial=allow_partial)
-    found = [_read_evaluation(*key, paths) for key, paths in sorted(groups.items())]
-    ids = pc.unique(pa.concat_tables([each.records for each in found])["pair_id"])
-    for each in [] if allow_partial else found:
+    found = tuple(_read_evaluation(*key, paths) for key, paths in sorted(groups.items()))
+    records = pa.concat_tables([each.records for each in found])
+    ids = pc.unique(records["pair_id"])
+    for each in () if allow_partial else found:
         absent = ids.filter(pc.invert(pc.is_in(ids, value_set=each.records["pair_id"])))
         if len(absent):
             raise RecordsError(
-                f"{len(absent):,} of {len(ids):,} ids are missing in {' and '.join(each.counts.files)}: "
+                f"{len(absent):,} of {len(ids):,} ids are missing in {' and '.join(each.files)}: "
                 f"{name_some(absent.to_pylist())}; add them, or accept this with --allow-partial"
             )
-    losses = arrange(pa.concat_tables([each.records for each in found]), allow_partial=allow_partial)
-    repeated = tuple(sorted({name for each in found for name in each.repeated}))
-    conflicting = tuple(sorted({name for each in found for name in each.conflicting}))
     provenance = {
         "source": "learning records of the original repository",
         "ids": "the original's prompt ids, taken for both pair_id and prompt_id",
         "folder": folder.resolve().name,
         "files": {path.name: file_digest(path) for paths in groups.values() for path in paths},
-        "rows": sum(each.counts.rows for each in found),
-        "repeated_ids": len(repeated),
-        "conflicting_ids": len(conflicting),
+        "rows": sum(each.rows for each in found),
+        "repeated_ids": len({name for each in found for name in each.repeated_ids}),
+        "conflicting_ids": len({name for each in found for name in each.conflicting_ids}),
     }
-    counts = tuple(each.counts for each in found)
-    return RecordFolder(losses, counts, tuple(ignored), repeated, conflicting, provenance)
+    return RecordFolder(arrange(records, allow_partial=allow_partial), found, ignored, provenance)
 
 
-def _find_files(folder: Path, *, allow_partial: bool) -> tuple[dict[tuple[int, int], list[Path]], list[str]]:
+def _find_files(
+    folder: Path, *, allow_partial: bool
+) -> tuple[dict[tuple[int, int], list[Path]], tuple[str, ...]]:
     """Files by (seed, evaluation), halves in order; and the names of the files that are neither."""
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder")
     found: dict[tuple[int, int], dict[str, Path]] = {}
     ignored = []
     for path in sorted(entry for entry in folder.iterdir() if entry.is_file()):
-        match = _WHOLE.fullmatch(path.name) or _HALF.fullmatch(path.name)
+        match = _RECORDS.fullmatch(path.name)
         if match is None:
             ignored.append(path.name)
             continue
-        parts = found.setdefault((int(match["seed"]), int(match["step"]) + 1), {})
-        half = match.groupdict().get("half", "")
+        half = match[5] or ""
+        parts = found.setdefault((int(match[1] or match[3]), int(match[2] or match[4]) + 1), {})
         if half in parts or (parts and ("" in parts or not half)):
             other = next(iter(parts.values()))
             raise DataError(f"{path.name} and {other.name} hold the same evaluation: remove one of them")
@@ -602,59 +567,48 @@ def _find_files(folder: Path, *, allow_partial: bool) -> tuple[dict[tuple[int, i
         raise DataError(
             f"{folder} holds no seed41_step00.csv or learning_record-seed41-step0-first.csv files"
         )
-    missing = [] if allow_partial else _missing_files(found)
-    if missing:
-        raise DataError(f"{folder} lacks {name_some(missing)}; add it, or accept this with --allow-partial")
-    halves = ("", *_HALVES)
-    return {key: [parts[half] for half in halves if half in parts] for key, parts in found.items()}, ignored
-
-
-def _missing_files(found: Mapping[tuple[int, int], Mapping[str, Path]]) -> list[str]:
-    """What a full grid of seeds and evaluations would have, and `found` has not."""
     seeds, evaluations = (sorted(set(numbers)) for numbers in zip(*found, strict=True))
-    evaluations_missing = [
-        f"seed {seed} step {evaluation - 1}"
-        for seed in seeds
-        for evaluation in evaluations
-        if (seed, evaluation) not in found
+    other_half: dict[tuple[str, ...], str] = {
+        ("first",): "the second half of ",
+        ("second",): "the first half of ",
+    }
+    missing = [
+        f"{other_half.get(halves, '')}seed {seed} step {evaluation - 1}"
+        for seed, evaluation in itertools.product(seeds, evaluations)
+        if (halves := tuple(found.get((seed, evaluation), ()))) in ((), *other_half)
     ]
-    return evaluations_missing + [
-        f"the {half} half of seed {seed} step {evaluation - 1}"
-        for (seed, evaluation), parts in sorted(found.items())
-        for half in _HALVES
-        if "" not in parts and half not in parts
-    ]
+    if missing and not allow_partial:
+        raise DataError(f"{folder} lacks {name_some(missing)}; add it, or accept this with --allow-partial")
+    # Files come sorted by name, so the first half stands before the second.
+    return {key: list(parts.values()) for key, parts in found.items()}, tuple(ignored)
 
 
-class _Evaluation(NamedTuple):
-    """What the files of one seed's evaluation hold."""
-
-    counts: EvaluationCount
-    records: pa.Table
-    """Each id once."""
-    repeated: list[str]
-    conflicting: list[str]
-
-
-def _read_evaluation(seed: int, evaluation: int, paths: list[Path]) -> _Evaluation:
+def _read_evaluation(seed: int, evaluation: int, paths: list[Path]) -> Evaluation:
     halves = [read_numbers(path) for path in paths]
-    losses_N = np.concatenate([half.values_N for half in halves])
-    code_N, ids = codes(pa.chunked_array([half.ids for half in halves]))
-    first_D = first_rows(code_N, len(ids))
-    repeated_D = np.bincount(code_N) > 1
-    conflicting_D = np.bincount(code_N, weights=losses_N != losses_N[first_D][code_N]) > 0
-    count = EvaluationCount(
+    ids = pa.chunked_array([half.ids for half in halves])
+    rows = pa.table({"pair_id": ids, "loss": np.concatenate([half.values_N for half in halves])})
+    asked = [("loss", how) for how in ("first", "count", "min", "max")]
+    # One thread, because only then the first row of an id is known.
+    by_id = rows.group_by("pair_id", use_threads=False).aggregate(asked)
+    is_repeated = pc.greater(by_id["loss_count"], 1)
+    is_conflicting = pc.not_equal(by_id["loss_min"], by_id["loss_max"])
+    repeated, conflicting = (by_id["pair_id"].filter(each) for each in (is_repeated, is_conflicting))
+    # The halves are those of a seed's folds, which these files do not tell: 0 stands for both.
+    numbers = {"seed": seed, "fold": 0, "evaluation": evaluation}
+    records = pa.table(
+        {
+            "pair_id": by_id["pair_id"],
+            "prompt_id": by_id["pair_id"],
+            **{name: np.full(len(by_id), number) for name, number in numbers.items()},
+            "loss": by_id["loss_first"],
+        }
+    )
+    return Evaluation(
         files=tuple(path.name for path in paths),
         seed=seed,
         evaluation=evaluation,
-        rows=len(losses_N),
-        distinct_ids=len(ids),
-        repeated_ids=int(repeated_D.sum()),
-        conflicting_ids=int(conflicting_D.sum()),
+        rows=len(rows),
+        repeated_ids=tuple(repeated.to_pylist()),
+        conflicting_ids=tuple(conflicting.to_pylist()),
+        records=records,
     )
-    # The halves are those of a seed's folds, which these files do not tell: 0 stands for both.
-    numbers = {"seed": seed, "fold": 0, "evaluation": evaluation}
-    columns = {name: np.full(len(ids), number) for name, number in numbers.items()}
-    records = pa.table({"pair_id": ids, "prompt_id": ids, **columns, "loss": losses_N[first_D]})
-    named = [ids.filter(pa.array(flags_D)).to_pylist() for flags_D in (repeated_D, conflicting_D)]
-    return _Evaluation(count, records, *named)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +17,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from selective_dpo.criteria import CRITERIA, RECORD_COLUMNS, by_record
-from selective_dpo.curriculum.columns import codes, first_rows, text_array
-from selective_dpo.errors import ArtifactError, ConfigError, RecordsError, name_some
+from selective_dpo.errors import ArtifactError, ConfigError, IdentityError, RecordsError, name_some
+from selective_dpo.identity import MAX_ID_BYTES, positions_of
 from selective_dpo.logprobs.nonfinite import quarantined_pair
 
 MAX_LOSS = 1e30
@@ -143,14 +144,14 @@ def arrange(
     if not len(table):
         raise RecordsError("there are no records: run the scoring first")
     code_R, ids_D = codes(table["pair_id"])
-    first_D = first_rows(code_R, len(ids_D))
     by_id_P = pc.sort_indices(ids_D).to_numpy()
-    place_D = np.empty(len(by_id_P), dtype=np.int32)
-    place_D[by_id_P] = np.arange(len(by_id_P))
-    pair_R = place_D[code_R]
+    pair_R = np.argsort(by_id_P).astype(np.int32)[code_R]
+    # Of several values written to one place the last one stays, so rows are written from the last on.
+    first_P = np.empty(len(by_id_P), dtype=np.int64)
+    first_P[pair_R[::-1]] = np.arange(len(pair_R) - 1, -1, -1)
     ids_P = text_array(ids_D.take(pa.array(by_id_P)))
     prompt_R, prompts_D = codes(table["prompt_id"])
-    prompts_P = text_array(prompts_D)[prompt_R[first_D[by_id_P]]]
+    prompts_P = text_array(prompts_D)[prompt_R[first_P]]
     (seeds_S, seed_R), (evaluations_E, evaluation_R) = (_axis(table[name]) for name in ("seed", "evaluation"))
     shape = len(ids_P), len(seeds_S), len(evaluations_E)
     cell_R = np.ravel_multi_index((pair_R, seed_R, evaluation_R), shape)
@@ -207,18 +208,13 @@ def _require_complete(table: LossTable) -> None:
 
 _TEXT = ("pair_id", "prompt_id")
 
-_WHOLE = ("seed", "fold", "evaluation", "step")
-
-
-def _kind(name: str) -> pa.DataType:
-    if name in _TEXT:
-        return pa.string()
-    return pa.int64() if name in _WHOLE else pa.float64()
-
-
-SCHEMA = pa.schema(
-    [pa.field(each.name, _kind(each.name), nullable=False) for each in dataclasses.fields(Records)]
+_KINDS = (
+    (pa.string(), _TEXT),
+    (pa.int64(), ("seed", "fold", "evaluation", "step")),
+    (pa.float64(), RECORD_COLUMNS),
 )
+
+SCHEMA = pa.schema([pa.field(name, kind, nullable=False) for kind, names in _KINDS for name in names])
 
 
 def write_records(records: Records, path: Path) -> None:
@@ -265,7 +261,12 @@ def read_columns(path: Path, names: Sequence[str]) -> pa.Table:
         raise ArtifactError(f"{path} does not exist: run the scoring that makes it")
     try:
         schema = pq.read_schema(path)
-        _require_record_columns(path, schema)
+        found, wanted = (Counter((each.name, each.type) for each in fields) for fields in (schema, SCHEMA))
+        if wrong := sorted({name for name, _ in (found - wanted) + (wanted - found)}):
+            raise ArtifactError(
+                f"{path} does not hold records: column(s) {', '.join(wrong)} missing, extra, repeated or "
+                "mistyped"
+            )
         # A column that cannot hold nulls need not be read to know that there are none.
         nullable = [name for name in SCHEMA.names if schema.field(name).nullable]
         table = pq.read_table(path, columns=[*dict.fromkeys([*names, *nullable])])
@@ -277,17 +278,6 @@ def read_columns(path: Path, names: Sequence[str]) -> pa.Table:
     if empty:
         raise ArtifactError(f"{path} has nulls in column(s) {', '.join(empty)}")
     return table.select(names).cast(pa.schema([SCHEMA.field(name) for name in names]))
-
-
-def _require_record_columns(path: Path, schema: pa.Schema) -> None:
-    found = {field.name: field.type for field in schema}
-    wanted = {field.name: field.type for field in SCHEMA}
-    if found != wanted or len(schema) != len(SCHEMA):
-        wrong = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
-        wrong += sorted({name for name in schema.names if schema.names.count(name) > 1})
-        raise ArtifactError(
-            f"{path} does not hold records: column(s) {', '.join(wrong)} missing, extra, repeated or mistyped"
-        )
 
 
 def _to_numpy(column: pa.ChunkedArray) -> NDArray[Any]:
@@ -374,3 +364,70 @@ def difficulty(table: LossTable, how: str = "mean", *, allow_partial: bool = Fal
     unread = np.flatnonzero(~np.isfinite(difficulty_P))
     _refuse(table.pair_ids_P, unread, f"have no record that '{how}' reads")
     return Difficulty(difficulty_P, spread_P, table.counts_P)
+
+
+# --- Columns of ids as NumPy arrays, without a Python string for each row ---------------------------------
+
+
+def text_array(column: pa.Array | pa.ChunkedArray) -> NDArray[np.str_]:
+    """Strings without nulls as a NumPy array of the width of the longest.
+
+    Raises:
+        IdentityError: as `require_plain`.
+    """
+    require_plain(column, what="ids")
+    width = pc.max(pc.binary_length(column)).as_py() or 1
+    if not pc.all(pc.string_is_ascii(column), min_count=0).as_py():
+        return np.asarray(column.to_pylist(), dtype=np.str_)
+    # Padded with NUL, which NumPy leaves out, all are of one width, and their bytes are NumPy's.
+    padded = pc.ascii_rpad(column, width, "\0").cast(pa.binary()).cast(pa.binary(width))
+    chunks = padded.chunks if isinstance(padded, pa.ChunkedArray) else [padded]
+    letters = [np.frombuffer(chunk.buffers()[1], f"S{width}", len(chunk)) for chunk in chunks if len(chunk)]
+    return np.concatenate([np.empty(0, f"S{width}"), *letters]).astype(np.str_)
+
+
+def require_plain(column: pa.Array | pa.ChunkedArray, *, what: str) -> None:
+    """Check that texts can be ids: NumPy drops NUL characters at their ends and pads all to the longest.
+
+    Raises:
+        IdentityError: one is null, holds a NUL character, is too long or is not UTF-8; `what` names them.
+    """
+    wrong = pc.fill_null(
+        pc.or_(pc.match_substring(column, "\0"), pc.greater(pc.binary_length(column), MAX_ID_BYTES)), True
+    )
+    count = pc.sum(wrong).as_py() or 0
+    if count:
+        shown = [str(text)[:40] for text in column.filter(wrong).cast(pa.binary()).to_pylist()[:5]]
+        raise IdentityError(
+            f"{what}: {count:,} are missing, hold a NUL character or have more than {MAX_ID_BYTES} bytes: "
+            f"{name_some(shown)}"
+        )
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid as error:
+        raise IdentityError(f"{what} are not all UTF-8 text ({error})") from error
+
+
+def codes(column: pa.Array | pa.ChunkedArray) -> tuple[NDArray[np.int32], pa.Array]:
+    """For each row the index of its value among the distinct ones, which come in order of appearance."""
+    coded = pc.dictionary_encode(column)
+    if isinstance(coded, pa.ChunkedArray):
+        if not coded.num_chunks:
+            return np.empty(0, dtype=np.int32), pa.array([], type=column.type)
+        coded = coded.unify_dictionaries().combine_chunks()
+    return coded.indices.to_numpy(), coded.dictionary
+
+
+def id_positions(wanted: pa.ChunkedArray, available: pa.ChunkedArray, *, what: str) -> NDArray[np.int64]:
+    """Where each of `wanted` stands in `available`: `identity.positions_of` for columns of ids.
+
+    Raises:
+        IdentityError: an id is wanted but not available, or stands twice in either column.
+    """
+    where = pc.index_in(wanted, value_set=available)
+    is_one_to_one = not where.null_count and all(
+        pc.count_distinct(ids, mode="all").as_py() == len(ids) for ids in (wanted, available)
+    )
+    if not is_one_to_one:  # which names the ids that are wrong
+        return positions_of(wanted.to_pylist(), available.to_pylist(), what=what)
+    return np.asarray(where.to_numpy(), dtype=np.int64)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
 from typing import Literal, NamedTuple
@@ -22,7 +21,7 @@ _RULE_STREAM, _ORDER_STREAM = 1, 2
 
 @dataclass(frozen=True)
 class Rule:
-    """A selection rule and its one setting. `easiest`, `hardest` and `random` need a size."""
+    """A selection rule and its one setting, which `SelectConfig` has checked."""
 
     name: RuleName = "easiest"
     fraction: float | None = None
@@ -51,7 +50,7 @@ def select(difficulty_P: NDArray[np.float64], pair_ids_P: NDArray[np.str_], rule
     """Apply `rule` to difficulty_P [P] of the pairs pair_ids_P [P], each id once.
 
     Raises:
-        ConfigError: the rule's setting is missing, out of range, or would keep no pair.
+        ConfigError: the rule's setting does not fit these pairs: it would keep none, or more than there are.
         ValueError: no pairs, arrays of different length, or a difficulty that is not finite.
     """
     if difficulty_P.shape != pair_ids_P.shape or difficulty_P.ndim != 1 or not len(difficulty_P):
@@ -64,7 +63,8 @@ def select(difficulty_P: NDArray[np.float64], pair_ids_P: NDArray[np.str_], rule
         selected_P = _draw(pair_ids_P, size_of(pairs, rule), rule.seed)
         return Selection(rank_P, selected_P, np.where(selected_P, "random control", "not drawn"))
     if rule.name == "below":
-        return _below(difficulty_P, rank_P, rule)
+        selected_P, named = up_to_threshold(difficulty_P, rule), f"the threshold {rule.threshold:g}"
+        return Selection(rank_P, selected_P, np.where(selected_P, f"at or below {named}", f"above {named}"))
     low, high = rank_window(pairs, rule)
     reasons = _window_reasons(rule)
     place_P = np.where(rank_P < low, 0, np.where(rank_P < high, 1, 2))
@@ -91,17 +91,13 @@ def size_of(pairs: int, rule: Rule) -> int:
     """How many of `pairs` pairs a sized rule keeps: fraction times pairs, halves up, at least one.
 
     Raises:
-        ConfigError: both sizes given, the fraction is outside (0, 1], or the count outside [1, pairs].
+        ConfigError: the count is larger than the number of pairs.
     """
     if rule.count is not None:
-        if rule.fraction is not None:
-            raise ConfigError("give fraction or count, not both")
-        if not 1 <= rule.count <= pairs:
+        if rule.count > pairs:
             raise ConfigError(f"select.count is {rule.count:,}, but there are {pairs:,} scored pairs")
         return rule.count
     fraction = DEFAULT_FRACTION if rule.fraction is None else rule.fraction
-    if not 0.0 < fraction <= 1.0:
-        raise ConfigError(f"select.fraction is {fraction}; it must be above 0 and at most 1")
     return max(1, _share_of(fraction, pairs))
 
 
@@ -109,7 +105,7 @@ def rank_window(pairs: int, rule: Rule) -> tuple[int, int]:
     """First rank that the rule keeps, and the first after it that it does not.
 
     Raises:
-        ConfigError: a wrong size or band, or a band that keeps no pair.
+        ConfigError: more pairs are asked for than there are, or a band keeps none.
         ValueError: the rule does not go by rank (`random`, `below`).
     """
     if rule.name == "all":
@@ -118,10 +114,8 @@ def rank_window(pairs: int, rule: Rule) -> tuple[int, int]:
         return 0, size_of(pairs, rule)
     if rule.name == "hardest":
         return pairs - size_of(pairs, rule), pairs
-    if rule.name != "band":
+    if rule.name != "band" or rule.band is None:
         raise ValueError(f"rule '{rule.name}' does not go by rank")
-    if rule.band is None or not 0.0 <= rule.band[0] < rule.band[1] <= 1.0:
-        raise ConfigError("select.band must be two rising quantiles within [0, 1]")
     low, high = (_share_of(quantile, pairs) for quantile in rule.band)
     if low == high:
         raise ConfigError(f"select.band {list(rule.band)} keeps none of {pairs:,} pairs: widen it")
@@ -134,31 +128,28 @@ def _share_of(fraction: float, pairs: int) -> int:
 
 
 def _draw(pair_ids_P: NDArray[np.str_], size: int, seed: int) -> NDArray[np.bool_]:
-    generator = np.random.default_rng([_RULE_STREAM, require_seed(seed)])
+    generator = np.random.default_rng([_RULE_STREAM, seed])
     drawn = ascending(pair_ids_P)[generator.permutation(len(pair_ids_P))[:size]]
     selected_P = np.zeros(len(pair_ids_P), dtype=np.bool_)
     selected_P[drawn] = True
     return selected_P
 
 
-def require_seed(seed: int) -> int:
-    """`seed`, or `ConfigError` if NumPy cannot seed a generator with it."""
-    if seed < 0:
-        raise ConfigError(f"select.seed is {seed}; it must be 0 or more")
-    return seed
+def up_to_threshold(difficulty: NDArray[np.float64], rule: Rule) -> NDArray[np.bool_]:
+    """What `below` keeps, of difficulties of any shape.
 
-
-def _below(difficulty_P: NDArray[np.float64], rank_P: NDArray[np.int64], rule: Rule) -> Selection:
-    if rule.threshold is None or not math.isfinite(rule.threshold):
+    Raises:
+        ConfigError: there is no threshold, or nothing is at or below it.
+    """
+    if rule.threshold is None:
         raise ConfigError("rule 'below' needs a threshold: set select.threshold, such as 0.693")
-    selected_P = difficulty_P <= rule.threshold
-    if not selected_P.any():
+    kept = difficulty <= rule.threshold
+    if not kept.any():
         raise ConfigError(
             f"no pair has a difficulty at or below select.threshold {rule.threshold:g} "
-            f"(the smallest is {difficulty_P.min():.4g}): raise it"
+            f"(the smallest is {difficulty.min():.4g}): raise it"
         )
-    named = f"the threshold {rule.threshold:g}"
-    return Selection(rank_P, selected_P, np.where(selected_P, f"at or below {named}", f"above {named}"))
+    return kept
 
 
 def _window_reasons(rule: Rule) -> tuple[str, str, str]:
@@ -196,7 +187,7 @@ def training_positions(
     if order == "shuffled":
         by_id = ascending(pair_ids_P)
         first_to_last = by_id[selection.selected_P[by_id]]
-        generator = np.random.default_rng([_ORDER_STREAM, require_seed(seed)])
+        generator = np.random.default_rng([_ORDER_STREAM, seed])
         first_to_last = generator.permutation(first_to_last)
     elif order in ("easy-to-hard", "hard-to-easy"):
         by_rank = np.empty(len(pair_ids_P), dtype=np.int64)

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selective_dpo.curriculum.records import LossTable, difficulty
-from selective_dpo.curriculum.select import Rule, rank_window, ranks, size_of
+from selective_dpo.curriculum.select import Rule, rank_window, ranks, size_of, up_to_threshold
 from selective_dpo.errors import ConfigError, RecordsError
 from selective_dpo.stats.bootstrap import LEVEL, REPLICATES, Draws, cluster_bootstrap, cluster_codes, rows_for
 from selective_dpo.stats.estimates import Estimate, null_if_undefined
@@ -119,7 +119,7 @@ def predict_overlap(
 
     Raises:
         RecordsError: records of fewer than two seeds, or no pair that has all of them.
-        ConfigError: the rule's setting is missing or out of range, or no seed selects any pair.
+        ConfigError: the rule's setting does not fit these pairs, or no seed selects any pair.
     """
     rule = rule or Rule()
     sets = seed_sets(table, how, rule)
@@ -297,7 +297,7 @@ def seed_sets(table: LossTable, how: str, rule: Rule) -> SeedSets:
 
     Raises:
         RecordsError: records of fewer than two seeds, or no pair that has all of them.
-        ConfigError: the rule's setting is missing or out of range, or no seed selects any pair.
+        ConfigError: the rule's setting does not fit these pairs, or no seed selects any pair.
     """
     if len(table.seeds_S) < 2:
         raise RecordsError("a prediction of stability needs the records of at least two seeds: score another")
@@ -307,12 +307,14 @@ def seed_sets(table: LossTable, how: str, rule: Rule) -> SeedSets:
     whole = table.of_pairs(whole_P)
     own_SP = np.array([difficulty(whole.of_seed(s), how).difficulty_P for s in range(len(table.seeds_S))])
     code_SP = np.array([ranks(own_P, whole.pair_ids_P) for own_P in own_SP], dtype=np.intp)
-    kept_SP = _up_to_threshold(own_SP, rule) if rule.name == "below" else None
-    if kept_SP is None:
-        low, high = _window(len(whole.pair_ids_P), rule)
+    pairs, kept_SP = len(whole.pair_ids_P), None
+    if rule.name == "below":
+        kept_SP = up_to_threshold(own_SP, rule)
+        quantiles = 0.0, float(kept_SP.mean())
     else:
-        low, high = 0.0, float(kept_SP.mean())
-    return SeedSets(cluster_codes(whole.prompt_ids_P), code_SP, kept_SP, (low, high))
+        first, stop = (0, size_of(pairs, rule)) if rule.name == "random" else rank_window(pairs, rule)
+        quantiles = first / pairs, stop / pairs
+    return SeedSets(cluster_codes(whole.prompt_ids_P), code_SP, kept_SP, quantiles)
 
 
 def mean_overlap(sets: SeedSets, weights_P: NDArray[np.float64]) -> float:
@@ -338,17 +340,3 @@ def mean_overlap(sets: SeedSets, weights_P: NDArray[np.float64]) -> float:
     selections = float(weight_C @ count_C)
     shared = float(weight_C @ (count_C * (count_C - 1)))
     return shared / ((sets.seeds - 1) * selections) if selections > 0 else math.nan
-
-
-def _window(pairs: int, rule: Rule) -> tuple[float, float]:
-    first, stop = (0, size_of(pairs, rule)) if rule.name == "random" else rank_window(pairs, rule)
-    return first / pairs, stop / pairs
-
-
-def _up_to_threshold(own_SP: NDArray[np.float64], rule: Rule) -> NDArray[np.bool_]:
-    if rule.threshold is None or not math.isfinite(rule.threshold):
-        raise ConfigError("rule 'below' needs a threshold: set select.threshold, such as 0.693")
-    kept_SP = own_SP <= rule.threshold
-    if not kept_SP.any():
-        raise ConfigError(f"no seed has a pair at or below select.threshold {rule.threshold:g}: raise it")
-    return kept_SP

@@ -13,11 +13,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from selective_dpo.config import SelectConfig
-from selective_dpo.curriculum.columns import require_plain, text_array
-from selective_dpo.curriculum.records import LossTable
+from selective_dpo.curriculum.records import LossTable, require_plain, text_array
 from selective_dpo.curriculum.select import NOT_SELECTED
 from selective_dpo.errors import ArtifactError, ConfigError, DataError, IdentityError, name_some
 from selective_dpo.identity import ids_digest, require_unique
@@ -54,6 +53,15 @@ have no numbers: null, a count of 0 and rank -1."""
 
 P_WRONG = "p_wrong"
 """Name of the column of `stats.calibration.probability_wrong`."""
+
+
+PAIR_ID = "pair_id"
+
+PROMPT_ID = "prompt_id"
+
+DIFFICULTY = "difficulty"
+
+logger = logging.getLogger(__name__)
 
 
 def loss_column(seed: int, evaluation: int) -> str:
@@ -112,8 +120,59 @@ class Curriculum:
         return ids_digest(self.order)
 
     def apply(self, dataset: Dataset, *, allow_unscored: bool = False) -> Dataset:
-        """The selected pairs of a preference data set, in training order (see `apply_curriculum`)."""
-        return apply_curriculum(self, dataset, allow_unscored=allow_unscored)
+        """The selected pairs of `dataset` in training order, with columns `pair_id` and `difficulty`.
+
+        Rows are found by their `pair_id` column or, without one, by the id computed from `prompt`, `chosen`
+        and `rejected`. Of rows with the same id the first is used. The texts or tokens are not copied: the
+        result looks into `dataset` through indices.
+
+        Args:
+            allow_unscored: leave out rows that the curriculum does not know, and log how many, instead of
+                refusing them. They were never scored, so nothing says whether they belong in or out.
+
+        Raises:
+            ConfigError: `dataset` is no `datasets.Dataset`.
+            IdentityError: selected pairs are missing from `dataset`, or it holds rows that were not scored.
+            DataError: `dataset` has neither a `pair_id` column nor preference columns.
+        """
+        require_dataset(dataset)
+        ids = _pair_ids(dataset)
+        scored_row = pc.index_in(ids, value_set=self.table[PAIR_ID].combine_chunks(), skip_nulls=True)
+        unscored = ids.filter(pc.is_null(scored_row))
+        if len(unscored):
+            told = f"{len(unscored):,} of {len(ids):,} rows are not in the curriculum"
+            if not allow_unscored:
+                unusable = unscored.null_count
+                named = [f"{unusable:,} are not usable pairs"] if unusable else []
+                raise IdentityError(
+                    f"{told} ({name_some([*named, *unscored.drop_null().to_pylist()])}); {self._remedy}, or "
+                    "leave them out: apply(dataset, allow_unscored=True)"
+                )
+            logger.warning("%s and are left out", told)
+        order = pa.array(self.order, type=pa.string())
+        # index_in gives the first of several equal ids, which is the row that the rest of the package keeps.
+        rows = pc.index_in(order, value_set=ids)
+        if rows.null_count:
+            absent = order.filter(pc.is_null(rows)).to_pylist()
+            raise IdentityError(
+                f"{len(absent):,} of {len(order):,} selected pairs are not in the data set: "
+                f"{name_some(absent)}; {self._remedy}"
+            )
+        difficulty = self.table[DIFFICULTY].take(scored_row)
+        # Columns go in before the rows are picked: adding them afterwards would copy the whole selection.
+        annotated = dataset.remove_columns([DIFFICULTY]) if DIFFICULTY in dataset.column_names else dataset
+        annotated = annotated.add_column(DIFFICULTY, difficulty.to_numpy())
+        if PAIR_ID not in annotated.column_names:
+            annotated = annotated.add_column(PAIR_ID, ids.to_pylist())
+        return annotated.select(np.asarray(rows, dtype=np.int64))
+
+    @property
+    def _remedy(self) -> str:
+        if self.table[PAIR_ID] == self.table[PROMPT_ID]:
+            return (
+                "its ids name prompts: join it with the data first, by import_curriculum(..., pairs=dataset)"
+            )
+        return "apply the curriculum to the data it was made from"
 
     def save(self, path: str | Path) -> Path:
         """Write `curriculum.parquet` and `curriculum.json`, and return the table's path.
@@ -124,7 +183,7 @@ class Curriculum:
         Raises:
             BusyError: another process is writing it.
         """
-        table_path, facts_path = _paths(Path(path))
+        table_path, facts_path = paths_of(Path(path))
         # Whatever fails while the two are written, those that were there stay; a kill between the two renames
         # leaves facts that are not of the table, which `load` notices.
         with (
@@ -149,120 +208,42 @@ class Curriculum:
             ArtifactError: not there, incomplete, damaged, or of another schema version.
             IdentityError: its ids are missing, repeated or out of order.
         """
-        table_path, facts_path = _paths(Path(path))
+        table_path, facts_path = paths_of(Path(path))
         if not table_path.is_file():
             raise ArtifactError(f"no curriculum at {table_path}")
-        facts = _read_facts(facts_path)
-        if facts.pop("schema_version", None) != SCHEMA_VERSION:
+        try:
+            facts = read_json(facts_path)
+            head = {
+                name: facts.pop(name, None) for name in ("schema_version", "table_sha256", "facts_sha256")
+            }
+            facts_sha256 = digest(facts)
+        except (ValueError, RecursionError, IsADirectoryError) as error:  # also NaN, and blocks without end
+            raise ArtifactError(f"{facts_path} does not hold the facts of a curriculum: {error}") from error
+        if head["schema_version"] != SCHEMA_VERSION:
             raise ArtifactError(f"{facts_path} is not of schema version {SCHEMA_VERSION}")
-        if facts.pop("table_sha256", None) != file_digest(table_path):
+        if head["table_sha256"] != file_digest(table_path):
             raise ArtifactError(f"{table_path} is not the table that {facts_path.name} was written for")
-        if facts.pop("facts_sha256", None) != digest(facts):
+        if head["facts_sha256"] != facts_sha256:
             raise ArtifactError(f"{facts_path} was changed since it was written; build the curriculum again")
-        made = cls(_read_table(table_path), facts)
-        require_facts(facts, made.table, facts_path)
-        require_losses(made.table, facts, facts_path)
+        try:
+            with pq.ParquetFile(table_path) as file:
+                table = file.read()
+            table.validate(full=True)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise ArtifactError(f"{table_path} is not a curriculum's table: {error}") from error
+        made = cls(table, facts)
+        require_facts(facts, table, facts_path)
         return made
 
 
-def facts_path(path: Path) -> Path:
-    """Where the facts are of a curriculum at `path`, which is as `Curriculum.load` takes it."""
-    return _paths(path)[1]
-
-
-def digest_of_table(path: Path) -> str:
-    """SHA-256 of the table of the curriculum at `path`."""
-    return file_digest(_paths(path)[0])
-
-
-def _read_facts(path: Path) -> dict[str, Any]:
-    try:
-        facts = read_json(path)
-        digest(facts)
-    except (ValueError, RecursionError) as error:  # NaN, or blocks in blocks without end
-        raise ArtifactError(f"{path} does not hold the facts of a curriculum: {error}") from error
-    except IsADirectoryError:
-        raise ArtifactError(f"{path} is a folder, not the facts of a curriculum") from None
-    return facts
-
-
-def _read_table(path: Path) -> pa.Table:
-    try:
-        with pq.ParquetFile(path) as file:
-            table = file.read()
-        table.validate(full=True)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise ArtifactError(f"{path} is not a curriculum's table: {error}") from error
-    return table
-
-
-def _paths(path: Path) -> tuple[Path, Path]:
+def paths_of(path: Path) -> tuple[Path, Path]:
+    """Where the table and the facts are of a curriculum at `path`, which is as `Curriculum.load` takes it."""
     if path.suffix == ".parquet":
         return path, path.with_suffix(".json")
     return path / TABLE, path / FACTS
 
 
 # --- A curriculum applied to a data set: its selected rows, in training order -----------------------------
-
-
-DIFFICULTY = "difficulty"
-
-PAIR_ID = "pair_id"
-
-PROMPT_ID = "prompt_id"
-
-_IDS = pa.schema({PAIR_ID: pa.string(), PROMPT_ID: pa.string()})
-
-logger = logging.getLogger(__name__)
-
-
-def apply_curriculum(curriculum: Curriculum, dataset: Dataset, *, allow_unscored: bool = False) -> Dataset:
-    """The selected pairs of `dataset` in training order, with columns `pair_id` and `difficulty`.
-
-    Rows are found by their `pair_id` column or, without one, by the id computed from `prompt`, `chosen`
-    and `rejected`. Of rows with the same id the first is used. The texts or tokens are not copied: the
-    result looks into `dataset` through indices.
-
-    Args:
-        allow_unscored: leave out rows that the curriculum does not know, and log how many, instead of
-            refusing them. They were never scored, so nothing says whether they belong in or out.
-
-    Raises:
-        ConfigError: `dataset` is no `datasets.Dataset`.
-        IdentityError: selected pairs are missing from `dataset`, or it holds rows that were not scored.
-        DataError: `dataset` has neither a `pair_id` column nor preference columns.
-    """
-    require_dataset(dataset)
-    ids = _pair_ids(dataset)
-    scored_row = pc.index_in(ids, value_set=curriculum.table[PAIR_ID].combine_chunks(), skip_nulls=True)
-    if scored_row.null_count and not allow_unscored:
-        raise IdentityError(
-            f"{scored_row.null_count:,} of {len(ids):,} rows are not in the curriculum "
-            f"({_unscored(ids, scored_row)}); {_remedy(curriculum)}, or leave them out: "
-            "apply(dataset, allow_unscored=True)"
-        )
-    if scored_row.null_count:
-        logger.warning(
-            "%s of %s rows are not in the curriculum and are left out",
-            f"{scored_row.null_count:,}",
-            f"{len(ids):,}",
-        )
-    order = pa.array(curriculum.order, type=pa.string())
-    # index_in gives the first of several equal ids, which is the row that the rest of the package keeps.
-    rows = pc.index_in(order, value_set=ids)
-    if rows.null_count:
-        absent = order.filter(pc.is_null(rows)).to_pylist()
-        raise IdentityError(
-            f"{len(absent):,} of {len(order):,} selected pairs are not in the data set: {name_some(absent)}; "
-            f"{_remedy(curriculum)}"
-        )
-    difficulty = curriculum.table[DIFFICULTY].take(scored_row)
-    # Columns go in before the rows are picked: adding them afterwards would copy the whole selection.
-    annotated = dataset.remove_columns([DIFFICULTY]) if DIFFICULTY in dataset.column_names else dataset
-    annotated = annotated.add_column(DIFFICULTY, difficulty.to_numpy())
-    if PAIR_ID not in annotated.column_names:
-        annotated = annotated.add_column(PAIR_ID, ids.to_pylist())
-    return annotated.select(np.asarray(rows, dtype=np.int64))
 
 
 def require_dataset(data: object) -> None:
@@ -279,10 +260,7 @@ def require_dataset(data: object) -> None:
     raise ConfigError(f"the pairs are a {type(data).__name__}: pass a datasets.Dataset{split}")
 
 
-def _remedy(curriculum: Curriculum) -> str:
-    if curriculum.table[PAIR_ID] == curriculum.table[PROMPT_ID]:
-        return "its ids name prompts: join it with the data first, by import_curriculum(..., pairs=dataset)"
-    return "apply the curriculum to the data it was made from"
+_IDS = pa.schema({PAIR_ID: pa.string(), PROMPT_ID: pa.string()})
 
 
 def dataset_ids(dataset: Dataset) -> pa.Table:
@@ -294,17 +272,9 @@ def dataset_ids(dataset: Dataset) -> pa.Table:
         DataError: `dataset` has neither these nor preference columns.
     """
     if {PAIR_ID, PROMPT_ID} <= set(dataset.column_names):
-        return dataset.select_columns([PAIR_ID, PROMPT_ID]).with_format("arrow")[:].cast(_IDS)
+        return dataset.select_columns(_IDS.names).with_format("arrow")[:].cast(_IDS)
     prompt_of = {pair.pair_id: pair.prompt_id for pair in reversed(_pairs(dataset)) if pair is not None}
     return pa.table([list(prompt_of), list(prompt_of.values())], schema=_IDS)
-
-
-def _unscored(ids: pa.Array, scored_row: pa.Array) -> str:
-    unknown = ids.filter(pc.is_null(scored_row))
-    unusable = unknown.null_count
-    parts = [f"{unusable:,} are not usable pairs"] if unusable else []
-    named = unknown.drop_null().to_pylist()
-    return ", ".join([*parts, *([name_some(named)] if named else [])])
 
 
 def _pair_ids(dataset: Dataset) -> pa.Array:
@@ -333,19 +303,19 @@ def _pairs(dataset: Dataset) -> list[Pair | None]:
 # --- What must hold of a curriculum before anybody trains on it: each fault is counted and named ----------
 
 
-_FACTS: dict[str, type] = {
-    "key": str,
-    "pairs": int,
-    "selected": int,
-    "select": dict,
-    "seeds": list,
-    "evaluations": list,
-    "quarantined": int,
-    "partial": int,
-    "agreement": dict,
-    "provenance": dict,
-    "cost": dict,
-}
+class _Facts(BaseModel, strict=True):
+    key: str
+    pairs: int
+    selected: int
+    select: SelectConfig
+    seeds: list[int]
+    evaluations: list[int]
+    quarantined: int
+    partial: int
+    agreement: dict[str, Any]
+    provenance: dict[str, Any]
+    cost: dict[str, Any]
+
 
 _REMEDY = "build the curriculum again from its records"
 
@@ -359,11 +329,19 @@ def require_sound_table(table: pa.Table) -> None:
             the training order are not each there once; or a pair has a place and is not selected.
     """
     ids = table["pair_id"]
-    _require_sound_ids(ids)
-    require_plain(table["prompt_id"], what="curriculum: prompt ids")
+    for name in ("pair_id", "prompt_id"):
+        require_plain(table[name], what=f"curriculum: {name}s")
+    if pc.count_distinct(ids, mode="all").as_py() < len(ids):
+        require_unique(ids.to_pylist(), what="curriculum")
+    after = ids.slice(1)
+    fallen = after.filter(pc.less(after, ids.slice(0, len(after))))
+    if len(fallen):
+        named = name_some(fallen.to_pylist())
+        raise IdentityError(f"curriculum: {len(fallen):,} pair ids are out of order: {named}; {_REMEDY}")
     is_aside_P = np.asarray(pc.is_null(table["difficulty"]), dtype=np.bool_)
     _refuse(ids, ~is_aside_P & ~np.isfinite(table["difficulty"].to_numpy()), "have no finite difficulty")
-    rank_P, position_P = (_whole_numbers(table[name]) for name in ("rank", "position"))
+    # -2 stands for null: no row may have it.
+    rank_P, position_P = (pc.fill_null(table[name], -2).to_numpy() for name in ("rank", "position"))
     wrong_rank_P = _out_of_place(rank_P, ~is_aside_P) | (is_aside_P & (rank_P != NOT_SELECTED))
     _refuse(ids, wrong_rank_P, "have a wrong rank")
     _refuse(ids, np.asarray(pc.is_null(table["selected"]), dtype=np.bool_), "are neither selected nor not")
@@ -379,14 +357,11 @@ def require_facts(facts: Mapping[str, Any], table: pa.Table, where: object) -> N
     Raises:
         ArtifactError: one is missing, of the wrong kind, or says another number than the table.
     """
-    wrong = [name for name, kind in _FACTS.items() if not isinstance(facts.get(name), kind)]
-    wrong += [
-        name
-        for name in ("seeds", "evaluations")
-        if name not in wrong and not all(type(number) is int for number in facts[name])
-    ]
-    if wrong:
-        raise ArtifactError(f"{where}: {name_some(wrong)} missing or of the wrong kind; {_REMEDY}")
+    try:
+        _Facts.model_validate(facts)
+    except ValidationError as error:
+        wrong = dict.fromkeys(each["loc"][0] for each in error.errors())
+        raise ArtifactError(f"{where}: {name_some(wrong)} missing or of the wrong kind; {_REMEDY}") from error
     aside = table.filter(pc.is_null(table["difficulty"]))
     counts = {
         "pairs": len(table) - len(aside),
@@ -396,10 +371,7 @@ def require_facts(facts: Mapping[str, Any], table: pa.Table, where: object) -> N
     differing = [f"{facts[name]:,} {name}" for name, count in counts.items() if facts[name] != count]
     if differing:
         raise ArtifactError(f"{where} says {name_some(differing)}, unlike its table; {_REMEDY}")
-    try:
-        SelectConfig(**facts["select"])
-    except (ValidationError, TypeError) as error:
-        raise ArtifactError(f"{where}: select is no selection; {_REMEDY}") from error
+    require_losses(table, facts, where)
 
 
 def require_losses(table: pa.Table, facts: Mapping[str, Any], where: object) -> None:
@@ -413,25 +385,6 @@ def require_losses(table: pa.Table, facts: Mapping[str, Any], where: object) -> 
     wrong = [name for name in names if kinds.get(name) != pa.float64() or table.column_names.count(name) != 1]
     if wrong:
         raise ArtifactError(f"{where}: the table has no losses {name_some(wrong)}; {_REMEDY}")
-
-
-def _require_sound_ids(ids: pa.ChunkedArray) -> None:
-    if ids.null_count:
-        raise IdentityError(f"curriculum: {ids.null_count:,} of {len(ids):,} pair ids are missing; {_REMEDY}")
-    require_plain(ids, what="curriculum: pair ids")
-    if pc.count_distinct(ids, mode="all").as_py() < len(ids):
-        require_unique(ids.to_pylist(), what="curriculum")
-    before, after = ids.slice(0, max(0, len(ids) - 1)), ids.slice(1)
-    falls = pc.less(after, before)
-    count = pc.sum(falls).as_py() or 0
-    if count:
-        named = name_some(after.filter(falls).to_pylist())
-        raise IdentityError(f"curriculum: {count:,} pair ids are out of order: {named}; {_REMEDY}")
-
-
-def _whole_numbers(column: pa.ChunkedArray) -> NDArray[np.int64]:
-    # -2 stands for null: no row may have it.
-    return np.asarray(pc.fill_null(column, -2).to_numpy(), dtype=np.int64)
 
 
 def _out_of_place(place_P: NDArray[np.int64], counted_P: NDArray[np.bool_]) -> NDArray[np.bool_]:

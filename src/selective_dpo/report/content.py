@@ -17,8 +17,8 @@ from pydantic import ValidationError
 
 from selective_dpo.config import SelectConfig
 from selective_dpo.criteria import CRITERIA
-from selective_dpo.curriculum.columns import codes, id_positions
 from selective_dpo.curriculum.import_ import imported_from
+from selective_dpo.curriculum.records import codes, id_positions
 from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.data.adapters import KEPT
 from selective_dpo.errors import ArtifactError
