@@ -46,6 +46,14 @@ def test_without_a_total_there_is_no_share_and_no_time_left(
     assert capsys.readouterr().err == "pairs: 5,000 rows, 50.0 rows/s\n"
 
 
+def test_slow_steps_are_seconds_a_step(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(10, "policy", unit="updates") as shown:
+        clock.now += 50.0
+        shown.advance(4)
+    # 4 in 50 s: 12.5 s each, and 6 more take 75 s.
+    assert capsys.readouterr().err == "policy: 4 updates, 12.5 s/update, 40%, 75 s left\n"
+
+
 def test_only_the_main_process_shows_anything(
     clock: Clock, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

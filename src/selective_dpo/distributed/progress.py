@@ -55,7 +55,9 @@ class Progress:
     def _line(self) -> str:
         elapsed = time.monotonic() - self._started
         rate = (self._done - self._done_before) / elapsed if elapsed > 0 else 0.0
-        line = f"{self._what}: {self._done:,} {self._unit}, {rate:,.1f} {self._unit}/s"
+        one = self._unit.removesuffix("s")
+        speed = f"{1 / rate:,.1f} s/{one}" if 0 < rate < 1 else f"{rate:,.1f} {self._unit}/s"
+        line = f"{self._what}: {self._done:,} {self._unit}, {speed}"
         if self._total and rate > 0:
             line += f", {self._done / self._total:.0%}, {(self._total - self._done) / rate:,.0f} s left"
         return f"{line}\n"
