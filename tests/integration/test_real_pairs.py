@@ -328,7 +328,7 @@ def test_exports_are_read_back(run: Path, tmp_path: Path) -> None:
         [float(line["learning_order"]) for line in lines], curriculum.difficulty_P, rtol=1e-14
     )
     steps = [f"loss_step{step:02d}_seed{seed}" for seed in SEEDS for step in range(EVALUATIONS)]
-    assert list(lines[0]) == ["prompt_id", *steps, "learning_order", "pair_id"]
+    assert list(lines[0]) == ["prompt_id", *steps, "learning_order", "pair_id", "p_wrong"]
 
     assert pq.read_table(export(run, "parquet", tmp_path / "c.parquet")).equals(curriculum.table)
 
