@@ -123,12 +123,13 @@ def _held(lock: Path, what: str) -> Iterator[None]:
 
 def _acquire(file_lock: FileLock, path: Path) -> None:
     for attempt in range(100):
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             file_lock.acquire(poll_interval=0.02)
             return
-        except FileNotFoundError:  # the folder was just removed with another's lock
-            if attempt == 99:
+        except (FileNotFoundError, FileExistsError):
+            # The folder was just removed with another's lock: before it was used, or between two looks at it.
+            if attempt == 99 or any(folder.is_file() for folder in path.parents):
                 raise
 
 
