@@ -10,7 +10,6 @@ arms of one world. Finished worlds are kept in --work, so an interrupted run con
 from __future__ import annotations
 
 import argparse
-import math
 import platform
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from findings_world import BETA, FRACTIONS, WorldJob, measure_world
+from harness import mean_over_worlds, measure_worlds
 from selective_dpo import __version__
-from selective_dpo.distributed.workers import run_in_workers
-from selective_dpo.storage.artifacts import read_json, write_json
+from selective_dpo.storage.artifacts import write_json
 
 ARMS = {
     "reference": "SFT against itself",
@@ -48,14 +47,7 @@ def main() -> None:
         )
         for seed in range(options.first_seed, options.first_seed + options.worlds)
     ]
-    run_in_workers(
-        measure_world,
-        jobs,
-        workers=options.workers,
-        name=lambda job: f"world {job.seed}",
-        done=lambda job: print(f"world {job.seed} done", flush=True),
-    )
-    summary = summarize([read_json(job.result) for job in jobs])
+    summary = summarize(measure_worlds(measure_world, jobs, workers=options.workers))
     summary |= {
         "name": "findings",
         "version": __version__,
@@ -124,8 +116,7 @@ def _beta_sweep(worlds: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _mean(values_W: np.ndarray) -> dict[str, float | int]:
-    error = float(values_W.std(ddof=1) / math.sqrt(len(values_W))) if len(values_W) > 1 else 0.0
-    return {"mean": float(values_W.mean()), "standard_error": error, "above_0": int((values_W > 0).sum())}
+    return {**mean_over_worlds(values_W), "above_0": int((values_W > 0).sum())}
 
 
 def as_text(summary: dict[str, Any]) -> str:

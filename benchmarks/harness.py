@@ -5,16 +5,19 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
-from selective_dpo.storage.artifacts import write_json
+from selective_dpo.distributed.workers import run_in_workers
+from selective_dpo.storage.artifacts import read_json, write_json
 
 
 class Round(NamedTuple):
@@ -76,6 +79,27 @@ def summary(
             "torch": torch.__version__,
         },
     }
+
+
+def measure_worlds(
+    measure: Callable[[Any], None], jobs: Sequence[Any], *, workers: int
+) -> list[dict[str, Any]]:
+    """`measure` each job, several at a time, and return what they wrote to their `result`."""
+    run_in_workers(
+        measure,
+        jobs,
+        workers=workers,
+        name=lambda job: f"world {job.seed}",
+        done=lambda job: print(f"world {job.seed} done", flush=True),
+    )
+    return [read_json(job.result) for job in jobs]
+
+
+def mean_over_worlds(values: Iterable[float]) -> dict[str, float]:
+    """Mean and standard error; the error of a single world is given as 0."""
+    values_W = np.array(list(values), dtype=float)
+    error = float(values_W.std(ddof=1) / math.sqrt(len(values_W))) if len(values_W) > 1 else 0.0
+    return {"mean": float(values_W.mean()), "standard_error": error}
 
 
 def show(results: list[dict[str, Any]], path: Path | None) -> None:

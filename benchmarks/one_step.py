@@ -16,18 +16,17 @@ Eight worlds take about an hour on two cores.
 from __future__ import annotations
 
 import argparse
-import math
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from harness import mean_over_worlds, measure_worlds
 from one_step_world import WorldJob, measure_world
 from selective_dpo import __version__
-from selective_dpo.distributed.workers import run_in_workers
-from selective_dpo.storage.artifacts import read_json, write_json
+from selective_dpo.storage.artifacts import write_json
 
 PROTOCOLS = ("paper", "fast", "one-step")
 CALIBRATED = {
@@ -40,14 +39,7 @@ def main() -> None:
     options = _options()
     seeds = range(options.first_seed, options.first_seed + options.worlds)
     jobs = [WorldJob(seed, options.work / f"world{seed}", options.orders) for seed in seeds]
-    run_in_workers(
-        measure_world,
-        jobs,
-        workers=options.workers,
-        name=lambda job: f"world {job.seed}",
-        done=lambda job: print(f"world {job.seed} done", flush=True),
-    )
-    summary = summarize([read_json(job.result) for job in jobs])
+    summary = summarize(measure_worlds(measure_world, jobs, workers=options.workers))
     summary |= {"name": "one-step", "version": __version__, "machine": platform.machine()}
     print(as_text(summary))
     if options.json:
@@ -65,12 +57,12 @@ def summarize(worlds: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "worlds": len(worlds),
         "pairs": [world["pairs"] for world in worlds],
         "agreement": agreement,
-        "one_step_minus_two_trained_seeds": _mean(
+        "one_step_minus_two_trained_seeds": mean_over_worlds(
             spearman["one-step"] - spearman["two trained seeds"] for spearman in per_world
         ),
         "labels": _means(worlds, "labels"),
         "auc_flipped_minus_paper": {
-            name: _mean(
+            name: mean_over_worlds(
                 [
                     world["labels"][name]["auc_flipped"] - world["labels"]["paper"]["auc_flipped"]
                     for world in worlds
@@ -78,9 +70,9 @@ def summarize(worlds: Sequence[dict[str, Any]]) -> dict[str, Any]:
             )
             for name in ("fast", "one-step")
         },
-        "win_rates": {name: _mean(values) for name, values in rates.items()},
+        "win_rates": {name: mean_over_worlds(values) for name, values in rates.items()},
         "win_rate_minus_paper": {
-            name: _mean(rates[name] - rates["paper"]) for name in arms if name != "paper"
+            name: mean_over_worlds(rates[name] - rates["paper"]) for name in arms if name != "paper"
         },
         "spread_between_orders": float(np.sqrt(np.mean(np.square(by_order)))),
         "away": _means(worlds, "away"),
@@ -93,22 +85,19 @@ def summarize(worlds: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def _calibration(worlds: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
     found = [world["calibration"][name] for world in worlds]
     bins = {key: np.mean([each[key] for each in found], axis=0).tolist() for key in ("predicted", "observed")}
-    return bins | {key: _mean(each[key] for each in found) for key in ("brier", "brier_of_constant")}
+    return bins | {
+        key: mean_over_worlds(each[key] for each in found) for key in ("brier", "brier_of_constant")
+    }
 
 
 def _means(worlds: Sequence[dict[str, Any]], part: str) -> dict[str, Any]:
     return {
         name: {
-            figure: _mean([world[part][name][figure] for world in worlds]) for figure in worlds[0][part][name]
+            figure: mean_over_worlds([world[part][name][figure] for world in worlds])
+            for figure in worlds[0][part][name]
         }
         for name in worlds[0][part]
     }
-
-
-def _mean(values: Iterable[float]) -> dict[str, float]:
-    values_W = np.array(list(values), dtype=float)
-    error = float(values_W.std(ddof=1) / math.sqrt(len(values_W))) if len(values_W) > 1 else 0.0
-    return {"mean": float(values_W.mean()), "standard_error": error}
 
 
 def as_text(summary: dict[str, Any]) -> str:

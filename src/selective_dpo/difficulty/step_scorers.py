@@ -200,18 +200,21 @@ class StepScorer:
         process, ids = this_process(), np.asarray(self.tokens["pair_id"])
         logps_P2, done_P = np.zeros((len(ids), 2)), np.zeros(len(ids), dtype=np.bool_)
         sums = GradientSums(torch.zeros_like(self.start_W), torch.zeros_like(self.start_W), 0, 0)
-        with log_probs_only(self.model), self._autocast():
+        dtype = self._autocast_dtype
+        autocast = torch.autocast(process.device.type, dtype, enabled=dtype is not None)
+        with log_probs_only(self.model), autocast:
             self.model.eval()
             with torch.no_grad():
                 plan = plan_rows(self.model, self.tokens, self._pad_token_id, "auto")
                 budget = budget_for(self.model, self._config.tokens_per_batch)
             # No more at a time than a training with this adapter holds.
             budget = budget._replace(tokens=min(budget.tokens, self._max_tokens))
+            collate = RowCollator(self.model, pad_token_id=self._pad_token_id, kind=plan.kind)
             batches = one_step.micro_batches(ids[rows].tolist(), plan.lengths_P[rows])
             self.model.train()
             for batch in batches[process.process_index :: process.num_processes]:
                 pairs = rows[batch]
-                gradient_W = self._gradient(plan, budget, pairs, logps_P2)
+                gradient_W = self._gradient(plan, collate, budget, pairs, logps_P2)
                 done_P[pairs] = True
                 finite = np.isfinite(logps_P2[pairs]).all(axis=1)
                 if not bool(gradient_W.isfinite().all()):
@@ -228,11 +231,15 @@ class StepScorer:
         return GradientPass(_over_processes(sums), logps_P2)
 
     def _gradient(
-        self, plan: RowPlan, budget: Budget, pairs: NDArray[np.int64], logps_P2: NDArray[np.float64]
+        self,
+        plan: RowPlan,
+        collate: RowCollator,
+        budget: Budget,
+        pairs: NDArray[np.int64],
+        logps_P2: NDArray[np.float64],
     ) -> Tensor:
         """Sum of the gradients of the pairs' losses: [W]."""
         total_W = torch.zeros_like(self.start_W)
-        collate = RowCollator(self.model, pad_token_id=self._pad_token_id, kind=plan.kind)
 
         def add(batch: NDArray[np.int64]) -> None:
             rows = pairs[batch]
@@ -281,11 +288,6 @@ class StepScorer:
 
     def _flat(self, parts: Sequence[Tensor]) -> Tensor:
         return torch.cat([part.float().flatten() for part in parts])
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self._autocast_dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(this_process().device.type, dtype=self._autocast_dtype)
 
 
 def _over_processes(sums: GradientSums) -> GradientSums:
