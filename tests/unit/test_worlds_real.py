@@ -14,7 +14,8 @@ from selective_dpo.data.adapters import Pair, parse_row
 from selective_dpo.errors import ConfigError
 from selective_dpo.evaluation.judges import judge_for
 from selective_dpo.worlds.constraints import gold_reward, parse_prompt
-from selective_dpo.worlds.real import PACKAGE, RealConfig, World, build_real_world, make_model, real_recipe
+from selective_dpo.worlds.real import PACKAGE, RealConfig, build_real_world, make_model, real_recipe
+from selective_dpo.worlds.world import World
 
 SMALL = RealConfig(prompts=30, test_pair_prompts=5, test_prompts=4)
 
