@@ -203,10 +203,10 @@ class ScoreConfig(Block):
     """Difficulty: held-out loss from cross-fitted scorers, DPO's own or the one that `trainer` names."""
 
     protocol: Literal["one-step", "paper", "fast", "certified", "custom"] = "one-step"
-    """`one-step`: one gradient pass and one step for each of eight folds, no scorer is trained; `paper`: seeds
-    41, 42, 43 and five evaluations; `fast`: seed 41, measured in the middle and at the end; `certified`: seeds
-    are added, two at least, until the selected set is stable enough; `custom`: as `seeds` and `evaluations`
-    say. docs/protocols.md has what each costs and keeps."""
+    """`one-step`: one gradient pass and one step for each of eight folds, no scorer is trained; `paper`:
+    seeds 41, 42, 43 and five evaluations; `fast`: seed 41, measured in the middle and at the end;
+    `certified`: seeds are added, two at least, until the selected set is stable enough; `custom`: as `seeds`
+    and `evaluations` say. docs/protocols.md has what each costs and keeps."""
     seeds: tuple[Seed, ...] = PROTOCOLS["one-step"].seeds
     """One random half split and two scorers for each; those of the protocol where none are given. For
     `certified` (41 to 46) they are used one after the other, and not all of them if fewer do."""
@@ -251,8 +251,8 @@ class ScoreConfig(Block):
         first = PROTOCOLS["one-step"].seeds[0]
         if self.seeds != tuple(range(first, first + self.splits)) or self.evaluations != 1:
             raise ValueError(
-                "protocol 'one-step', the default, measures each pair once a split: give splits and leave seeds "
-                "and evaluations out, or name the protocol that trains scorers, such as 'custom'"
+                "protocol 'one-step', the default, measures each pair once a split: give splits and leave "
+                "seeds and evaluations out, or name the protocol that trains scorers, such as 'custom'"
             )
         if self.min_fold_prompts != type(self).model_fields["min_fold_prompts"].default:
             raise ValueError(
