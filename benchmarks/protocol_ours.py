@@ -72,7 +72,7 @@ class Ours:
         for name, train_lora in self.trainings.items():
             train = {"trainer": settings, "lora": train_lora}
             for protocol in CHEAP:
-                recipes[_training(protocol, name)] = {"score": scoring[protocol], "train": train}
+                recipes[training_name(protocol, name)] = {"score": scoring[protocol], "train": train}
         self._recipes = {
             name: make_recipe({"name": name, **everything, **given}) for name, given in recipes.items()
         }
@@ -90,7 +90,7 @@ class Ours:
 
     def train(self, protocol: str, name: str) -> None:
         """The reference, the scorers of a protocol, the curriculum, and the policy on the easy half."""
-        with self._anew(_training(protocol, name)) as run:
+        with self._anew(training_name(protocol, name)) as run:
             verbs.train(run)
 
     def run(self, name: str) -> Run:
@@ -118,7 +118,7 @@ class Ours:
 
     def selected_tokens(self, protocol: str, name: str) -> float:
         """Share of all tokens that the pairs hold on which the policy was trained."""
-        run = self.run(_training(protocol, name))
+        run = self.run(training_name(protocol, name))
         table = Curriculum.load(run.folder.curriculum).table
         selected = set(table.filter(table["selected"])["pair_id"].to_pylist())
         tokens = {
@@ -146,5 +146,6 @@ class Ours:
             yield run
 
 
-def _training(protocol: str, name: str) -> str:
+def training_name(protocol: str, name: str) -> str:
+    """The run that trains a policy on the easy half of a protocol."""
     return f"selective-{protocol}-{name}"
