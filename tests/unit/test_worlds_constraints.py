@@ -31,10 +31,8 @@ from selective_dpo.worlds.constraints import (
         ("commas", "3", "drop, cloud", 2 / 3),
         ("commas", "3", "Here are some words, cloud, sky", 2 / 3),  # two of three parts are short
         ("commas", "3", ",,", 0.0),
-        ("capitals", "", "RAIN IS WET.", 2.0),
-        ("capitals", "", "RAin", 0.5),
-        ("small", "", "rain is wet.", 2.0),
-        ("small", "", "Rain", 0.75),
+        ("short", "5", "It is wet.", 2.0),
+        ("short", "5", "It falls from the sky, and it makes you wet.", 0.5),  # ten words
         ("word", "warm", "A warm rain.", 2.0),
         ("word", "warm", "A warmer rain.", 0.0),  # another word
         ("first word", "warm", "Warm rain fell.", 2.0),
@@ -47,8 +45,9 @@ from selective_dpo.worlds.constraints import (
         ("quotes", "", '"Rain is wet."', 2.0),
         ("quotes", "", 'He said "rain".', 0.5),
         ("quotes", "", "Rain is wet.", 0.0),
-        ("letter", "a", "It is wet.", 2.0),
-        ("letter", "a", "A rain is wet.", 0.5),  # two of four words lack it
+        ("repeat", "", "Rain.", 2.0),
+        ("repeat", "", "Rain is wet, always.", 0.25),  # one of four words
+        ("repeat", "", "Rainy.", 0.0),
     ],
 )
 def test_rewards(family: str, demand: str, answer: str, reward: float) -> None:
@@ -83,5 +82,5 @@ def test_instructions_are_distinct_and_of_every_family() -> None:
     assert len(set(drawn)) == 300
     assert {each.family for each in drawn} == set(FAMILIES)
     assert drawn == draw_instructions(300, np.random.default_rng(0))
-    with pytest.raises(ValueError, match="ask for at most 3"):  # 60 topics of 12 families: 720, by half
-        draw_instructions(400, np.random.default_rng(0))
+    with pytest.raises(ValueError, match="ask for at most 2,400"):  # 60 topics of 80 demands, by half
+        draw_instructions(2401, np.random.default_rng(0))

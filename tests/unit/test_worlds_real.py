@@ -17,14 +17,14 @@ from selective_dpo.worlds.constraints import gold_reward, parse_prompt
 from selective_dpo.worlds.real import PACKAGE, RealConfig, build_real_world, make_model, real_recipe
 from selective_dpo.worlds.world import World
 
-SMALL = RealConfig(prompts=30, test_pair_prompts=5, test_prompts=4)
+SMALL = RealConfig(prompts=30, test_pair_prompts=5, test_prompts=4, samples=3)
 
 
 def sample(
     model: Path, instructions: Sequence[str], samples: int, seed: int, temperature: float, longest: int
 ) -> list[list[str]]:
-    """Answers without a model: one shouts, the other asks."""
-    return [[f"RAIN {seed}", f"rain {seed}?"] for _ in instructions]
+    """Answers without a model: one tells, another asks, a third says nothing."""
+    return [[f"Rain {seed}.", f"Rain {seed}?", "?"][:samples] for _ in instructions]
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +46,8 @@ def test_the_pairs_are_chat_messages_and_the_truth_is_keyed_by_their_ids(world: 
         assert [known["reward_chosen"], known["reward_rejected"]] == rewards
         assert known["operation"] == parse_prompt(prompt).family
         assert known["flipped"] == (rewards[0] < rewards[1])
+        # The worst of the three answers is the one without words; it is one of the two.
+        assert min(rewards) == 0.0
 
 
 def test_the_same_world_is_not_made_twice_and_prompts_are_disjoint(world: World) -> None:

@@ -1,4 +1,4 @@
-"""Instructions whose answers a program can check: "in exactly three words", "in capital letters" ...
+"""Instructions whose answers a program can check: "in exactly three words", "its first word must be ..."
 
 They are what the embedded world's list tasks are, for a language model that reads English. An instruction is
 about an everyday topic and demands one property of the answer's form. The checker reads the form alone: it
@@ -59,8 +59,8 @@ class Family(NamedTuple):
     """The instruction's text, with `{topic}` and, where something is demanded, `{demand}`."""
     demands: tuple[str, ...]
     """What may be demanded; one empty text where there is nothing to choose."""
-    degree: Callable[[str, str], float]
-    """(answer, demand) -> how far the answer does what was demanded, in [0, 1]; 1: entirely."""
+    degree: Callable[[str, str, str], float]
+    """(answer, demand, topic) -> how far the answer does what was demanded, in [0, 1]; 1: entirely."""
 
 
 def _closeness(count: int, demand: str) -> float:
@@ -78,40 +78,35 @@ def _sentences(answer: str) -> int:
     return len([piece for piece in re.split(r"(?<=[.!?])[\"'”)]*\s+", answer.strip()) if piece])
 
 
-def _share_of_letters(answer: str, wanted: Callable[[str], bool]) -> float:
-    letters = [letter for letter in answer if letter.isalpha()]
-    return sum(map(wanted, letters)) / len(letters) if letters else 0.0
-
-
 def _place_of_word(answer: str, demand: str, place: int) -> float:
     """1 where the word stands at `place`, one half where it stands elsewhere."""
     words = _words(answer)
     return 1.0 if words and words[place] == demand else 0.5 * (demand in words)
 
 
-def _quotes(answer: str, demand: str) -> float:
+def _quotes(answer: str, demand: str, topic: str) -> float:
     """1 where all of the answer stands in one pair of quotes, one half where it has such a pair somewhere."""
     inner = re.search(r'"[^"]+"', answer)
     return 0.0 if inner is None else 1.0 if inner.group() == answer.strip() else 0.5
 
 
-def _question(answer: str, demand: str) -> float:
+def _question(answer: str, demand: str, topic: str) -> float:
     """1 for one sentence that ends in a question mark, one half for a question mark anywhere."""
     asks = answer.rstrip("\"' \n").endswith("?") and _sentences(answer) == 1
     return 1.0 if asks else 0.5 * ("?" in answer)
 
 
-def _without_letter(answer: str, demand: str) -> float:
-    """The share of the words that lack the letter."""
-    words = _words(answer)
-    return sum(demand not in word for word in words) / len(words) if words else 0.0
+def _repeat(answer: str, demand: str, topic: str) -> float:
+    """The share of the words that the topic is; 0 where it does not stand there as a whole."""
+    words, wanted = _words(answer), _words(topic)
+    return len(wanted) / len(words) if f" {' '.join(wanted)} " in f" {' '.join(words)} " else 0.0
 
 
-def _lines(answer: str, demand: str) -> float:
+def _lines(answer: str, demand: str, topic: str) -> float:
     return _closeness(len([line for line in answer.splitlines() if line.strip()]), demand)
 
 
-def _parts(answer: str, demand: str) -> float:
+def _parts(answer: str, demand: str, topic: str) -> float:
     """Closeness of the number of parts between commas, times the share of parts of at most two words."""
     parts = [part for part in answer.split(",") if part.strip()]
     if not parts:
@@ -125,12 +120,17 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "words": Family(
             "Describe {topic} in exactly {demand} words.",
             ("3", "4", "5"),
-            lambda answer, demand: _closeness(len(_words(answer)), demand),
+            lambda answer, demand, topic: _closeness(len(_words(answer)), demand),
+        ),
+        "short": Family(
+            "Describe {topic} in at most {demand} words.",
+            ("5", "8"),
+            lambda answer, demand, topic: min(1.0, int(demand) / len(_words(answer))),
         ),
         "sentences": Family(
             "Write exactly {demand} short sentences about {topic}.",
             ("2", "3"),
-            lambda answer, demand: _closeness(_sentences(answer), demand),
+            lambda answer, demand, topic: _closeness(_sentences(answer), demand),
         ),
         "lines": Family(
             "List {demand} words that have to do with {topic}, each on a line of its own.", ("3", "4"), _lines
@@ -138,41 +138,27 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "commas": Family(
             "List {demand} words that have to do with {topic}, with commas between them.", ("3", "4"), _parts
         ),
-        "capitals": Family(
-            "Write one short sentence about {topic} in capital letters only.",
-            ("",),
-            lambda answer, demand: _share_of_letters(answer, str.isupper),
-        ),
-        "small": Family(
-            "Write one short sentence about {topic} without any capital letter.",
-            ("",),
-            lambda answer, demand: _share_of_letters(answer, str.islower),
-        ),
         "word": Family(
             'Write one short sentence about {topic} that contains the word "{demand}".',
             WORDS,
-            lambda answer, demand: float(demand in _words(answer)),
+            lambda answer, demand, topic: float(demand in _words(answer)),
         ),
         "first word": Family(
             'Write one short sentence about {topic}. Its first word must be "{demand}".',
             WORDS,
-            lambda answer, demand: _place_of_word(answer, demand, 0),
+            lambda answer, demand, topic: _place_of_word(answer, demand, 0),
         ),
         "last word": Family(
             'Write one short sentence about {topic}. Its last word must be "{demand}".',
             WORDS,
-            lambda answer, demand: _place_of_word(answer, demand, -1),
+            lambda answer, demand, topic: _place_of_word(answer, demand, -1),
         ),
         "question": Family("Write one short question about {topic}.", ("",), _question),
         "quotes": Family("Write one short sentence about {topic} in double quotes.", ("",), _quotes),
-        "letter": Family(
-            'Write one short sentence about {topic} without the letter "{demand}".',
-            ("a", "i", "o", "s"),
-            _without_letter,
-        ),
+        "repeat": Family("Repeat these words and write nothing else: {topic}", ("",), _repeat),
     }
 )
-"""Name -> family. Counting words and avoiding a letter are beyond a small model; the rest it can learn."""
+"""Name -> family. Counting is beyond a small model; the rest it can learn."""
 
 _PATTERNS = {
     name: re.compile(
@@ -214,7 +200,7 @@ def gold_reward(prompt: str, answer: str) -> float:
     instruction = parse_prompt(prompt)
     if not _words(answer):
         return 0.0
-    degree = FAMILIES[instruction.family].degree(answer, instruction.demand)
+    degree = FAMILIES[instruction.family].degree(answer, instruction.demand, instruction.topic)
     return EXACT if degree == 1.0 else degree
 
 
@@ -222,10 +208,10 @@ def draw_instructions(count: int, generator: np.random.Generator) -> list[Instru
     """`count` distinct random instructions; the family is uniform, then its topic and demand.
 
     Raises:
-        ValueError: a family has fewer than twice as many instructions as its share of those asked for.
+        ValueError: fewer than twice as many exist, so that drawing might not end.
     """
     names = list(FAMILIES)
-    available = len(TOPICS) * len(names)
+    available = len(TOPICS) * sum(len(family.demands) for family in FAMILIES.values())
     if available < 2 * count:
         raise ValueError(f"{count:,} distinct instructions wanted; ask for at most {available // 2:,}")
     drawn: dict[Instruction, None] = {}

@@ -13,10 +13,11 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from selective_dpo.config import Block, Count, Recipe
@@ -58,16 +59,18 @@ class RealConfig(Block):
     """Everything but the seed that decides the pairs and prompts."""
 
     prompts: Count = 240
-    """Instructions with two answers each, for training; identical answers make no pair."""
+    """Instructions of the training pairs, one pair each; identical answers make none."""
     test_pair_prompts: Count = 40
     """Instructions for held-out pairs, made and labelled as the training pairs are."""
     test_prompts: Count = 80
     """Instructions kept for judging answers; disjoint from those of all pairs."""
+    samples: Annotated[int, Field(ge=2)] = 4
+    """Answers sampled for a pair, which holds the best and the worst of them."""
     temperature: Positive = 1.0
     """Of the sampled answers."""
-    annotator_temperature: Positive = 0.5
+    annotator_temperature: Positive = 0.8
     """P(a is preferred to b) = sigmoid((reward of a - reward of b) / this): Bradley-Terry noise."""
-    max_answer_tokens: Count = 32
+    max_answer_tokens: Count = 24
     """An answer is cut after so many tokens."""
 
 
@@ -123,7 +126,12 @@ def _fill(folder: Path, model: Path, seed: int, sample: Sample, config: RealConf
     train, test = (
         label_pairs(
             asked,
-            sample(model, asked, 2, answers_seed, config.temperature, config.max_answer_tokens),
+            _best_and_worst(
+                asked,
+                sample(
+                    model, asked, config.samples, answers_seed, config.temperature, config.max_answer_tokens
+                ),
+            ),
             annotator,
             annotator_temperature=config.annotator_temperature,
             reward=constraints.gold_reward,
@@ -143,6 +151,14 @@ def _fill(folder: Path, model: Path, seed: int, sample: Sample, config: RealConf
     )
 
 
+def _best_and_worst(prompts: Sequence[str], answers: Sequence[Sequence[str]]) -> list[list[str]]:
+    found = []
+    for prompt, given in zip(prompts, answers, strict=True):
+        ranked = sorted(given, key=lambda answer: constraints.gold_reward(prompt, answer))
+        found.append([ranked[-1], ranked[0]])
+    return found
+
+
 _LORA: dict[str, Any] = {"r": 16, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": "all-linear"}
 _TRAINER: dict[str, Any] = {
     "beta": 0.1,
@@ -150,7 +166,7 @@ _TRAINER: dict[str, Any] = {
     "per_device_train_batch_size": 8,
     "gradient_accumulation_steps": 1,
     "activation_checkpointing": False,
-    "learning_rate": 2e-4,
+    "learning_rate": 1e-3,
     "num_train_epochs": 2,
     "warmup_steps": 0.1,
     "lr_scheduler_type": "linear",
