@@ -441,6 +441,37 @@ def _inspect(options: argparse.Namespace, overrides: Overrides) -> None:
     print("\n\n\n".join(group_text(group, total, longest=longest) for group in groups))
 
 
+# --- compare ------------------------------------------------------------------------------------------------
+
+
+def _compare_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "sources",
+        type=path,
+        nargs="+",
+        metavar="PATH",
+        help="a run's folder, a curriculum, a folder of the original's records, or a file of ids and difficulties",
+    )
+    meaning = "margins above which a pair counts as learned (default 0.4 0.1); 0 is always shown"
+    parser.add_argument("--delta", type=float, nargs="+", default=None, metavar="MARGIN", help=meaning)
+    meaning = "also write a page with figures"
+    parser.add_argument("--page", type=path, default="", metavar="PATH.html", help=meaning)
+    _json_option(parser)
+    parser.epilog = (
+        "Give the paths before --delta, or end its values with another option. Nothing is trained."
+    )
+
+
+def _compare(options: argparse.Namespace, overrides: Overrides) -> None:
+    from selective_dpo.report.comparison import DELTAS, compare
+    from selective_dpo.report.comparison_page import comparison_text, write_comparison
+
+    found = compare(options.sources, deltas=DELTAS if options.delta is None else options.delta)
+    _show(comparison_text(found), found.as_json(), options.json)
+    if options.page:
+        write_comparison(found, Path(options.page))
+
+
 # --- the table ----------------------------------------------------------------------------------------------
 
 
@@ -477,6 +508,11 @@ VERBS = {
     "import-records": Verb("the same, by its older name", _import_options, _import, True),
     "export": Verb("a curriculum as CSV, Parquet, JSON Lines or a datasets folder", _export_options, _export),
     "inspect": Verb("show the easiest, median, hardest or named pairs", _inspect_options, _inspect),
+    "compare": Verb(
+        "runs, curricula, record folders and released files, side by side; nothing is trained",
+        _compare_options,
+        _compare,
+    ),
     "verify": Verb(
         "re-check every digest of a run, and every id from input to policy", _verify_options, _verify
     ),

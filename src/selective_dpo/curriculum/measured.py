@@ -1,4 +1,4 @@
-"""What was measured of pairs, wherever it lies: in a run, a curriculum, a record folder or a released file."""
+"""What was measured of pairs, wherever it lies: a run, a curriculum, a record folder or a released file."""
 
 from __future__ import annotations
 
@@ -248,7 +248,7 @@ def _of_file(path: Path) -> Measured:
     # The original counts evaluations from 0 and calls them steps.
     places = {(int(m[2]), int(m[1]) + 1): m[0] for m in map(_LOSS_COLUMN.fullmatch, names) if m}
     seeds, evaluations = (tuple(sorted({place[axis] for place in places})) for axis in (0, 1))
-    notes = ()
+    notes: tuple[str, ...] = ()
     if len(places) < len(seeds) * len(evaluations):
         seeds, evaluations = (), ()
         notes = ("it lacks the losses of some seeds' evaluations: the others were not read",)

@@ -55,7 +55,7 @@ class Likeness(NamedTuple):
     overlap: tuple[Estimate, ...]
     """|A and B| / |A| at each of them; by chance the fraction itself."""
     jaccard: tuple[Estimate, ...]
-    """|A and B| / |A or B|; by chance `Comparison.chance_jaccard`."""
+    """|A and B| / |A or B|; by chance `Comparison.jaccard_by_chance`."""
 
     def of_half(self, name: Literal["overlap", "jaccard"]) -> Estimate:
         """Of the easiest halves."""
@@ -114,7 +114,7 @@ class SourceFindings(NamedTuple):
     chance_loss: float | None
     mean_loss: Estimate | None
     below_chance: Estimate | None
-    """Share of the pairs whose mean loss is below that of a policy that has not moved: ln 2, for DPO's own."""
+    """Share of the pairs whose mean loss is below that of a policy that has not moved; DPO's own: ln 2."""
     dynamics: Dynamics | None
     spread_spearman: Estimate | None
     """Of the standard deviation of a pair's losses with its difficulty."""
@@ -146,7 +146,7 @@ class Comparison(NamedTuple):
     """Share of the common pairs with a margin below 0 in every record of every source."""
     replicates: int
     fractions: tuple[float, ...] = FRACTIONS
-    chance_jaccard: tuple[float, ...] = tuple(map(chance_jaccard, FRACTIONS))
+    jaccard_by_chance: tuple[float, ...] = tuple(map(chance_jaccard, FRACTIONS))
 
     def as_json(self) -> dict[str, Any]:
         """JSON values by the fields' names; a number that does not exist is null."""
@@ -159,9 +159,9 @@ def compare(
 ) -> Comparison:
     """Compare what was measured of the same pairs: by other models, seeds, protocols or criteria.
 
-    Each path is as `read_measured` takes it. Numbers about one source are over all of its pairs; what compares
-    sources, over the pairs that all have. These are joined by the pairs' ids; where a source's ids name
-    prompts, its difficulty of a prompt is that of all its pairs.
+    Each path is as `read_measured` takes it. Numbers about one source are over all of its pairs; what
+    compares sources, over the pairs that all have. These are joined by the pairs' ids; where a source's ids
+    name prompts, its difficulty of a prompt is that of all its pairs. Deterministic.
 
     Raises:
         SelectiveDPOError: a source cannot be read, or no pair is in all of them.
@@ -193,8 +193,8 @@ def _together(
             for name, each in zip(names, read, strict=True)
         )
         raise DataError(
-            f"no pair is in all of these sources, so they cannot be compared: ids of {counts}; measure the same "
-            "pairs, or give their ids with import-curriculum --pairs"
+            f"no pair is in all of these sources, so they cannot be compared: ids of {counts}; measure the "
+            "same pairs, or give them their ids with import-curriculum --pairs"
         )
     at_MC = at_MP[:, found_P]
     ids_C, prompts_C = base.pair_ids_P[found_P], base.prompt_ids_P[found_P]
@@ -215,7 +215,7 @@ def _names_pairs(measured: Measured) -> bool:
 
 
 def _places(base: LossTable, other: LossTable) -> NDArray[np.int64]:
-    """Where each pair of `base` stands in `other`, by its id or, if `other` knows none, by its prompt; or -1."""
+    """Where each pair of `base` stands in `other`, by its id or else by its prompt; or -1."""
     available = pa.array(other.pair_ids_P)
     for ids_P in (base.pair_ids_P, base.prompt_ids_P):
         at_P = np.asarray(pc.fill_null(pc.index_in(pa.array(ids_P), value_set=available), -1))
@@ -240,7 +240,7 @@ def _findings(name: str, measured: Measured, deltas: Sequence[float], replicates
         own_PS = np.stack(
             [difficulty(table.of_seed(s), measured.how).difficulty_P for s in range(seeds)], axis=1
         )
-    alike = ()
+    alike: tuple[Likeness, ...] = ()
     if seeds > 1:
         seed_names = [f"seed {seed}" for seed in table.seeds_S]
         alike = _likenesses(seed_names, table.pair_ids_P, prompts_P, own_PS, replicates)
@@ -317,9 +317,9 @@ def _scorers(measured: Measured, own_PS: Floats, replicates: int) -> Scorers:
         one_others = [mean_overlap(sets.take(s, seeds + s), weights_P) for s in range(seeds)]
         return np.array([np.mean(one_one), np.mean(one_others)])
 
-    observed = estimates(cluster_bootstrap(overlaps, table.prompt_ids_P, replicates=replicates))
+    one_one, one_others = estimates(cluster_bootstrap(overlaps, table.prompt_ids_P, replicates=replicates))
     predicted = predict_overlap(table, measured.how, Rule(), replicates=replicates)
-    return Scorers(*observed, predicted.repetition, seeds_needed(predicted, TARGET))
+    return Scorers(one_one, one_others, predicted.repetition, seeds_needed(predicted, TARGET))
 
 
 def _criteria(measured: Measured, replicates: int) -> tuple[Likeness, ...]:
@@ -328,7 +328,7 @@ def _criteria(measured: Measured, replicates: int) -> tuple[Likeness, ...]:
     if table.seeds_S:
         ready = {name: each for name, each in CRITERIA.items() if each.reads == ("loss",)}
         found = {each.axis: difficulty(table, name).difficulty_P for name, each in ready.items()} | found
-    made = []
+    made: list[Likeness] = []
     for name, values_P in found.items():
         has_P = np.isfinite(values_P)
         if has_P.sum() < 2 or np.array_equal(values_P, measured.difficulty_P):

@@ -14,7 +14,7 @@ Floats = NDArray[np.float64]
 def margins_from_losses(losses: Floats) -> Floats:
     """The margin, beta times the difference of log-ratios, of DPO's own loss: -ln(e^loss - 1).
 
-    It solves loss = ln(1 + e^-margin) (Rafailov et al. 2023, arXiv 2305.18290, eq. 7), for losses of any shape.
+    It solves loss = ln(1 + e^-margin) (Rafailov et al. 2023, arXiv 2305.18290, eq. 7). Any shape.
 
     Raises:
         ValueError: a loss is not above 0, so it is not DPO's own.
