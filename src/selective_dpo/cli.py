@@ -450,7 +450,7 @@ def _compare_options(parser: argparse.ArgumentParser) -> None:
         type=path,
         nargs="+",
         metavar="PATH",
-        help="a run's folder, a curriculum, a folder of the original's records, or a file of ids and difficulties",
+        help="a run's folder, a curriculum, a folder of the original's records, a file of difficulties",
     )
     meaning = "margins above which a pair counts as learned (default 0.4 0.1); 0 is always shown"
     parser.add_argument("--delta", type=float, nargs="+", default=None, metavar="MARGIN", help=meaning)

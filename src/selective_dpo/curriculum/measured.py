@@ -123,7 +123,7 @@ def _without_gaps(made: Measured) -> Measured:
         losses=made.losses.of_pairs(whole_P),
         difficulty_P=made.difficulty_P[whole_P],
         criteria={name: values_P[whole_P] for name, values_P in made.criteria.items()},
-        notes=(*made.notes, f"{(~whole_P).sum():,} pairs lack some of their records and are left out"),
+        notes=(*made.notes, f"{(~whole_P).sum():,} pair(s) lack some of their records and are left out"),
     )
 
 

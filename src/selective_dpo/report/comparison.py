@@ -71,8 +71,8 @@ class Learned(NamedTuple):
     """Of pairs and seeds: learned by the last evaluation."""
     spearman: Estimate
     """Of the learned step, averaged over seeds, with the difficulty."""
-    above: tuple[float, ...]
-    """Share of pairs and seeds above `delta` at each evaluation, for a figure."""
+    above: tuple[Estimate, ...]
+    """Share of pairs and seeds above `delta` at each evaluation."""
 
 
 class Scorers(NamedTuple):
@@ -140,7 +140,7 @@ class Comparison(NamedTuple):
 
     sources: tuple[SourceFindings, ...]
     common: int
-    """Pairs that all sources have."""
+    """Pairs that all sources have; 0 of a single one."""
     alike: tuple[Likeness, ...]
     wrong_everywhere: Estimate | None
     """Share of the common pairs with a margin below 0 in every record of every source."""
@@ -173,16 +173,21 @@ def compare(
     for each in read:
         seen[each.name] += 1
         names.append(each.name if times[each.name] == 1 else f"{each.name} ({seen[each.name]})")
+    together = _Together(0, (), None) if len(read) == 1 else _together(names, read, replicates)
     deltas = tuple(dict.fromkeys((*deltas, 0.0)))
     sources = tuple(_findings(name, each, deltas, replicates) for name, each in zip(names, read, strict=True))
-    if len(read) == 1:
-        return Comparison(sources, sources[0].pairs, (), None, replicates)
-    return _together(names, read, sources, replicates)
+    return Comparison(sources, *together, replicates)
 
 
-def _together(
-    names: Sequence[str], read: Sequence[Measured], sources: tuple[SourceFindings, ...], replicates: int
-) -> Comparison:
+class _Together(NamedTuple):
+    """The part of a comparison that is about more than one source; its fields are there."""
+
+    common: int
+    alike: tuple[Likeness, ...]
+    wrong_everywhere: Estimate | None
+
+
+def _together(names: Sequence[str], read: Sequence[Measured], replicates: int) -> _Together:
     # The source whose ids are finest: its pairs may share the prompts that others know.
     base = next((each for each in read if _names_pairs(each)), read[0]).losses
     at_MP = np.array([_places(base, each.losses) for each in read])
@@ -199,15 +204,16 @@ def _together(
     at_MC = at_MP[:, found_P]
     ids_C, prompts_C = base.pair_ids_P[found_P], base.prompt_ids_P[found_P]
     scores_CM = np.stack([each.difficulty_P[at_C] for each, at_C in zip(read, at_MC, strict=True)], axis=1)
+    wrong_MC = [
+        _always_wrong(each.margins_PSE)[at_C]
+        for each, at_C in zip(read, at_MC, strict=True)
+        if each.margins_PSE is not None
+    ]
     wrong = None
-    margins = [each.margins_PSE for each in read]
-    if all(each is not None for each in margins):
-        wrong_MC = [
-            _always_wrong(each)[at_C] for each, at_C in zip(margins, at_MC, strict=True) if each is not None
-        ]
+    if len(wrong_MC) == len(read):
         wrong = clustered_share(np.all(wrong_MC, axis=0).astype(float), prompts_C)
     alike = _likenesses(names, ids_C, prompts_C, scores_CM, replicates)
-    return Comparison(sources, int(found_P.sum()), alike, wrong, replicates)
+    return _Together(int(found_P.sum()), alike, wrong)
 
 
 def _names_pairs(measured: Measured) -> bool:
@@ -281,13 +287,13 @@ def _dynamics(
     for delta in deltas:
         steps_PS = learned_steps(margins_PSE, delta)
         by_end_P = (steps_PS <= evaluations).mean(axis=1)
-        above = (margins_PSE > delta).mean(axis=(0, 1))
+        above_PE = (margins_PSE > delta).mean(axis=1)
         learned.append(
             Learned(
                 delta,
                 clustered_share(by_end_P, prompts_P),
                 follows(steps_PS.mean(axis=1)),
-                tuple(map(float, above)),
+                tuple(clustered_share(above_P, prompts_P) for above_P in above_PE.T),
             )
         )
     events_PS = forgetting_events(margins_PSE)

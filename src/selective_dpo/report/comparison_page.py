@@ -61,7 +61,7 @@ def render_comparison(found: Comparison) -> str:
 
 def _subtitle(found: Comparison) -> str:
     if len(found.sources) == 1:
-        return f"{found.common:,} pairs"
+        return f"{found.sources[0].pairs:,} pairs"
     return f"{found.common:,} pairs that all of them have"
 
 
@@ -229,12 +229,8 @@ def jaccard_svg(found: Comparison) -> str | None:
         return None
     figure, axes = new_figure(3.8, columns=len(panels), sharey=True)
     for panel, (title, lines) in zip(axes, panels.items(), strict=True):
-        for place, (name, each) in enumerate(lines.items()):
-            color = _COLORS[place % len(_COLORS)]
-            low, high = ([getattr(at, end) for at in each.jaccard] for end in ("low", "high"))
-            panel.fill_between(each.fractions, low, high, color=color, alpha=0.2, linewidth=0)
-            values = [at.value for at in each.jaccard]
-            panel.plot(each.fractions, values, color=color, marker="o", markersize=3, label=printable(name))
+        for color, (name, each) in zip(_cycled(len(lines)), lines.items(), strict=True):
+            _draw(panel, each.fractions, each.jaccard, color, name)
         panel.plot(found.fractions, found.jaccard_by_chance, label="chance", **CHANCE_LINE)
         _finish(panel, title, "share selected, easiest first")
         panel.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
@@ -255,19 +251,19 @@ def learned_svg(found: Comparison) -> str | None:
         for color, source in zip(_cycled(len(drawn)), drawn, strict=True):
             if source.dynamics is not None:
                 above = source.dynamics.learned[place].above
-                panel.plot(
-                    source.evaluations,
-                    above,
-                    color=color,
-                    marker="o",
-                    markersize=3,
-                    label=printable(source.name),
-                )
+                _draw(panel, source.evaluations, above, color, source.name)
         _finish(panel, f"Margin above {delta:g}", "evaluation")
         panel.xaxis.get_major_locator().set_params(integer=True)
         panel.set_ylim(0, 1)
     axes[0].set_ylabel("share of pairs and seeds")
     return to_svg(figure, name="learned", description="Share of pairs learned by evaluation")
+
+
+def _draw(panel: Any, x: Sequence[float], y: Sequence[Estimate], color: str, name: str) -> None:
+    low, high = ([getattr(each, end) for each in y] for end in ("low", "high"))
+    panel.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
+    values = [each.value for each in y]
+    panel.plot(x, values, color=color, marker="o", markersize=3, label=printable(name))
 
 
 def _finish(panel: Any, title: str, label: str) -> None:
