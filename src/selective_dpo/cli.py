@@ -257,13 +257,15 @@ def _demo_options(parser: argparse.ArgumentParser) -> None:
     meaning = "where the run folder is made"
     parser.add_argument("--out", type=path, default="runs", metavar="FOLDER", help=meaning)
     parser.add_argument("--seed", type=int, default=0, help="of the world (default 0)")
+    meaning = "with a real language model of 135 million parameters (its package: docs/real-model.md)"
+    parser.add_argument("--real", action="store_true", help=meaning)
 
 
 def _demo(options: argparse.Namespace, overrides: Overrides) -> None:
     _quieten_libraries()
-    from selective_dpo.run.demo import demo
+    from selective_dpo.run.demo import demo, demo_real
 
-    demo(Path(options.out), seed=options.seed)
+    (demo_real if options.real else demo)(Path(options.out), seed=options.seed)
 
 
 def _plan_options(parser: argparse.ArgumentParser) -> None:

@@ -13,7 +13,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2ForSequenceClassifi
 
 from selective_dpo.config import EvaluateConfig, GenerationConfig
 from selective_dpo.errors import DataError, ModelError
-from selective_dpo.evaluation.judges import EmbeddedWorldJudge, RewardJudge, RewardModelJudge, judge_for
+from selective_dpo.evaluation.judges import RewardJudge, RewardModelJudge, WorldJudge, judge_for
 from selective_dpo.identity import Text
 from selective_dpo.stats.win_rates import scores_from_rewards
 from tests.fixtures.tokenizers import PAD_ID, VOCABULARY_SIZE, byte_tokenizer
@@ -90,10 +90,12 @@ def test_a_reward_that_is_not_finite_is_an_error() -> None:
 def test_embedded_world() -> None:
     # copy of a b c: exact gives 2; "a b d" has 1 of 3 wrong, 2/3; "a c" and "b c" lack one of 3, 2/3.
     prompt = "copy : a b c ="
-    scores = EmbeddedWorldJudge().compare([prompt] * 3, ["a b c", "a c", "a b d"], ["a b d", "b c", "a b c"])
+    scores = WorldJudge("embedded-world", "tasks").compare(
+        [prompt] * 3, ["a b c", "a c", "a b d"], ["a b d", "b c", "a b c"]
+    )
     np.testing.assert_array_equal(scores, [1.0, 0.5, 0.0])
-    with pytest.raises(DataError, match="plain-text prompts"):
-        EmbeddedWorldJudge().compare([PROMPTS[1]], ["a"], ["b"])
+    with pytest.raises(DataError, match="one-message prompts"):
+        WorldJudge("embedded-world", "tasks").compare([PROMPTS[1]], ["a"], ["b"])
 
 
 def test_rewards_are_the_classifiers_outputs_for_its_own_template(tmp_path: Path) -> None:

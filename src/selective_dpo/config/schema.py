@@ -427,9 +427,10 @@ class EvaluateConfig(Block):
 
     generation: GenerationConfig = GenerationConfig()
     """Sampling from the policy and the starting model."""
-    judge: Literal["none", "reward-model", "embedded-world"] | DottedName = "none"
-    """Who compares the answers: `none`, `reward-model` (a sequence classifier), `embedded-world` (its gold
-    reward), or `my_module:MyJudge`, a class of your own (docs/extending.md)."""
+    judge: Literal["none", "reward-model", "embedded-world", "constraints"] | DottedName = "none"
+    """Who compares the answers: `none`, `reward-model` (a sequence classifier), `embedded-world` or
+    `constraints` (the gold reward of the demo's worlds), or `my_module:MyJudge`, a class of your own
+    (docs/extending.md)."""
     reward_model: PathText = ""
     """Hub name or folder of the sequence classifier for judge `reward-model`."""
     controls: dict[str, SelectConfig] = {}

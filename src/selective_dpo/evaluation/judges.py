@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -96,31 +97,36 @@ class RewardJudge(ABC):
         )
 
 
-class EmbeddedWorldJudge(RewardJudge):
-    """The gold reward that the embedded world's tasks define."""
+class WorldJudge(RewardJudge):
+    """The gold reward that a world's tasks define: `tasks`, or `constraints` for a real language model."""
 
-    name = "embedded-world"
+    def __init__(self, name: str, tasks: str) -> None:
+        """`tasks`: the module of `selective_dpo.worlds` whose `gold_reward` it asks."""
+        super().__init__()
+        self.name = name
+        self._tasks = importlib.import_module(f"selective_dpo.worlds.{tasks}")
 
     def fingerprint(self) -> str:
         """Of the code that defines the tasks and their rewards."""
-        from selective_dpo.worlds import tasks
-
-        return file_digest(Path(tasks.__file__))
+        return file_digest(Path(str(self._tasks.__file__)))
 
     def rewards(self, prompts: Sequence[Text], answers: Sequence[str]) -> list[float]:
-        """See `selective_dpo.worlds.tasks.gold_reward`.
+        """The `gold_reward` of each answer; a prompt in chat form is its one user message.
 
         Raises:
-            DataError: a prompt is not one of the embedded world's.
+            DataError: a prompt is not one of this world's.
         """
-        from selective_dpo.worlds.tasks import gold_reward
+        return [
+            float(self._tasks.gold_reward(self._instruction(prompt), answer))
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
 
-        found = []
-        for prompt, answer in zip(prompts, answers, strict=True):
-            if not isinstance(prompt, str):
-                raise DataError("judge 'embedded-world' reads its own plain-text prompts, not chat messages")
-            found.append(gold_reward(prompt, answer))
-        return found
+    def _instruction(self, prompt: Text) -> str:
+        if isinstance(prompt, str):
+            return prompt
+        if len(prompt) == 1 and isinstance(prompt[0]["content"], str):
+            return str(prompt[0]["content"])
+        raise DataError(f"judge {self.name!r} reads its own one-message prompts, not conversations")
 
 
 def _adopt(name: str, made: Any) -> JudgeFactory:
@@ -268,5 +274,6 @@ class RewardModelJudge(RewardJudge):
         return model.to(self._device).eval()
 
 
-JUDGES["embedded-world"] = lambda config: EmbeddedWorldJudge()
+JUDGES["embedded-world"] = lambda config: WorldJudge("embedded-world", "tasks")
+JUDGES["constraints"] = lambda config: WorldJudge("constraints", "constraints")
 JUDGES["reward-model"] = lambda config: RewardModelJudge(config.reward_model)

@@ -214,6 +214,7 @@ def _plain(value: object) -> str:
 
 _JUDGES = {
     "embedded-world": "the world's own gold reward",
+    "constraints": "a program that checks the instruction",
     "reward-model": "a reward model",
 }
 

@@ -1,28 +1,36 @@
-"""`demo`: the whole method on the embedded world, and what this one run shows of its claims."""
+"""`demo`: the whole method on the embedded world, and what this one run shows of its claims.
+
+`demo --real` is the same with a real language model: see `worlds/real.py`.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import torch
 
+from selective_dpo.config import GenerationConfig, ModelConfig, Recipe
 from selective_dpo.curriculum.table import Curriculum
+from selective_dpo.evaluation.generate import Prompt, generate_answers
 from selective_dpo.evaluation.results import EvaluationResults, from_json
 from selective_dpo.identity import positions_of
+from selective_dpo.models import load_policy, read_tokenizer
 from selective_dpo.report.content import TruthRow, save_findings
 from selective_dpo.report.tables import agreement_table, arms_table, share_with_interval
 from selective_dpo.run.folder import alone
 from selective_dpo.run.run import evaluate, open_run, report
 from selective_dpo.stats.estimates import clustered_share
 from selective_dpo.storage.artifacts import read_json
+from selective_dpo.worlds.real import ENGLISH, RealConfig, build_real_world, make_model, real_recipe
 from selective_dpo.worlds.recipe import world_recipe
 from selective_dpo.worlds.world import World, WorldConfig, build_world
 
 NAME = "demo"
+REAL_NAME = "demo-real"
 
 
 def demo(
@@ -48,20 +56,64 @@ def demo(
             f"  {pairs['pairs']:,} pairs of its own answers, labelled by a noisy annotator: "
             f"{pairs['flip_share']:.0%} prefer the worse answer, {pairs['tie_share']:.0%} are ties"
         )
-        recipe = world_recipe(world, name=NAME, output_dir=output_dir, workers=workers)
-        run = open_run(recipe, fresh=True, say=say)
-        evaluate(run)
-        results = from_json(read_json(run.folder.evaluation / "results.json"))
-        curriculum = Curriculum.load(run.folder.curriculum)
-        truth = truth_about_selection(curriculum, world)
-        # The report's own headline compares the arms already.
-        save_findings(run.folder.root, hardest_half(results), truth)
-        path = report(run)
-        say("\n" + arms_table(results))
-        say("\n" + agreement_table(curriculum.facts["agreement"]) + "\n")
-        for line in [*comparisons(results), *hardest_half(results), *_truth_lines(truth)]:
-            say(line)
-        return path
+        return show(world, world_recipe(world, name=NAME, output_dir=output_dir, workers=workers), say)
+
+
+def demo_real(
+    output_dir: Path = Path("runs"),
+    *,
+    seed: int = 0,
+    config: RealConfig | None = None,
+    say: Callable[[str], object] = print,
+) -> Path:
+    """The same with SmolLM2-135M-Instruct, its own answers and a program that checks them.
+
+    Raises:
+        ConfigError: the model's package is not installed.
+    """
+    root = output_dir / REAL_NAME
+    with alone(root):
+        model = make_model(root / "model")
+        say(f"real world {seed}: SmolLM2-135M-Instruct answers instructions that a program can check")
+        world = build_real_world(root / "world", model=model, seed=seed, sample=sample_texts, config=config)
+        pairs = world.facts["pairs"]
+        say(
+            f"  {pairs['pairs']:,} pairs of its own answers, labelled by the checker with noise: "
+            f"{pairs['flip_share']:.0%} prefer the worse answer, {pairs['tie_share']:.0%} are ties"
+        )
+        return show(world, real_recipe(world, name=REAL_NAME, output_dir=output_dir), say)
+
+
+def sample_texts(
+    model: Path, instructions: Sequence[str], samples: int, seed: int, temperature: float, longest: int
+) -> list[list[str]]:
+    """`samples` answers of the model in a folder to each instruction, in order; in float32."""
+    policy = load_policy(ModelConfig(path=str(model), dtype="float32"))
+    prompts = [Prompt(str(at), ENGLISH.user(text)) for at, text in enumerate(instructions)]
+    settings = GenerationConfig(
+        prompts=len(prompts), samples=samples, temperature=temperature, max_new_tokens=longest, seed=seed
+    )
+    answers = generate_answers(
+        policy, read_tokenizer(str(model), what="model"), prompts, settings, stream="pairs"
+    )
+    return [[answer.text for answer in answers[prompt.prompt_id]] for prompt in prompts]
+
+
+def show(world: World, recipe: Recipe, say: Callable[[str], object]) -> Path:
+    """Run the recipe of a world, and say what the run shows beside the truth about its pairs."""
+    run = open_run(recipe, fresh=True, say=say)
+    evaluate(run)
+    results = from_json(read_json(run.folder.evaluation / "results.json"))
+    curriculum = Curriculum.load(run.folder.curriculum)
+    truth = truth_about_selection(curriculum, world)
+    # The report's own headline compares the arms already.
+    save_findings(run.folder.root, hardest_half(results), truth)
+    path = report(run)
+    say("\n" + arms_table(results))
+    say("\n" + agreement_table(curriculum.facts["agreement"]) + "\n")
+    for line in [*comparisons(results), *hardest_half(results), *_truth_lines(truth)]:
+        say(line)
+    return path
 
 
 def comparisons(results: EvaluationResults) -> list[str]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from selective_dpo.config import Block, Count
 from selective_dpo.errors import DataError
-from selective_dpo.identity import pair_id
+from selective_dpo.identity import Text, pair_id
 from selective_dpo.storage.artifacts import (
     content_key,
     is_complete,
@@ -63,6 +63,23 @@ TRUTH_COLUMNS = {
 }
 """`split` is "train" or "test"; `flipped`: the gold reward prefers the rejected answer; `tie`: it prefers
 neither."""
+
+
+class Language(NamedTuple):
+    """How the prompts and answers of a world are written, and what they are worth."""
+
+    reward: Callable[[str, str], float]
+    """(prompt, answer) -> gold reward."""
+    operation: Callable[[str], str]
+    """What kind of task a prompt is."""
+    user: Callable[[str], Text]
+    """A prompt's text as the data has it: plain, or as chat messages."""
+    assistant: Callable[[str], Text]
+    """An answer's text as the data has it."""
+
+
+LISTS = Language(gold_reward, lambda prompt: parse_prompt(prompt).operation, str, str)
+"""Plain text and list tasks: the embedded world's."""
 
 
 class PairsConfig(Block):
@@ -169,12 +186,7 @@ def _fill(folder: Path, seed: int, config: WorldConfig) -> None:
     sampled_at = time.perf_counter()
     greedy = sampled(test_prompts, samples=1, seed=greedy_seed, temperature=0.0)
     save_model(model, folder / "model")
-    write_atomic(folder / "pairs.jsonl", to_jsonl(train.pairs))
-    write_atomic(folder / "test_pairs.jsonl", to_jsonl(test.pairs))
-    lines = [json.dumps({"prompt": prompt}) + "\n" for prompt in test_prompts]
-    write_atomic(folder / "test_prompts.jsonl", "".join(lines))
-    truth = [truth_table(train.pairs, split="train"), truth_table(test.pairs, split="test")]
-    pq.write_table(pa.concat_tables(truth), folder / "truth.parquet")
+    write_pairs(folder, train.pairs, test.pairs, test_prompts)
     write_json(
         folder / "world.json",
         {
@@ -186,8 +198,8 @@ def _fill(folder: Path, seed: int, config: WorldConfig) -> None:
                 "exact_greedy": exact_shares(test_prompts, greedy),
                 "exact_sampled": exact_shares(train_prompts, train_answers),
             },
-            "pairs": _pair_facts(train),
-            "test_pairs": _pair_facts(test),
+            "pairs": pair_facts(train),
+            "test_pairs": pair_facts(test),
             "test_prompts": len(test_prompts),
             "seconds": {"sft": round(trained - started, 2), "pairs": round(sampled_at - trained, 2)},
         },
@@ -217,7 +229,26 @@ def exact_shares(prompts: Sequence[str], answers: Sequence[Sequence[str]]) -> di
     return {"all": float(np.mean([right for rights in exact.values() for right in rights])), **shares}
 
 
-def _pair_facts(labelled: LabelledPairs) -> dict[str, Any]:
+def write_pairs(
+    folder: Path,
+    train: Sequence[LabelledPair],
+    test: Sequence[LabelledPair],
+    test_prompts: Sequence[str],
+    language: Language = LISTS,
+) -> None:
+    """What the method reads (see the head of this file), and the truth that it never reads."""
+    write_atomic(folder / "pairs.jsonl", to_jsonl(train, language))
+    write_atomic(folder / "test_pairs.jsonl", to_jsonl(test, language))
+    lines = [json.dumps({"prompt": language.user(prompt)}) + "\n" for prompt in test_prompts]
+    write_atomic(folder / "test_prompts.jsonl", "".join(lines))
+    truth = [
+        truth_table(pairs, split=split, language=language)
+        for split, pairs in (("train", train), ("test", test))
+    ]
+    pq.write_table(pa.concat_tables(truth), folder / "truth.parquet")
+
+
+def pair_facts(labelled: LabelledPairs) -> dict[str, Any]:
     """Number of pairs, of prompts that gave none by reason, and the shares of flipped labels and of ties."""
     pairs = labelled.pairs
     return {
@@ -251,6 +282,7 @@ def label_pairs(
     generator: np.random.Generator,
     *,
     annotator_temperature: float,
+    reward: Callable[[str, str], float] = gold_reward,
 ) -> LabelledPairs:
     """One labelled pair for each prompt whose two answers differ and are not empty."""
     kept: list[tuple[str, str, str]] = []
@@ -262,7 +294,7 @@ def label_pairs(
             dropped["empty"] += 1
         else:
             kept.append((prompt, first, second))
-    rewards_P2 = np.array([[gold_reward(p, a), gold_reward(p, b)] for p, a, b in kept]).reshape(-1, 2)
+    rewards_P2 = np.array([[reward(p, a), reward(p, b)] for p, a, b in kept]).reshape(-1, 2)
     prefers_first_P = annotate(
         rewards_P2[:, 0], rewards_P2[:, 1], generator, temperature=annotator_temperature
     )
@@ -293,21 +325,30 @@ def annotate(
     return np.asarray(generator.random(gap_P.shape) < probability_P)
 
 
-def to_jsonl(pairs: Sequence[LabelledPair]) -> str:
+def to_jsonl(pairs: Sequence[LabelledPair], language: Language = LISTS) -> str:
     """What the method reads: prompt, chosen and rejected, a JSON object a line, and nothing else."""
     return "".join(
-        json.dumps({"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}) + "\n"
+        json.dumps(
+            {
+                "prompt": language.user(pair.prompt),
+                "chosen": language.assistant(pair.chosen),
+                "rejected": language.assistant(pair.rejected),
+            }
+        )
+        + "\n"
         for pair in pairs
     )
 
 
-def truth_table(pairs: Sequence[LabelledPair], *, split: str) -> pa.Table:
+def truth_table(pairs: Sequence[LabelledPair], *, split: str, language: Language = LISTS) -> pa.Table:
     """What the method never reads: one row a pair, with the columns `TRUTH_COLUMNS`."""
     rows = [
         {
-            "pair_id": pair_id(pair.prompt, pair.chosen, pair.rejected),
+            "pair_id": pair_id(
+                language.user(pair.prompt), language.assistant(pair.chosen), language.assistant(pair.rejected)
+            ),
             "split": split,
-            "operation": parse_prompt(pair.prompt).operation,
+            "operation": language.operation(pair.prompt),
             "reward_chosen": pair.reward_chosen,
             "reward_rejected": pair.reward_rejected,
             "flipped": pair.reward_chosen < pair.reward_rejected,
