@@ -250,6 +250,22 @@ def _stage(options: argparse.Namespace, overrides: Overrides) -> int:
     )
 
 
+def _study_options(parser: argparse.ArgumentParser) -> None:
+    _stage_options(parser)
+    meaning = "only print what it would do and cost, as `plan` does"
+    parser.add_argument("--dry-run", action="store_true", help=meaning)
+
+
+def _study(options: argparse.Namespace, overrides: Overrides) -> int:
+    if options.dry_run and options.fresh:
+        raise ConfigError("--fresh has no effect with --dry-run: leave it out")
+    if not options.dry_run:
+        return _stage(options, overrides)
+    options.json = ""
+    _plan(options, overrides)
+    return 0
+
+
 # --- demo, plan, doctor, verify -----------------------------------------------------------------------------
 
 
@@ -500,6 +516,9 @@ VERBS = {
     "train": Verb("DPO along the curriculum", _stage_options, _stage, True),
     "evaluate": Verb("held-out pairs, sampled answers, win rates", _stage_options, _stage, True),
     "report": Verb("write report.html", _stage_options, _stage, True),
+    "study": Verb(
+        "a run with the arms of its study block, beside random controls", _study_options, _study, True
+    ),
     "plan": Verb("what a run would do and cost; nothing is trained", _plan_options, _plan, True),
     "doctor": Verb(
         "check the environment and a recipe before any money is spent", _doctor_options, _doctor, True

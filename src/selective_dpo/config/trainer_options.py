@@ -180,6 +180,10 @@ def check_recipe_options(recipe: Recipe) -> None:
     Raises:
         ConfigError: an option is unknown, of the wrong type, without effect, or decided elsewhere.
     """
+    if recipe.study is not None:
+        raise ConfigError(
+            "study: its arms are not spelled out; make the recipe with make_recipe or load_recipe"
+        )
     check_dpo_options(recipe.score.trainer, "score.trainer", "score")
     check_lora_options(recipe.score.lora, "score.lora")
     check_dpo_options(recipe.train.trainer, "train.trainer", "train")

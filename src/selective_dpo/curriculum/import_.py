@@ -236,7 +236,7 @@ def outside_curriculum(
     measured = Difficulty(found.difficulty_P[known], nothing * np.nan, nothing.astype(np.int64))
     imported = {**outside.facts, "joined_by": outside.names, **found.counts}
     facts = {
-        "key": key or content_key(imported=outside.digest, select=config.model_dump(mode="json")),
+        "key": key or content_key(imported=outside.digest, select=config.identity()),
         "agreement": {},
         "provenance": {**(provenance or {}), "imported": imported},
         "cost": {},
@@ -519,7 +519,7 @@ def import_records(folder: str | Path, select: SelectConfig | Mapping[str, Any] 
     found = read_record_folder(Path(folder), allow_partial=config.allow_partial)
     key = content_key(
         files=found.provenance["files"],
-        select=config.model_dump(mode="json"),
+        select=config.identity(),
         **criterion_source(config.aggregate),
     )
     return Imported(build_curriculum(found.losses, config, provenance=found.provenance, key=key), found)

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from selective_dpo.criteria import CRITERIA
 from selective_dpo.evaluation.results import REFERENCE, SELECTED, EvaluationResults, Measure, main_measure
 from selective_dpo.report.content import CURVES, Curve, LengthCorrelation, ReportContent
+from selective_dpo.report.study import arm_selections, sweep
 from selective_dpo.report.tables import describe_chance, printable
 from selective_dpo.stats.estimates import Estimate
 from selective_dpo.stats.rank_correlation import binned_medians
@@ -312,6 +313,38 @@ def _draw_estimates(
 
 
 @STYLED
+def fractions_svg(content: ReportContent) -> str | None:
+    """The arms' main measure by the share of the pairs, easiest first, beside random shares.
+
+    Drawn where there are at least three shares of the easiest pairs.
+    """
+    measure = main_measure(content.results) if content.results else None
+    if measure is None or not content.config:
+        return None
+    shares = sweep(arm_selections(content.config))
+    if len(shares["easiest"]) < 3:
+        return None
+    figure, (axes,) = new_figure(3.4)
+    for (rule, arms), color in zip(shares.items(), (BLUE, MUTED), strict=True):
+        drawn = {share: measure.values[name] for share, name in arms.items() if name in measure.values}
+        values = [each.value for each in drawn.values()]
+        reach = np.array([(each.value - each.low, each.high - each.value) for each in drawn.values()]).T
+        if values:
+            bars = {"yerr": np.nan_to_num(reach), "capsize": 3, "color": color, "marker": "o"}
+            axes.errorbar(list(drawn), values, label=rule, **bars)
+    if measure.name == "win rate":
+        axes.axhline(0.5, label="no change", linewidth=1.4, **CHANCE_LINE)
+    axes.set_title(f"{measure.name.capitalize()} by share of the pairs")
+    axes.set_xlabel("share trained on")
+    axes.set_ylabel(f"{measure.name} (95%)")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.grid(axis="y", color=FAINT)
+    axes.legend(loc="best", handlelength=1.6)
+    return to_svg(figure, name="fractions", description=axes.get_title(loc="left"))
+
+
+@STYLED
 def training_svg(content: ReportContent) -> str | None:
     """Loss by step, and the difficulty of the pairs trained on by step, one line an arm.
 
@@ -355,6 +388,7 @@ FIGURES: dict[str, Callable[[ReportContent], str | None]] = {
     "agreement": agreement_svg,
     "length": length_svg,
     "arms": arms_svg,
+    "fractions": fractions_svg,
     "training": training_svg,
 }
 
