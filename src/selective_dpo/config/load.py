@@ -96,7 +96,7 @@ def make_recipe(
         _override(values, key, text)
     try:
         recipe = Recipe.model_validate(values)
-        return recipe if recipe.study is None else Recipe.model_validate(with_arms(recipe))
+        return recipe if recipe.study.is_empty else Recipe.model_validate(with_arms(recipe))
     except ValidationError as error:
         raise ConfigError(explain(error, Recipe)) from error
 

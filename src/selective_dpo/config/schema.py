@@ -491,11 +491,14 @@ class StudyConfig(Block):
     training_seeds: tuple[Seed, ...] = ()
     """See `evaluate.training_seeds`."""
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether it names no arm."""
+        return not any(getattr(self, name) for name in type(self).model_fields)
+
     @model_validator(mode="after")
     def _each_arm_is_another(self) -> Self:
         given = {name: getattr(self, name) for name in type(self).model_fields}
-        if not any(given.values()):
-            raise ValueError("names no arm: give fractions, orders, criteria, sources or training_seeds")
         if twice := [name for name, values in given.items() if len(set(values)) < len(values)]:
             raise ValueError(f"{twice[0]} holds one value twice")
         return self
@@ -544,7 +547,7 @@ class Recipe(Block):
     """Training on the curriculum."""
     evaluate: EvaluateConfig = EvaluateConfig()
     """Evaluation of the policy."""
-    study: StudyConfig | None = None
+    study: StudyConfig = StudyConfig()
     """Further arms, such as a sweep over fractions; for `selective-dpo study`."""
     launch: LaunchConfig = LaunchConfig()
     """Spreading the work."""

@@ -28,7 +28,7 @@ def with_arms(recipe: Recipe) -> dict[str, Any]:
     given = recipe.model_dump(mode="json", exclude_unset=True)
     study = recipe.study
     given.pop("study", None)
-    if study is None:
+    if study.is_empty:
         return given
     own, evaluate = recipe.select, recipe.evaluate
     if own.rule != "easiest" or own.count is not None:

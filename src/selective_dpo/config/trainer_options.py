@@ -180,7 +180,7 @@ def check_recipe_options(recipe: Recipe) -> None:
     Raises:
         ConfigError: an option is unknown, of the wrong type, without effect, or decided elsewhere.
     """
-    if recipe.study is not None:
+    if not recipe.study.is_empty:
         raise ConfigError(
             "study: its arms are not spelled out; make the recipe with make_recipe or load_recipe"
         )

@@ -75,7 +75,9 @@ def study_findings(run_folder: Path) -> Study:
     selects = arm_selections(read_json(run_folder / "config.json"))
     measure = main_measure(results)
     values = {} if measure is None else measure.values
-    verdicts = pq.read_table(run_folder / "evaluation" / "verdicts.parquet", columns=["arm", "prompt_id", "score"])
+    verdicts = pq.read_table(
+        run_folder / "evaluation" / "verdicts.parquet", columns=["arm", "prompt_id", "score"]
+    )
 
     def verdicts_of(name: str) -> Verdicts:
         rows = verdicts.filter(pc.equal(verdicts["arm"], name))
@@ -97,12 +99,13 @@ def arm_selections(config: Mapping[str, Any]) -> dict[str, SelectConfig]:
     """The selection of each arm, by its name, from a run's `config.json`.
 
     Raises:
-        ArtifactError: it holds none.
+        ArtifactError: one is no selection.
     """
+    controls = (config.get("evaluate") or {}).get("controls") or {}
+    found = {SELECTED: config.get("select") or {}, **controls}
     try:
-        found = {SELECTED: config["select"], **config["evaluate"]["controls"]}
         return {name: SelectConfig.model_validate(select) for name, select in found.items()}
-    except (KeyError, TypeError, ValueError) as error:
+    except ValueError as error:
         raise ArtifactError(f"config.json does not say what the arms select ({error!r})") from error
 
 
@@ -132,7 +135,7 @@ def sweep(selects: Mapping[str, SelectConfig]) -> dict[str, dict[float, str]]:
 
 def _control(arm: ArmResult, results: EvaluationResults, selects: Mapping[str, SelectConfig]) -> str:
     """The random arm of as many pairs, if `arm` is none itself."""
-    if arm.name == REFERENCE or selects[arm.name].rule == "random":
+    if arm.name not in selects or selects[arm.name].rule == "random":
         return ""
     same = (
         other.name
