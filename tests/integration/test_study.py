@@ -19,7 +19,7 @@ from selective_dpo.worlds.recipe import world_recipe
 from selective_dpo.worlds.world import load_world
 from tests.fixtures.models import recipe_file
 
-ARMS = ["selected", "easiest-30", "easiest-70", "from-demo", "random-30", "random-50", "random-70"]
+ARMS = ["selected", "easiest-30", "from-demo", "random-30", "random-50"]
 
 
 def study_recipe(world_run: Path, folder: Path) -> Any:
@@ -31,7 +31,7 @@ def study_recipe(world_run: Path, folder: Path) -> Any:
     given["score"] = {"protocol": "one-step", "lora": None, "trainer": optimizer}
     given["train"]["trainer"] |= {"num_train_epochs": 1}
     given["evaluate"]["generation"] |= {"prompts": 12, "samples": 2}
-    return make_recipe({**given, "study": {"fractions": [0.3, 0.7], "sources": [str(world_run)]}})
+    return make_recipe({**given, "study": {"fractions": [0.3], "sources": [str(world_run)]}})
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_every_arm_is_trained_and_beside_its_random_control(made: tuple[Any, Pat
         assert found[name]["pairs"] == found[control]["pairs"]
         low, value, high = (found[name]["above_control"][end] for end in ("low", "value", "high"))
         assert low <= value <= high
-    assert found["easiest-70"]["fraction"] == 0.7
+    assert found["easiest-30"]["fraction"] == 0.3
     assert "minus random of its size" in printed
     assert str(folder / "study.json") in printed
 

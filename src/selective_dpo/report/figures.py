@@ -316,13 +316,13 @@ def _draw_estimates(
 def fractions_svg(content: ReportContent) -> str | None:
     """The arms' main measure by the share of the pairs, easiest first, beside random shares.
 
-    Drawn where there are at least three shares of the easiest pairs.
+    Drawn where there are at least two shares of the easiest pairs.
     """
     measure = main_measure(content.results) if content.results else None
     if measure is None or not content.config:
         return None
     shares = sweep(arm_selections(content.config))
-    if len(shares["easiest"]) < 3:
+    if len(shares["easiest"]) < 2:
         return None
     figure, (axes,) = new_figure(3.4)
     for (rule, arms), color in zip(shares.items(), (BLUE, MUTED), strict=True):
