@@ -472,8 +472,8 @@ def _compare_options(parser: argparse.ArgumentParser) -> None:
     )
     meaning = "margins above which a pair counts as learned (default 0.4 0.1); 0 is always shown"
     parser.add_argument("--delta", type=float, nargs="+", default=None, metavar="MARGIN", help=meaning)
-    meaning = "also write a page with figures"
-    parser.add_argument("--page", type=path, default="", metavar="PATH.html", help=meaning)
+    meaning = "also write a page with figures, such as c.html"
+    parser.add_argument("--page", type=path, default="", metavar="PATH", help=meaning)
     _json_option(parser)
     parser.epilog = (
         "Give the paths before --delta, or end its values with another option. Nothing is trained."

@@ -325,13 +325,14 @@ def fractions_svg(content: ReportContent) -> str | None:
     if len(shares["easiest"]) < 2:
         return None
     figure, (axes,) = new_figure(3.4)
-    for (rule, arms), color in zip(shares.items(), (BLUE, MUTED), strict=True):
+    # A little apart, so that no interval hides the other.
+    for (rule, arms), color, aside in zip(shares.items(), (BLUE, MUTED), (-0.003, 0.003), strict=True):
         drawn = {share: measure.values[name] for share, name in arms.items() if name in measure.values}
         values = [each.value for each in drawn.values()]
         reach = np.array([(each.value - each.low, each.high - each.value) for each in drawn.values()]).T
         if values:
             bars = {"yerr": np.nan_to_num(reach), "capsize": 3, "color": color, "marker": "o"}
-            axes.errorbar(list(drawn), values, label=rule, **bars)
+            axes.errorbar([share + aside for share in drawn], values, label=rule, **bars)
     if measure.name == "win rate":
         axes.axhline(0.5, label="no change", linewidth=1.4, **CHANCE_LINE)
     axes.set_title(f"{measure.name.capitalize()} by share of the pairs")
