@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from markupsafe import Markup
 from selective_dpo.curriculum.measured import PAIR_CRITERIA
 from selective_dpo.curriculum.stability import TARGET
 from selective_dpo.losses import LN_2
-from selective_dpo.report.comparison import HALF, Comparison, Dynamics, Likeness, SourceFindings
+from selective_dpo.report.comparison import HALF, Comparison, Likeness, SourceFindings
 from selective_dpo.report.figures import ARM_COLORS, BLUE, CHANCE_LINE, FAINT, STYLED, new_figure, to_svg
 from selective_dpo.report.page import Table, render_page
 from selective_dpo.report.tables import number_with_interval, printable, text_table
@@ -80,64 +80,49 @@ def _sources_table(sources: Sequence[SourceFindings]) -> Table:
     """A row a number, a column a source; rows that no source has are left out."""
     rows: list[tuple[str, ...]] = []
 
-    def row(name: str, cell: Callable[[SourceFindings], str]) -> None:
-        cells = [cell(source) for source in sources]
+    def row(name: str, cells: Sequence[str]) -> None:
         if any(cells):
             rows.append((name, *cells))
 
-    def estimated(name: str, of: Callable[[SourceFindings], Estimate | None], decimals: int = 4) -> None:
-        row(name, lambda source: number_with_interval(of(source), decimals))
+    def estimated(name: str, values: Sequence[Estimate | None], decimals: int = 4) -> None:
+        row(name, [number_with_interval(value, decimals) for value in values])
 
-    def moving(name: str, of: Callable[[Dynamics], Estimate], decimals: int = 4) -> None:
-        estimated(name, lambda source: None if source.dynamics is None else of(source.dynamics), decimals)
-
-    row("pairs", lambda source: f"{source.pairs:,}")
-    row("prompts", lambda source: f"{source.clusters:,}" if source.knows_prompts else "not known")
-    row("seeds x evaluations", lambda source: _records(source))
-    estimated("mean loss", lambda source: source.mean_loss)
+    row("pairs", [f"{source.pairs:,}" for source in sources])
+    row("prompts", [f"{source.clusters:,}" if source.knows_prompts else "not known" for source in sources])
+    row("seeds x evaluations", [_records(source) for source in sources])
+    estimated("mean loss", [source.mean_loss for source in sources])
     at_ln_2 = all(source.chance_loss in (LN_2, None) for source in sources)
     chance = "ln 2" if at_ln_2 else "that of a policy that has not moved"
-    estimated(f"mean loss below {chance}", lambda source: source.below_chance)
-    moving("wrong in every record", lambda found: found.wrong_always)
-    deltas = next((source.dynamics.learned for source in sources if source.dynamics), ())
-    for place, learned in enumerate(deltas):
-        moving(
-            f"learned by the end, delta {learned.delta:g}",
-            lambda found, place=place: found.learned[place].share,  # type: ignore[misc]
-        )
-    for place, learned in enumerate(deltas):
-        moving(
-            f"Spearman (learned step, difficulty), delta {learned.delta:g}",
-            lambda found, place=place: found.learned[place].spearman,  # type: ignore[misc]
-            3,
-        )
-    moving("times forgotten, of a pair by a seed", lambda found: found.forgetting)
-    moving("Spearman (times forgotten, difficulty)", lambda found: found.forgetting_spearman, 3)
-    estimated("Spearman (spread of losses, difficulty)", lambda source: source.spread_spearman, 3)
-    estimated("Spearman (spread of seeds, difficulty)", lambda source: source.seed_spread_spearman, 3)
-    for name, of in (("Spearman", _spearman), ("overlap of easiest half", _overlap)):
-        estimated(f"first and last evaluation, {name}", lambda source, of=of: of(source.first_last), 3)  # type: ignore[misc]
-    estimated("two seeds, Jaccard of easiest half, the least", lambda source: source.least_alike, 3)
-    for name, field in (
-        ("two seeds, overlap of easiest half, mean", "one_one"),
-        ("one seed and the others, the same", "one_others"),
-        ("all seeds and as many fresh ones, predicted", "fresh"),
-    ):
-        estimated(name, lambda source, field=field: getattr(source.scorers, field, None), 3)  # type: ignore[misc]
-    row(f"seeds needed for an overlap of {TARGET:g}, predicted", _needed)
+    estimated(f"mean loss below {chance}", [source.below_chance for source in sources])
+    dynamics = [source.dynamics for source in sources]
+    estimated("wrong in every record", [each and each.wrong_always for each in dynamics])
+    deltas = [learned.delta for learned in next(filter(None, dynamics)).learned] if any(dynamics) else []
+    for place, delta in enumerate(deltas):
+        share = [each and each.learned[place].share for each in dynamics]
+        estimated(f"learned by the end, delta {delta:g}", share)
+    for place, delta in enumerate(deltas):
+        spearman = [each and each.learned[place].spearman for each in dynamics]
+        estimated(f"Spearman (learned step, difficulty), delta {delta:g}", spearman, 3)
+    estimated("times forgotten, of a pair by a seed", [each and each.forgetting for each in dynamics])
+    forgetting = [each and each.forgetting_spearman for each in dynamics]
+    estimated("Spearman (times forgotten, difficulty)", forgetting, 3)
+    estimated("Spearman (spread of losses, difficulty)", [each.spread_spearman for each in sources], 3)
+    estimated("Spearman (spread of seeds, difficulty)", [each.seed_spread_spearman for each in sources], 3)
+    ends = [source.first_last for source in sources]
+    estimated("first and last evaluation, Spearman", [each and each.spearman for each in ends], 3)
+    overlap = [each and each.of_half("overlap") for each in ends]
+    estimated("first and last evaluation, overlap of easiest half", overlap, 3)
+    estimated("two seeds, Jaccard of easiest half, the least", [each.least_alike for each in sources], 3)
+    scorers = [source.scorers for source in sources]
+    estimated("two seeds, overlap of easiest half, mean", [each and each.one_one for each in scorers], 3)
+    estimated("one seed and the others, the same", [each and each.one_others for each in scorers], 3)
+    estimated("all seeds and as many fresh ones, predicted", [each and each.fresh for each in scorers], 3)
+    row(f"seeds needed for an overlap of {TARGET:g}, predicted", [_needed(source) for source in sources])
     return Table(("95% intervals", *(source.name for source in sources)), tuple(rows))
 
 
 def _records(source: SourceFindings) -> str:
     return f"{len(source.seeds)} x {len(source.evaluations)}" if source.seeds else "difficulty alone"
-
-
-def _spearman(likeness: Likeness | None) -> Estimate | None:
-    return None if likeness is None else likeness.spearman
-
-
-def _overlap(likeness: Likeness | None) -> Estimate | None:
-    return None if likeness is None else likeness.of_half("overlap")
 
 
 def _needed(source: SourceFindings) -> str:
