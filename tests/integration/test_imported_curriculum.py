@@ -236,7 +236,6 @@ def test_verify_finds_a_difficulty_that_is_not_the_files(tmp_path: Path) -> None
     ("blocks", "words"),
     [
         ({"score": {"protocol": "paper"}}, r"score\.protocol has no effect beside curriculum"),
-        ({"score": {"seeds": [41, 42, 43]}}, r"score\.seeds has no effect beside curriculum"),
         ({"score": {"trainer": {"beta": 0.1}}}, "score.trainer has no effect"),
         ({"score": {"keep_scorers": True}}, "score.keep_scorers has no effect"),
         ({"select": {"aggregate": "final"}}, r"select\.aggregate has no effect"),

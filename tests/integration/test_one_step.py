@@ -301,8 +301,8 @@ def test_kept_scorers_give_the_log_ratios_that_were_measured(inputs: Path) -> No
 @pytest.mark.parametrize(
     ("block", "message"),
     [
-        ({"seeds": [7]}, "give splits, and leave seeds and evaluations out"),
-        ({"evaluations": 5}, "give splits, and leave seeds and evaluations out"),
+        ({"seeds": [7]}, "give splits and leave seeds and evaluations out"),
+        ({"evaluations": 5}, "give splits and leave seeds and evaluations out"),
         (
             {"trainer": {"learning_rate": 1e-4}},
             "trainer.learning_rate has no effect with protocol 'one-step'",

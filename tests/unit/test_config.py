@@ -24,9 +24,9 @@ SOURCE = SourceConfig(path="x.jsonl")
 RECIPE = Recipe(name="a", model=ModelConfig(path="m"), data=DataConfig(train=(SOURCE,)))
 
 
-def test_the_defaults_are_the_papers_protocol() -> None:
+def test_the_defaults_are_one_step_and_the_easiest_half() -> None:
     score, select = RECIPE.score, RECIPE.select
-    assert (score.protocol, score.seeds, score.evaluations) == ("paper", (41, 42, 43), 5)
+    assert (score.protocol, score.seeds, score.evaluations) == ("one-step", (41,), 1)
     assert score.lora == {"r": 16, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": "all-linear"}
     assert (select.aggregate, select.rule, select.order) == ("mean", "easiest", "easy-to-hard")
     assert (RECIPE.data.max_length, RECIPE.data.max_prompt_length) == (1024, 512)
@@ -68,8 +68,9 @@ def test_every_block_is_closed_and_every_field_says_what_it_means(block: type[Ba
         (DataConfig, {"train": [SOURCE], "max_boundary_mismatch": 1.1}, "less than or equal to 1"),
         (SourceConfig, {"path": "x", "fraction": 0.0}, "greater than 0"),
         (SourceConfig, {"path": "x", "fraction": float("nan")}, "finite number"),
-        (ScoreConfig, {"seeds": [1, 2]}, "say 'custom' for your own"),
-        (ScoreConfig, {"evaluations": 4}, "say 'custom' for your own"),
+        (ScoreConfig, {"protocol": "paper", "seeds": [1, 2]}, "say 'custom' for your own"),
+        (ScoreConfig, {"protocol": "fast", "evaluations": 4}, "say 'custom' for your own"),
+        (ScoreConfig, {"seeds": [1, 2]}, "or name the protocol that trains scorers, such as 'custom'"),
         (ScoreConfig, {"protocol": "custom", "seeds": []}, "seeds must be distinct, and at least one"),
         (ScoreConfig, {"protocol": "custom", "seeds": [1, 1]}, "seeds must be distinct"),
         (ScoreConfig, {"protocol": "custom", "evaluations": 0}, "greater than or equal to 1"),

@@ -47,7 +47,10 @@ RULES = "one of easiest, hardest, random, below, band, all"
         ({"score": {"seeds": [1, "a"]}}, 'score.seeds.1 is "a", but must be a whole number'),
         ({"score": {"seeds": [1, 1]}}, "score: seeds must be distinct, and at least one"),
         ({"score": {"lora": 16}}, "score.lora is 16, but must be a mapping of keys to values"),
-        ({"score": {"evaluations": 2}}, "score: protocol 'paper' is seeds [41, 42, 43] with 5 evaluations"),
+        (
+            {"score": {"protocol": "paper", "evaluations": 2}},
+            "score: protocol 'paper' is seeds [41, 42, 43] with 5 evaluations",
+        ),
         ({"launch": {"workers": 0}}, "launch.workers is 0, but must be at least 1"),
         ({"launch": {"workers": 1.5}}, "launch.workers is 1.5, but must be a whole number"),
         ({"model": {"path": 7}}, "model.path is 7, but must be text; put it in quotes"),

@@ -33,7 +33,7 @@ def message(folder: Path, text: str | bytes, *overrides: tuple[str, str]) -> str
 
 def test_defaults_fill_in(tmp_path: Path) -> None:
     recipe = load_recipe(written(tmp_path, MINIMAL))
-    assert (recipe.name, recipe.model.path, recipe.score.seeds) == ("a", "org/model", (41, 42, 43))
+    assert (recipe.name, recipe.model.path, recipe.score.protocol) == ("a", "org/model", "one-step")
     assert load_recipe(written(tmp_path, b"\xef\xbb\xbf" + MINIMAL.encode())) == recipe  # a byte-order mark
 
 
@@ -222,7 +222,8 @@ def test_recipes_differ_by_named_fields(tmp_path: Path) -> None:
             [
                 ("select.fraction", "0.6"),
                 ("score.protocol", "custom"),
-                ("score.seeds", "[41]"),
+                ("score.seeds", "[7]"),
+                ("score.evaluations", "1"),
                 ("data.train", "[{path: org/pairs, split: test}, {path: x.csv}]"),
             ],
         )
@@ -232,8 +233,8 @@ def test_recipes_differ_by_named_fields(tmp_path: Path) -> None:
         'data.train.0.split: "train" -> "test"',
         'data.train.1: (absent) -> {"path": "x.csv", "split": "", "subset": "", "revision": "", '
         '"fraction": 1.0, "columns": {}, "adapter": ""}',
-        'score.protocol: "paper" -> "custom"',
-        "score.seeds: [41, 42, 43] -> [41]",
+        'score.protocol: "one-step" -> "custom"',
+        "score.seeds: [41] -> [7]",
         "select.fraction: 0.5 -> 0.6",
         "train.trainer.beta: 0.1 -> (absent)",
     ]

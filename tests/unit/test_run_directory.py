@@ -55,7 +55,7 @@ def test_asking_for_a_path_makes_nothing(tmp_path: Path) -> None:
 
 
 def test_the_recipe_is_kept_as_given_and_as_resolved(tmp_path: Path) -> None:
-    given = recipe(tmp_path, select={"fraction": 0.3}, score={"trainer": {"learning_rate": 6e-6}})
+    given = recipe(tmp_path, select={"fraction": 0.3}, score={"trainer": {"beta": 6e-6}})
     run = RunDirectory.of(given)
     run.claim(given)
     assert sorted(contents(run.root)) == ["config.json", "recipe.yaml"]
@@ -98,14 +98,15 @@ def test_what_does_not_change_results_may_change(tmp_path: Path) -> None:
 
 
 def test_a_key_that_came_later_counts_as_its_default(tmp_path: Path) -> None:
+    paper = {"protocol": "paper"}
     run = RunDirectory.of(recipe(tmp_path))
-    run.claim(recipe(tmp_path))
+    run.claim(recipe(tmp_path, score=paper))
     config = read_json(run.root / "config.json")
     del config["curriculum"], config["score"]["min_fold_prompts"]
     write_json(run.root / "config.json", config)
-    run.require_same_recipe(recipe(tmp_path))
+    run.require_same_recipe(recipe(tmp_path, score=paper))
     with pytest.raises(RunChangedError, match=r"score\.min_fold_prompts: 5 -> 1"):
-        run.require_same_recipe(recipe(tmp_path, score={"min_fold_prompts": 1}))
+        run.require_same_recipe(recipe(tmp_path, score={**paper, "min_fold_prompts": 1}))
 
 
 def test_many_changes_are_counted(tmp_path: Path) -> None:

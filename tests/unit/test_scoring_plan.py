@@ -10,7 +10,7 @@ PROMPTS = ["a", "b", "a", "c", "d", "b", "e"]
 
 
 def test_the_papers_protocol_is_three_seeds_of_two_folds() -> None:
-    names = [run.name for run in planned_runs(ScoreConfig())]
+    names = [run.name for run in planned_runs(ScoreConfig(protocol="paper"))]
     assert names == [f"seed{seed}-fold{fold}" for seed in (41, 42, 43) for fold in (0, 1)]
 
 
@@ -31,7 +31,7 @@ def test_the_two_scorers_of_a_seed_swap_the_halves() -> None:
 def test_a_fold_of_too_few_prompts_is_refused_however_many_pairs_it_has() -> None:
     # Sixty pairs of one prompt and two others: folds of 61 (or 60) pairs and of 1 (or 2).
     prompts = ["a"] * 60 + ["b", "c"]
-    for run in planned_runs(ScoreConfig()):
+    for run in planned_runs(ScoreConfig(protocol="paper")):
         with pytest.raises(
             DataError, match=rf"{run.name}: its fold has .* fewer than score.min_fold_prompts = 5"
         ):

@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from selective_dpo.config.messages import did_you_mean, inlined, misfit, one_line, show
-from selective_dpo.config.schema import Recipe, Settings
+from selective_dpo.config.schema import ONE_STEP_OPTIONS, Recipe, Settings
 from selective_dpo.errors import ConfigError
 from selective_dpo.losses import LOSSES, NOT_PAIRWISE, OPTIONS, chance_loss, loss_names, options_read
 
@@ -185,6 +185,12 @@ def check_recipe_options(recipe: Recipe) -> None:
             "study: its arms are not spelled out; make the recipe with make_recipe or load_recipe"
         )
     check_dpo_options(recipe.score.trainer, "score.trainer", "score")
+    unread = sorted(set(recipe.score.trainer) - ONE_STEP_OPTIONS)
+    if recipe.score.protocol == "one-step" and unread:
+        raise ConfigError(
+            f"score.trainer.{unread[0]} has no effect with protocol 'one-step', the default, which trains no "
+            "scorer: leave it out, or name the protocol whose scorers it trains, such as 'paper'"
+        )
     check_lora_options(recipe.score.lora, "score.lora")
     check_dpo_options(recipe.train.trainer, "train.trainer", "train")
     check_lora_options(recipe.train.lora, "train.lora")

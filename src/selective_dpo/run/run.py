@@ -202,7 +202,7 @@ def score_difficulty(
         model: Hub name or folder of the starting (SFT) policy.
         pairs: A file, a `datasets` folder, or a `datasets.Dataset` of preference pairs.
         output_dir: The run folder; what is already measured there is not measured again.
-        score, data: Recipe keys of these blocks, such as `{"seeds": [1], "trainer": {...}}`.
+        score, data: Recipe keys of these blocks, such as `{"protocol": "fast", "trainer": {...}}`.
         dtype: What the weights are loaded as.
         workers: Scorers trained at a time.
 

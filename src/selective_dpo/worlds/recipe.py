@@ -59,7 +59,7 @@ def world_recipe(
                 "max_length": 32,
                 "max_prompt_length": 16,
             },
-            "score": {"lora": None, "trainer": SCORE_TRAINER},
+            "score": {"protocol": "paper", "lora": None, "trainer": SCORE_TRAINER},
             "select": {"fraction": 0.5},
             "train": {"trainer": TRAIN_TRAINER},
             "evaluate": {
