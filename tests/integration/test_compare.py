@@ -39,7 +39,7 @@ def column(source: SourceFindings) -> list[float]:
         source.least_alike,
         source.scorers.one_others,
     )
-    return [round(each.value, 4) for each in fours] + [round(each.value, 3) for each in threes]
+    return [round(each.value, 4) for each in fours] + [round(each.value, 3) for each in threes if each]
 
 
 @here
@@ -58,7 +58,8 @@ def test_the_table_comes_out_to_its_digits(authors: Comparison) -> None:
 def test_second_axes_and_suspects_of_the_authors_records(authors: Comparison) -> None:
     ranges = {"forgetting": [], "spread": [], "seeds": [], "wrong": []}  # type: ignore[var-annotated]
     for source in authors.sources:
-        assert source.dynamics and source.spread_spearman and source.seed_spread_spearman
+        assert source.dynamics and source.dynamics.forgetting_spearman
+        assert source.spread_spearman and source.seed_spread_spearman
         ranges["forgetting"].append(round(source.dynamics.forgetting_spearman.value, 2))
         ranges["spread"].append(round(source.spread_spearman.value, 2))
         ranges["seeds"].append(round(source.seed_spread_spearman.value, 2))

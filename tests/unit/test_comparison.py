@@ -69,11 +69,13 @@ def test_numbers_of_four_pairs_by_hand(tmp_path: Path) -> None:
     learned = [(each.delta, each.share.value) for each in dynamics.learned]
     assert learned == [(0.4, 3 / 8), (0.0, 5 / 8)]
     # b's second seed is the one that forgets: 1 of 8, by pair 0, 1/2, 0, 0.
+    assert dynamics.forgetting is not None
     assert dynamics.forgetting.value == 1 / 8
     # Learned steps at 0.4 by seed: a 2 2, b 1 3, c 3 3, d 3 3; means 2, 2, 3, 3. Difficulty ranks a b c d:
     # mid-ranks 1.5 1.5 3.5 3.5 against 1 2 3 4, both with mean 2.5: products 1.5 + .5 + .5 + 1.5 = 4 over
     # the root of (1 + 1 + 1 + 1) * (2.25 + .25 + .25 + 2.25) = 4 * 5.
     assert means[0] < means[1] < means[2] < means[3]
+    assert dynamics.learned[0].spearman is not None
     assert dynamics.learned[0].spearman.value == pytest.approx(4 / math.sqrt(20))
     # Above .4 at the first evaluation: b by one seed, of 8; at the last 3 of 8.
     assert [each.value for each in dynamics.learned[0].above] == [1 / 8, 3 / 8]
@@ -238,6 +240,10 @@ def test_criteria_of_a_run_by_hand(tmp_path: Path) -> None:
     assert likeness["reference margin"].spearman.value == pytest.approx(1.0)
     assert (likeness["reward gap"].pairs, likeness["length difference"].pairs) == (2, 3)
     assert findings.clusters == 2
+    # With a single evaluation nothing is learned later or forgotten.
+    assert findings.dynamics is not None
+    assert findings.dynamics.forgetting is findings.dynamics.learned[0].spearman is None
+    assert "forgotten" not in comparison_text(quick(tmp_path / "run"))
 
 
 def test_records_of_another_curriculum_are_not_read(tmp_path: Path) -> None:

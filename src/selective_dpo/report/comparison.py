@@ -69,8 +69,8 @@ class Learned(NamedTuple):
     delta: float
     share: Estimate
     """Of pairs and seeds: learned by the last evaluation."""
-    spearman: Estimate
-    """Of the learned step, averaged over seeds, with the difficulty."""
+    spearman: Estimate | None
+    """Of the learned step, averaged over seeds, with the difficulty; None of a single evaluation."""
     above: tuple[Estimate, ...]
     """Share of pairs and seeds above `delta` at each evaluation."""
 
@@ -94,9 +94,9 @@ class Dynamics(NamedTuple):
     wrong_always: Estimate
     """Share of pairs with a margin below 0 in every record."""
     learned: tuple[Learned, ...]
-    forgetting: Estimate
-    """Mean of the forgetting events of a pair and seed, at a margin of 0."""
-    forgetting_spearman: Estimate
+    forgetting: Estimate | None
+    """Mean of the forgetting events of a pair and seed, at a margin of 0; None of a single evaluation."""
+    forgetting_spearman: Estimate | None
     """Of a pair's events with its difficulty."""
 
 
@@ -283,6 +283,7 @@ def _dynamics(
     margins_PSE: Floats, follows: Any, prompts_P: NDArray[np.str_], deltas: Sequence[float]
 ) -> Dynamics:
     evaluations = margins_PSE.shape[2]
+    several = evaluations > 1
     learned = []
     for delta in deltas:
         steps_PS = learned_steps(margins_PSE, delta)
@@ -292,7 +293,7 @@ def _dynamics(
             Learned(
                 delta,
                 clustered_share(by_end_P, prompts_P),
-                follows(steps_PS.mean(axis=1)),
+                follows(steps_PS.mean(axis=1)) if several else None,
                 tuple(clustered_share(above_P, prompts_P) for above_P in above_PE.T),
             )
         )
@@ -300,8 +301,8 @@ def _dynamics(
     return Dynamics(
         wrong_always=clustered_share(_always_wrong(margins_PSE).astype(float), prompts_P),
         learned=tuple(learned),
-        forgetting=clustered_mean(events_PS.mean(axis=1), prompts_P),
-        forgetting_spearman=follows(events_PS.sum(axis=1).astype(float)),
+        forgetting=clustered_mean(events_PS.mean(axis=1), prompts_P) if several else None,
+        forgetting_spearman=follows(events_PS.sum(axis=1).astype(float)) if several else None,
     )
 
 
