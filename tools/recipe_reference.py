@@ -48,7 +48,7 @@ def render(schema: dict[str, Any]) -> str:
     blocks = schema["$defs"]
     parts = [HEAD, _section("Top level", schema, schema)]
     order = ["ModelConfig", "DataConfig", "SourceConfig", "ScoreConfig", "SelectConfig", "TrainConfig"]
-    order += ["EvaluateConfig", "GenerationConfig", "LaunchConfig"]
+    order += ["EvaluateConfig", "GenerationConfig", "StudyConfig", "LaunchConfig"]
     titles = {
         "SourceConfig": "`data.train`, `data.test`: each entry",
         "SelectConfig": "`select`, and each of `evaluate.controls`",

@@ -250,6 +250,22 @@ def _stage(options: argparse.Namespace, overrides: Overrides) -> int:
     )
 
 
+def _study_options(parser: argparse.ArgumentParser) -> None:
+    _stage_options(parser)
+    meaning = "only print what it would do and cost, as `plan` does"
+    parser.add_argument("--dry-run", action="store_true", help=meaning)
+
+
+def _study(options: argparse.Namespace, overrides: Overrides) -> int:
+    if options.dry_run and options.fresh:
+        raise ConfigError("--fresh has no effect with --dry-run: leave it out")
+    if not options.dry_run:
+        return _stage(options, overrides)
+    options.json = ""
+    _plan(options, overrides)
+    return 0
+
+
 # --- demo, plan, doctor, verify -----------------------------------------------------------------------------
 
 
@@ -443,6 +459,37 @@ def _inspect(options: argparse.Namespace, overrides: Overrides) -> None:
     print("\n\n\n".join(group_text(group, total, longest=longest) for group in groups))
 
 
+# --- compare ------------------------------------------------------------------------------------------------
+
+
+def _compare_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "sources",
+        type=path,
+        nargs="+",
+        metavar="PATH",
+        help="a run's folder, a curriculum, a folder of the original's records, a file of difficulties",
+    )
+    meaning = "margins above which a pair counts as learned (default 0.4 0.1); 0 is always shown"
+    parser.add_argument("--delta", type=float, nargs="+", default=None, metavar="MARGIN", help=meaning)
+    meaning = "also write a page with figures, such as c.html"
+    parser.add_argument("--page", type=path, default="", metavar="PATH", help=meaning)
+    _json_option(parser)
+    parser.epilog = (
+        "Give the paths before --delta, or end its values with another option. Nothing is trained."
+    )
+
+
+def _compare(options: argparse.Namespace, overrides: Overrides) -> None:
+    from selective_dpo.report.comparison import DELTAS, compare
+    from selective_dpo.report.comparison_page import comparison_text, write_comparison
+
+    found = compare(options.sources, deltas=DELTAS if options.delta is None else options.delta)
+    _show(comparison_text(found), found.as_json(), options.json)
+    if options.page:
+        write_comparison(found, Path(options.page))
+
+
 # --- the table ----------------------------------------------------------------------------------------------
 
 
@@ -469,6 +516,9 @@ VERBS = {
     "train": Verb("DPO along the curriculum", _stage_options, _stage, True),
     "evaluate": Verb("held-out pairs, sampled answers, win rates", _stage_options, _stage, True),
     "report": Verb("write report.html", _stage_options, _stage, True),
+    "study": Verb(
+        "a run with the arms of its study block, beside random controls", _study_options, _study, True
+    ),
     "plan": Verb("what a run would do and cost; nothing is trained", _plan_options, _plan, True),
     "doctor": Verb(
         "check the environment and a recipe before any money is spent", _doctor_options, _doctor, True
@@ -479,6 +529,11 @@ VERBS = {
     "import-records": Verb("the same, by its older name", _import_options, _import, True),
     "export": Verb("a curriculum as CSV, Parquet, JSON Lines or a datasets folder", _export_options, _export),
     "inspect": Verb("show the easiest, median, hardest or named pairs", _inspect_options, _inspect),
+    "compare": Verb(
+        "runs, curricula, record folders and released files, side by side; nothing is trained",
+        _compare_options,
+        _compare,
+    ),
     "verify": Verb(
         "re-check every digest of a run, and every id from input to policy", _verify_options, _verify
     ),

@@ -27,6 +27,9 @@ CASES = [
     (f"export {RUN} --format csv --overwrite --out {{}}", "a pipe", "is not an exported"),
     (f"export {RUN} --format datasets --overwrite --out {{}}", "a file", "is not an exported"),
     (f"export {RUN} --format jsonl --out nowhere --pairs {{}}", "a folder", "is not complete"),
+    ("compare {}", "a folder", "holds no seed41_step00.csv"),
+    (f"compare {RUN} {{}}", "below a file", "does not exist: give a run's folder"),
+    ("compare records --page {}", "a folder", "is a folder, which no file can take the place of"),
     ("inspect {}", "a folder", "no curriculum at"),
     (f"verify {RUN} --json {{}}", "not UTF-8", "it cannot be written as UTF-8"),
 ]

@@ -1,6 +1,7 @@
 """The recipe: what a run is, as frozen types. Unknown keys are errors; each field says what it means."""
 
 from selective_dpo.config.schema import (
+    DEFAULT_FRACTION,
     DEFAULT_TARGET,
     NAMED_TEMPLATES,
     PROTOCOLS,
@@ -19,10 +20,12 @@ from selective_dpo.config.schema import (
     SelectConfig,
     Settings,
     SourceConfig,
+    StudyConfig,
     TrainConfig,
 )
 
 __all__ = [
+    "DEFAULT_FRACTION",
     "DEFAULT_TARGET",
     "NAMED_TEMPLATES",
     "PROTOCOLS",
@@ -41,5 +44,6 @@ __all__ = [
     "SelectConfig",
     "Settings",
     "SourceConfig",
+    "StudyConfig",
     "TrainConfig",
 ]

@@ -13,6 +13,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from pydantic import ValidationError
 
 from selective_dpo.config.messages import explain, inlined, node_at, one_line, options_of, show
 from selective_dpo.config.schema import NAMED_TEMPLATES, Recipe
+from selective_dpo.config.study import with_arms
 from selective_dpo.errors import ConfigError
 
 MAX_BYTES = 256 * 1024
@@ -49,6 +51,9 @@ _PATHS = {
     "data.test.*.path",
     "evaluate.reward_model",
     "evaluate.generation.source",
+    "evaluate.controls.*.from",
+    "evaluate.controls.*.source",
+    "study.sources.*",
 }
 
 _ABSENT = "(absent)"
@@ -77,7 +82,9 @@ def load_recipe(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> 
 def make_recipe(
     raw: Mapping[str, Any], overrides: Sequence[tuple[str, str]] = (), *, folder: Path | None = None
 ) -> Recipe:
-    """The recipe that a mapping describes; `folder` is what its relative paths are looked for in.
+    """The recipe that a mapping describes, the arms of its `study` spelled out as controls.
+
+    `folder` is what its relative paths are looked for in.
 
     Raises:
         ConfigError: as `load_recipe`.
@@ -88,7 +95,8 @@ def make_recipe(
     for key, text in overrides:
         _override(values, key, text)
     try:
-        return Recipe.model_validate(values)
+        recipe = Recipe.model_validate(values)
+        return recipe if recipe.study.is_empty else Recipe.model_validate(with_arms(recipe))
     except ValidationError as error:
         raise ConfigError(explain(error, Recipe)) from error
 
@@ -252,7 +260,8 @@ def _with_paths(value: Any, folder: Path, key: str = "") -> Any:
         return {name: _with_paths(item, folder, _join(key, name)) for name, item in value.items()}
     if isinstance(value, list):
         return [_with_paths(item, folder, _join(key, "*")) for item in value]
-    return _absolute(value, folder) if key in _PATHS and isinstance(value, str) else value
+    is_path = isinstance(value, str) and any(fnmatchcase(key, pattern) for pattern in _PATHS)
+    return _absolute(value, folder) if is_path else value
 
 
 def _absolute(text: str, folder: Path) -> str:

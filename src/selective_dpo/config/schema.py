@@ -310,15 +310,27 @@ CriterionName = Annotated[str, AfterValidator(_criterion_name), Field(json_schem
 """A name in `CRITERIA`, or a `DottedName`."""
 
 
-def _add_criterion(schema: dict[str, Any]) -> None:
-    described = {"description": "Another name of `aggregate`; give one of them."}
-    schema["properties"]["criterion"] = {**schema["properties"]["aggregate"], **described}
+_SECOND_NAMES = {"criterion": "aggregate", "from": "source"}
+"""Keys of `select` that are another name of one. `from` cannot be a name in Python."""
+
+
+def _add_second_names(schema: dict[str, Any]) -> None:
+    for second, name in _SECOND_NAMES.items():
+        described = {"description": f"Another name of `{name}`; give one of them."}
+        schema["properties"][second] = {**schema["properties"][name], **described}
+
+
+Order = Literal["easy-to-hard", "hard-to-easy", "shuffled"]
+
+
+DEFAULT_FRACTION = 0.5
+"""The share kept where a rule needs a size and none is given: the paper's."""
 
 
 class SelectConfig(Block):
     """Which pairs are kept, and in which order they are trained on."""
 
-    model_config = ConfigDict(json_schema_extra=_add_criterion)
+    model_config = ConfigDict(json_schema_extra=_add_second_names)
 
     aggregate: CriterionName = "mean"
     """How a pair's records become its difficulty: mean or median of all losses, mean over seeds of
@@ -335,12 +347,19 @@ class SelectConfig(Block):
     """Largest difficulty kept by `below`; with DPO's own loss in nats, and ln 2 = 0.693 is chance."""
     band: tuple[float, float] | None = None
     """Lower and upper quantile kept by `band`, within [0, 1]."""
-    order: Literal["easy-to-hard", "hard-to-easy", "shuffled"] = "easy-to-hard"
+    order: Order = "easy-to-hard"
     """The order of training."""
     seed: Annotated[int, Field(ge=0)] | None = None
     """Decides `random` and `shuffled`; 0 when one of them is used and none is given."""
     allow_partial: bool = False
     """Accept pairs with fewer records than the protocol makes; the curriculum says so."""
+    source: PathText = ""
+    """Of a control: take the difficulty from here instead, such as from a run of a weaker model on the same
+    pairs; what it may be is said at `curriculum`, which does this for the run's own selection."""
+
+    def identity(self) -> dict[str, Any]:
+        """JSON values for keys and facts: without the path of `source`, for which its content stands."""
+        return self.model_dump(mode="json", exclude={"source"})
 
     @property
     def about_records(self) -> list[str]:
@@ -350,13 +369,14 @@ class SelectConfig(Block):
 
     @model_validator(mode="before")
     @classmethod
-    def _criterion_is_aggregate(cls, given: Any) -> Any:
-        # `config.json`, the facts of a curriculum and its key say `aggregate`, and stay as they are.
-        if not isinstance(given, dict) or "criterion" not in given:
+    def _second_names(cls, given: Any) -> Any:
+        # `config.json`, the facts of a curriculum and its key say the first ones, and stay as they are.
+        if not isinstance(given, dict):
             return given
-        if "aggregate" in given:
-            raise ValueError("criterion and aggregate are two names of one key: leave one out")
-        return {"aggregate" if name == "criterion" else name: value for name, value in given.items()}
+        for second, name in _SECOND_NAMES.items():
+            if second in given and name in given:
+                raise ValueError(f"{second} and {name} are two names of one key: leave one out")
+        return {_SECOND_NAMES.get(key, key): value for key, value in given.items()}
 
     @model_validator(mode="after")
     def _nothing_is_ignored(self) -> Self:
@@ -376,6 +396,11 @@ class SelectConfig(Block):
             (
                 self.seed is not None and self.rule != "random" and self.order != "shuffled",
                 "seed has no effect without rule 'random' or order 'shuffled'",
+            ),
+            (
+                bool(self.source and self.about_records),
+                f"{', '.join(self.about_records)} has no effect beside from, whose difficulty is one number "
+                "a pair",
             ),
         ]
         for is_wrong, message in problems:
@@ -450,6 +475,35 @@ class EvaluateConfig(Block):
         return self
 
 
+class StudyConfig(Block):
+    """Arms around the run's own selection, each trained and evaluated as it is: they become
+    `evaluate.controls` and `evaluate.training_seeds`. For each of their sizes there is a random control."""
+
+    fractions: tuple[Fraction, ...] = ()
+    """The easiest pairs, at each of these shares."""
+    orders: tuple[Order, ...] = ()
+    """The run's own selection, in each of these orders."""
+    criteria: tuple[CriterionName, ...] = ()
+    """As many of the easiest pairs by each of these criteria, as `select.aggregate` names them."""
+    sources: tuple[PathText, ...] = ()
+    """As many of the easiest pairs by the difficulty that each of these holds, such as a weaker model's run;
+    see `select.source`."""
+    training_seeds: tuple[Seed, ...] = ()
+    """See `evaluate.training_seeds`."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it names no arm."""
+        return not any(getattr(self, name) for name in type(self).model_fields)
+
+    @model_validator(mode="after")
+    def _each_arm_is_another(self) -> Self:
+        given = {name: getattr(self, name) for name in type(self).model_fields}
+        if twice := [name for name, values in given.items() if len(set(values)) < len(values)]:
+            raise ValueError(f"{twice[0]} holds one value twice")
+        return self
+
+
 class LaunchConfig(Block):
     """How the work is spread."""
 
@@ -493,8 +547,19 @@ class Recipe(Block):
     """Training on the curriculum."""
     evaluate: EvaluateConfig = EvaluateConfig()
     """Evaluation of the policy."""
+    study: StudyConfig = StudyConfig()
+    """Further arms, such as a sweep over fractions; for `selective-dpo study`."""
     launch: LaunchConfig = LaunchConfig()
     """Spreading the work."""
+
+    @model_validator(mode="after")
+    def _own_difficulty_is_curriculum(self) -> Self:
+        if self.select.source:
+            raise ValueError(
+                "select.from is for evaluate.controls; the run's own difficulty comes from elsewhere by "
+                f"curriculum: {self.select.source}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _curriculum_replaces_scoring(self) -> Self:

@@ -180,6 +180,10 @@ def check_recipe_options(recipe: Recipe) -> None:
     Raises:
         ConfigError: an option is unknown, of the wrong type, without effect, or decided elsewhere.
     """
+    if not recipe.study.is_empty:
+        raise ConfigError(
+            "study: its arms are not spelled out; make the recipe with make_recipe or load_recipe"
+        )
     check_dpo_options(recipe.score.trainer, "score.trainer", "score")
     unread = sorted(set(recipe.score.trainer) - ONE_STEP_OPTIONS)
     if recipe.score.protocol == "one-step" and unread:

@@ -10,12 +10,12 @@ import numpy as np
 import pyarrow as pa
 from pydantic import ValidationError
 
-from selective_dpo.config import SelectConfig
+from selective_dpo.config import DEFAULT_FRACTION, SelectConfig
 from selective_dpo.config.messages import explain
 from selective_dpo.criteria import CRITERIA, by_record
 from selective_dpo.curriculum.agreement import agreement
 from selective_dpo.curriculum.records import Difficulty, LossTable, Records, difficulty, loss_table
-from selective_dpo.curriculum.select import DEFAULT_FRACTION, Rule, training_positions
+from selective_dpo.curriculum.select import Rule, training_positions
 from selective_dpo.curriculum.select import select as apply_rule
 from selective_dpo.curriculum.table import COLUMNS, P_WRONG, Curriculum, loss_column
 from selective_dpo.errors import ConfigError, RecordsError, name_some
@@ -119,7 +119,7 @@ def assemble(
     own = {
         "pairs": len(losses.pair_ids_P),
         "selected": int(selected.selected_P.sum()),
-        "select": config.model_dump(mode="json"),
+        "select": config.identity(),
         "seeds": list(losses.seeds_S),
         "evaluations": list(losses.evaluations_E),
         "quarantined": len(aside) if reason == REASON else 0,
@@ -132,12 +132,14 @@ def resolved_selection(select: SelectConfig | Mapping[str, Any] | None) -> Selec
     """The selection with the defaults that depend on its other keys filled in.
 
     Raises:
-        ConfigError: `select` is a mapping with an unknown, wrong or contradictory key.
+        ConfigError: `select` is a mapping with an unknown, wrong or contradictory key, or names a `source`.
     """
     try:
         config = select if isinstance(select, SelectConfig) else SelectConfig(**(select or {}))
     except ValidationError as error:
         raise ConfigError(f"select: {explain(error, SelectConfig)}") from None
+    if config.source:
+        raise ConfigError("select.from has no effect here: it is for evaluate.controls of a recipe")
     filled: dict[str, Any] = {}
     needs_size = config.rule in ("easiest", "hardest", "random")
     if needs_size and config.fraction is None and config.count is None:

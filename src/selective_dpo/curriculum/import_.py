@@ -236,7 +236,7 @@ def outside_curriculum(
     measured = Difficulty(found.difficulty_P[known], nothing * np.nan, nothing.astype(np.int64))
     imported = {**outside.facts, "joined_by": outside.names, **found.counts}
     facts = {
-        "key": key or content_key(imported=outside.digest, select=config.model_dump(mode="json")),
+        "key": key or content_key(imported=outside.digest, select=config.identity()),
         "agreement": {},
         "provenance": {**(provenance or {}), "imported": imported},
         "cost": {},
@@ -349,6 +349,20 @@ def read_numbers(path: Path, id_columns: Sequence[str] = (), number_columns: Seq
     return Numbers(names[0], names[1], kept, values_N[~is_blank_N])
 
 
+def column_names(path: Path) -> list[str]:
+    """The columns of a file that `read_numbers` has read by name."""
+    if ".parquet" in path.suffixes[-2:]:
+        source = pa.BufferReader(_unpacked(path)) if path.suffix == ".gz" else path
+        names: list[str] = pq.read_schema(source).names
+        return names
+    return _header(_unpacked(path))
+
+
+def _header(content: bytes) -> list[str]:
+    """The first row of a CSV file."""
+    return next(csv.reader([content.partition(b"\n")[0].decode("utf-8-sig")]))
+
+
 def _choose(
     path: Path, header: list[str], id_columns: Sequence[str], number_columns: Sequence[str]
 ) -> list[str]:
@@ -385,8 +399,7 @@ def _csv_texts(path: Path, id_columns: Sequence[str], number_columns: Sequence[s
         raise DataError(f"{path} line {line} is not UTF-8 text; save it as UTF-8") from error
     chosen = list(_NO_HEADER)
     if id_columns:
-        first = content.partition(b"\n")[0].decode("utf-8-sig")
-        chosen = _choose(path, next(csv.reader([first])), id_columns, number_columns)
+        chosen = _choose(path, _header(content), id_columns, number_columns)
     wrong: list[pyarrow.csv.InvalidRow] = []
 
     def note(row: pyarrow.csv.InvalidRow) -> str:
@@ -506,7 +519,7 @@ def import_records(folder: str | Path, select: SelectConfig | Mapping[str, Any] 
     found = read_record_folder(Path(folder), allow_partial=config.allow_partial)
     key = content_key(
         files=found.provenance["files"],
-        select=config.model_dump(mode="json"),
+        select=config.identity(),
         **criterion_source(config.aggregate),
     )
     return Imported(build_curriculum(found.losses, config, provenance=found.provenance, key=key), found)

@@ -9,11 +9,11 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from selective_dpo.config import DEFAULT_FRACTION
 from selective_dpo.errors import ConfigError
 
 RuleName = Literal["easiest", "hardest", "random", "below", "band", "all"]
 
-DEFAULT_FRACTION = 0.5
 
 # `random` and `shuffled` may share a seed and must still be independent draws.
 _RULE_STREAM, _ORDER_STREAM = 1, 2

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from selective_dpo.criteria import CRITERIA
 from selective_dpo.evaluation.results import REFERENCE, SELECTED, EvaluationResults, Measure, main_measure
 from selective_dpo.report.content import CURVES, Curve, LengthCorrelation, ReportContent
+from selective_dpo.report.study import arm_selections, sweep
 from selective_dpo.report.tables import describe_chance, printable
 from selective_dpo.stats.estimates import Estimate
 from selective_dpo.stats.rank_correlation import binned_medians
@@ -29,9 +30,9 @@ GREY = "#C4C9D0"
 INK = "#1F2933"
 MUTED = "#5F6B7A"
 FAINT = "#E4E7EB"
-_ARM_COLORS = ("#D55E00", "#009E73", "#CC79A7", "#B8860B", "#56B4E9", "#6B4C9A")
+ARM_COLORS = ("#D55E00", "#009E73", "#CC79A7", "#B8860B", "#56B4E9", "#6B4C9A")
 _LINE_STYLES = ("-", "--", "-.", ":")
-_CHANCE_LINE: dict[str, Any] = {"color": VERMILLION, "linestyle": (0, (4, 2))}
+CHANCE_LINE: dict[str, Any] = {"color": VERMILLION, "linestyle": (0, (4, 2))}
 # The dark end of the greys is kept for the line of medians.
 _LIGHT_GREYS = ListedColormap(matplotlib.colormaps["Greys"](np.linspace(0.12, 0.55, 32)))
 # In steps: a smooth color bar would be drawn as an image, which the page's policy forbids.
@@ -80,7 +81,7 @@ _STYLE: dict[str, Any] = {
     "ytick.labelsize": 9,
 }
 # matplotlib's defaults and ours for as long as a figure is drawn, whatever the user's settings are.
-_STYLED = matplotlib.style.context(_STYLE, after_reset=True)
+STYLED = matplotlib.style.context(_STYLE, after_reset=True)
 
 
 def new_figure(height_inches: float, columns: int = 1, **options: Any) -> tuple[Figure, list[Any]]:
@@ -93,7 +94,7 @@ def new_figure(height_inches: float, columns: int = 1, **options: Any) -> tuple[
 def arm_colors(names: Sequence[str]) -> dict[str, str]:
     """One color an arm, the same in each figure: blue for the run's own, grey for the starting model."""
     others = sorted(name for name in names if name not in (SELECTED, REFERENCE))
-    colors = {name: _ARM_COLORS[place % len(_ARM_COLORS)] for place, name in enumerate(others)}
+    colors = {name: ARM_COLORS[place % len(ARM_COLORS)] for place, name in enumerate(others)}
     return {**colors, SELECTED: BLUE, REFERENCE: MUTED}
 
 
@@ -109,7 +110,7 @@ def spearman_in_words(rho: Estimate) -> str:
     return f"Spearman {value} (95% {low} to {high})"
 
 
-@_STYLED
+@STYLED
 def difficulty_svg(content: ReportContent) -> str:
     """Histogram of the difficulty, the selected pairs apart from the others, and the loss at chance."""
     difficulty_P = content.curriculum.difficulty_P
@@ -135,7 +136,7 @@ def difficulty_svg(content: ReportContent) -> str:
         name, _ = describe_chance(content.chance)
         title += f"; {float((difficulty_P > content.chance).mean()):.1%} lie above {name}"
         if edges[0] <= content.chance <= edges[-1]:
-            axes.axvline(content.chance, label=f"{name} (chance)", linewidth=1.4, **_CHANCE_LINE)
+            axes.axvline(content.chance, label=f"{name} (chance)", linewidth=1.4, **CHANCE_LINE)
     axes.set_title(title)
     meaning = "as imported" if content.imported is not None else CRITERIA[content.select.aggregate].axis
     axes.set_xlabel(f"difficulty: {meaning}{content.unit if content.is_loss or content.imported else ''}")
@@ -147,7 +148,7 @@ def difficulty_svg(content: ReportContent) -> str:
     return to_svg(figure, name="difficulty", description=f"Histogram: {axes.get_title(loc='left')}")
 
 
-@_STYLED
+@STYLED
 def agreement_svg(content: ReportContent) -> str | None:
     """Heat map of Spearman's correlation between the losses of all seeds and evaluations."""
     columns = content.agreement.get("columns") or []
@@ -196,7 +197,7 @@ def agreement_svg(content: ReportContent) -> str | None:
     return to_svg(figure, name="agreement", description=f"Heat map: {axes.get_title(loc='left')}")
 
 
-@_STYLED
+@STYLED
 def length_svg(content: ReportContent) -> str | None:
     """Difficulty against the pair's length, and against how much longer the chosen answer is."""
     if content.lengths is None:
@@ -231,7 +232,7 @@ def _draw_length(axes: Any, content: ReportContent, correlation: LengthCorrelati
     axes.fill_between(bins.centres, bins.lower, bins.upper, color=BLUE, alpha=0.18, linewidth=0)
     axes.plot(bins.centres, bins.median, color=BLUE, linewidth=1.8, marker="o", markersize=4)
     if content.chance is not None:
-        axes.axhline(content.chance, linewidth=1.2, **_CHANCE_LINE)
+        axes.axhline(content.chance, linewidth=1.2, **CHANCE_LINE)
     axes.set_title(f"{correlation.name.capitalize()}\n{spearman_in_words(correlation.spearman)}")
     axes.set_xlabel(correlation.label)
     axes.grid(axis="y", color=FAINT)
@@ -239,7 +240,7 @@ def _draw_length(axes: Any, content: ReportContent, correlation: LengthCorrelati
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}".replace("-", "\N{MINUS SIGN}"))
 
 
-@_STYLED
+@STYLED
 def arms_svg(content: ReportContent) -> str | None:
     """Each arm's win rate (else held-out accuracy), and its paired difference to the run's own policy."""
     results = content.results
@@ -311,7 +312,40 @@ def _draw_estimates(
     axes.xaxis.get_major_locator().set_params(nbins=6)
 
 
-@_STYLED
+@STYLED
+def fractions_svg(content: ReportContent) -> str | None:
+    """The arms' main measure by the share of the pairs, easiest first, beside random shares.
+
+    Drawn where there are at least two shares of the easiest pairs.
+    """
+    measure = main_measure(content.results) if content.results else None
+    if measure is None or not content.config:
+        return None
+    shares = sweep(arm_selections(content.config))
+    if len(shares["easiest"]) < 2:
+        return None
+    figure, (axes,) = new_figure(3.4)
+    # A little apart, so that no interval hides the other.
+    for (rule, arms), color, aside in zip(shares.items(), (BLUE, MUTED), (-0.003, 0.003), strict=True):
+        drawn = {share: measure.values[name] for share, name in arms.items() if name in measure.values}
+        values = [each.value for each in drawn.values()]
+        reach = np.array([(each.value - each.low, each.high - each.value) for each in drawn.values()]).T
+        if values:
+            bars = {"yerr": np.nan_to_num(reach), "capsize": 3, "color": color, "marker": "o"}
+            axes.errorbar([share + aside for share in drawn], values, label=rule, **bars)
+    if measure.name == "win rate":
+        axes.axhline(0.5, label="no change", linewidth=1.4, **CHANCE_LINE)
+    axes.set_title(f"{measure.name.capitalize()} by share of the pairs")
+    axes.set_xlabel("share trained on")
+    axes.set_ylabel(f"{measure.name} (95%)")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.grid(axis="y", color=FAINT)
+    axes.legend(loc="best", handlelength=1.6)
+    return to_svg(figure, name="fractions", description=axes.get_title(loc="left"))
+
+
+@STYLED
 def training_svg(content: ReportContent) -> str | None:
     """Loss by step, and the difficulty of the pairs trained on by step, one line an arm.
 
@@ -355,6 +389,7 @@ FIGURES: dict[str, Callable[[ReportContent], str | None]] = {
     "agreement": agreement_svg,
     "length": length_svg,
     "arms": arms_svg,
+    "fractions": fractions_svg,
     "training": training_svg,
 }
 

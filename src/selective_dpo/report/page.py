@@ -79,31 +79,18 @@ def write_report(run_folder: Path) -> Path:
 
 def render_report(content: ReportContent) -> str:
     """The report as the text of one HTML file."""
-    template, style = (
-        resources.files("selective_dpo.report").joinpath(name).read_text("utf-8")
-        for name in ("report.html.j2", "report.css")
-    )
-    style_digest = base64.b64encode(hashlib.sha256(style.encode("utf-8")).digest()).decode("ascii")
-    environment = jinja2.Environment(
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        finalize=lambda value: (
-            printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-        ),
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     figures = {name: draw(content) for name, draw in FIGURES.items()}
     seeds = tuple(tuple(number or "–" for number in numbers) for numbers in agreement_rows(content.agreement))
     truth = tuple(
         (row.group, share_with_interval(row.selected), share_with_interval(row.deselected))
         for row in content.truth
     )
-    return environment.from_string(template).render(
+    return render_page(
+        "report.html.j2",
+        kicker="run report",
+        title=content.title,
+        subtitle=content.subtitle,
         content=content,
-        # Our own style sheet and drawings are the only markup that is not escaped.
-        style=Markup(style),
-        style_hash=Markup(f"sha256-{style_digest}"),
         figures={name: Markup(svg) for name, svg in figures.items() if svg},
         tiles=tiles(content),
         headline=headline(content),
@@ -119,6 +106,35 @@ def render_report(content: ReportContent) -> str:
         agreement_note=_agreement_note(content.agreement),
         preview=preview,
         turns=turns,
+    )
+
+
+def render_page(template: str, *, kicker: str, title: str, subtitle: str, **values: Any) -> str:
+    """A page of this package as the text of one HTML file, whose policy allows it to load and run nothing.
+
+    `template` extends `base.html.j2`; `values` are what it shows, in which only `Markup` is not escaped.
+    """
+    folder = resources.files("selective_dpo.report")
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(lambda name: folder.joinpath(name).read_text("utf-8")),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=lambda value: (
+            printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+        ),
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    style = folder.joinpath("report.css").read_text("utf-8")
+    style_digest = base64.b64encode(hashlib.sha256(style.encode("utf-8")).digest()).decode("ascii")
+    return environment.get_template(template).render(
+        kicker=kicker,
+        title=title,
+        subtitle=subtitle,
+        # Our own style sheet and drawings are the only markup that is not escaped.
+        style=Markup(style),
+        style_hash=Markup(f"sha256-{style_digest}"),
+        **values,
     )
 
 

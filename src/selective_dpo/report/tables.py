@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import unicodedata
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from selective_dpo.config import SelectConfig
+from selective_dpo.config import DEFAULT_FRACTION, SelectConfig
 from selective_dpo.criteria import CRITERIA
 from selective_dpo.evaluation.results import (
     REFERENCE,
@@ -22,7 +23,6 @@ from selective_dpo.losses import LN_2
 from selective_dpo.stats.estimates import Estimate
 from selective_dpo.storage.digests import canonical_json
 
-DEFAULT_FRACTION = 0.5
 LONGEST_SHOWN = 1500
 """Characters of a message that a page shows."""
 
@@ -55,7 +55,8 @@ def label_for(select: SelectConfig) -> str:
         "band": f"quantiles {low:g}-{high:g}",
         "all": "all pairs",
     }.get(select.rule, f"{select.rule} {size}")
-    return ", ".join(filter(None, (which, select.order.replace("-", " "), CRITERIA[select.aggregate].label)))
+    by = f"by {Path(select.source).name}" if select.source else CRITERIA[select.aggregate].label
+    return ", ".join(filter(None, (which, select.order.replace("-", " "), by)))
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:

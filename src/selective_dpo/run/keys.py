@@ -92,7 +92,20 @@ class Run:
     @cached_property
     def outside(self) -> Outside | None:
         """The difficulties that replace scoring; None: they are measured."""
-        return read_outside(self.recipe.curriculum) if self.recipe.curriculum else None
+        return self._read(self.recipe.curriculum) if self.recipe.curriculum else None
+
+    def outside_of(self, select: SelectConfig) -> Outside | None:
+        """The difficulties of an arm that replace those measured here; None: there are none."""
+        return self._read(select.source) if select.source else self.outside
+
+    def _read(self, path: str) -> Outside:
+        if path not in self._files:
+            self._files[path] = read_outside(path)
+        return self._files[path]
+
+    @cached_property
+    def _files(self) -> dict[str, Outside]:
+        return {}
 
     @property
     def scorer_runs(self) -> tuple[ScorerRun, ...]:
@@ -108,7 +121,7 @@ class Run:
         own = self.recipe.select
         # Controls come from the same records: incomplete ones are accepted for all arms or for none.
         controls = {
-            name: select.model_copy(update={"allow_partial": own.allow_partial})
+            name: select if select.source else select.model_copy(update={"allow_partial": own.allow_partial})
             for name, select in self.recipe.evaluate.controls.items()
         }
         return {SELECTED: (own, self.folder.root)} | {
@@ -283,7 +296,7 @@ def imported_inputs(run: Run, digest: str) -> dict[str, str]:
 
 def curriculum_key(records: Mapping[str, str], select: SelectConfig) -> str:
     """Key of the curriculum made from these records (see `record_digests` and `imported_inputs`)."""
-    chosen = select.model_dump(mode="json")
+    chosen = select.identity()
     source = criterion_source(select.aggregate)
     return content_key(stage="curriculum", records=dict(records), select=chosen, **source)
 
@@ -453,6 +466,11 @@ def input_digests(run: Run) -> dict[str, str]:
             for number, source in enumerate(listed)
         },
         **({f"curriculum {recipe.curriculum}": run.outside.digest} if run.outside else {}),
+        **{
+            f"evaluate.controls.{name}.from {select.source}": outside.digest
+            for name, select in evaluate.controls.items()
+            if select.source and (outside := run.outside_of(select))
+        },
         **{f"{kind} {how}": source for kind, source in criterion_source(how).items()},
         **({f"{JUDGE} {evaluate.reward_model or evaluate.judge}": run.judge_digest} if has_judge else {}),
         **({f"evaluate.generation.source {prompts}": file_digest(Path(prompts))} if prompts else {}),

@@ -133,6 +133,7 @@ def make_plan(recipe: Recipe) -> Plan:
     model = (recipe.model.path, recipe.model.tokenizer or recipe.model.path)
     data = [source.path for source in (*recipe.data.train, *recipe.data.test)]
     data += [recipe.curriculum] if recipe.curriculum else []
+    data += [select.source for select in recipe.evaluate.controls.values() if select.source]
     device = costs.this_device()
     models = known(lambda: costs.models_of(recipe), "model, pairs, jobs and disk", *model)
     inputs = models and known(lambda: _read_inputs(run, device), "pairs and jobs", *model, *data)
@@ -281,9 +282,10 @@ def _read_inputs(run: Run, device: Device) -> Inputs:
     for name, training in trainings(run).items():
         if (training.curriculum / TABLE).is_file() and not refused:
             orders[name] = Curriculum.load(training.curriculum).order
-        elif run.outside is not None:
+        elif (outside := run.outside_of(training.select)) is not None:
             ids, prompt_ids = (pa.chunked_array([names]) for names in (pairs.pair_ids, pairs.prompt_ids))
-            orders[name] = outside_curriculum(run.outside, ids, prompt_ids, training.select).order
+            chosen = training.select.model_copy(update={"source": ""})
+            orders[name] = outside_curriculum(outside, ids, prompt_ids, chosen).order
     counter = RowCounter(recipe, device.kind)
     return Inputs(pairs, test, orders, counter, scoring_passes(recipe, pairs.lengths, counter), refused)
 

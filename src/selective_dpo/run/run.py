@@ -22,11 +22,12 @@ from selective_dpo.distributed.processes import leave_group, this_process, wait_
 from selective_dpo.errors import ConfigError, name_some
 from selective_dpo.evaluation.evaluate import check_evaluation
 from selective_dpo.report.page import write_report
+from selective_dpo.report.study import STUDY, study_findings, study_text
 from selective_dpo.run.doctor import require_sound
 from selective_dpo.run.folder import RunDirectory, alone
 from selective_dpo.run.keys import Run
 from selective_dpo.run.stages import bring_up, build_curricula, complete, scorer_results
-from selective_dpo.storage.artifacts import replacing
+from selective_dpo.storage.artifacts import replacing, write_json
 from selective_dpo.training.arguments import PURE
 
 if TYPE_CHECKING:
@@ -132,6 +133,23 @@ def run_all(run: Run) -> Path:
     return path
 
 
+def study(run: Run) -> Path:
+    """All stages, then what the arms came to beside their random controls (see `report.study`).
+
+    Raises:
+        ConfigError: the recipe has no arms beside its own.
+    """
+    if len(run.arms) == 1:
+        raise ConfigError("nothing to study: give the recipe a study block, or evaluate.controls")
+    path = run_all(run)
+    if this_process().is_main_process:
+        found = study_findings(run.folder.root)
+        write_json(run.folder.root / STUDY, found.as_json())
+        run.tell("\n" + study_text(found))
+        run.tell(f"  {run.folder.root / STUDY}")
+    return path
+
+
 def push(run: Run) -> None:
     """Send the finished policy to the hub, where the recipe asks for it and it was not done yet."""
     if run.recipe.train.hub_id and this_process().is_main_process:
@@ -161,6 +179,7 @@ def run_verb(
         "evaluate": lambda: evaluate(run),
         "report": lambda: report(run),
         "run": lambda: run_all(run),
+        "study": lambda: study(run),
     }
     actions[verb]()
     leave_group()

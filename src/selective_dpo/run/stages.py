@@ -455,6 +455,8 @@ def _curricula(run: Run) -> Iterator[Sequence[Result]]:
         raise RecordsError(f"records are missing of {names}: score them, or pass --select.allow_partial true")
     run.claim()
     folders = [job.folder for job in there]
+    if any(select.source for select, _ in run.arms.values()):  # they know nothing of this model
+        require_finite_reference(run.folder.reference)
 
     @cache
     def losses() -> LossTable:
@@ -486,14 +488,12 @@ def _imported_curricula(run: Run) -> Iterator[Sequence[Result]]:
         IdentityError: no pair has a difficulty in the recipe's `curriculum`.
     """
     outside: Outside = run.outside  # type: ignore[assignment]  # the recipe has a curriculum
-    ids = load_ids(run.folder.pairs)
+    yield _curriculum_results(run, imported_inputs(run, outside.digest), partial(_import, run, outside))
 
-    def build(select: SelectConfig, origin: dict[str, Any], key: str) -> Curriculum:
-        return outside_curriculum(
-            outside, ids["pair_id"], ids["prompt_id"], select, provenance=origin, key=key
-        )
 
-    yield _curriculum_results(run, imported_inputs(run, outside.digest), build)
+def _import(run: Run, outside: Outside, select: SelectConfig, origin: dict[str, Any], key: str) -> Curriculum:
+    ids, select = load_ids(run.folder.pairs), select.model_copy(update={"source": ""})
+    return outside_curriculum(outside, ids["pair_id"], ids["prompt_id"], select, provenance=origin, key=key)
 
 
 def _curriculum_results(
@@ -501,15 +501,21 @@ def _curriculum_results(
     inputs: Mapping[str, str],
     build: Callable[[SelectConfig, dict[str, Any], str], Curriculum],
 ) -> list[Result]:
-    """`build` makes a curriculum from an arm's selection, its provenance and its key."""
+    """`build` makes a curriculum from an arm's selection, its provenance and its key.
+
+    An arm with a `source` of its own is made from that.
+    """
 
     def result(name: str, select: SelectConfig, folder: Path) -> Result:
-        key = curriculum_key(inputs, select)
+        made_from, made_by = inputs, build
+        if select.source and (outside := run.outside_of(select)):
+            made_from, made_by = imported_inputs(run, outside.digest), partial(_import, run, outside)
+        key = curriculum_key(made_from, select)
 
         def make() -> None:
             if this_process().is_main_process:
-                origin = provenance(run.recipe, inputs={"model": run.model_digest, **inputs})
-                build(select, origin, key).save(folder)
+                origin = provenance(run.recipe, inputs={"model": run.model_digest, **made_from})
+                made_by(select, origin, key).save(folder)
             wait_for_everyone()
 
         def describe() -> str:

@@ -372,7 +372,8 @@ class _Checks:
             inputs = {**found.facts["provenance"]["inputs"]}
             check.equal(place, "model", inputs.pop("model"), run.model_digest)
             if imported_from(found.facts):
-                outside = self._outside(check, run, found)
+                outside = self._outside(check, run, select, found)
+                select = select.model_copy(update={"source": ""})
                 wanted = imported_inputs(run, outside.digest)
                 again = outside_curriculum(outside, kept["pair_id"], kept["prompt_id"], select)
             else:
@@ -401,13 +402,14 @@ class _Checks:
         aside = read_quarantine([self.folder.reference, *folders])
         return inputs, assemble(losses, measured, config, {}, aside=aside, reason=REASON)
 
-    def _outside(self, check: Check, run: Run, found: Curriculum) -> Outside:
+    def _outside(self, check: Check, run: Run, select: SelectConfig, found: Curriculum) -> Outside:
         """What was imported; where that is not here any more, the difficulties in the curriculum's table."""
         imported = dict(imported_from(found.facts) or {})
         with contextlib.suppress(ArtifactError, DataError, IdentityError, RecordsError, OSError):
-            if run.outside is not None and run.outside.digest == imported["sha256"]:
+            outside = run.outside_of(select)
+            if outside is not None and outside.digest == imported["sha256"]:
                 check.counted += f"; compared with {imported['name']}"
-                return run.outside
+                return outside
         check.counted += f"; {imported['name']} is not here to compare"
         ids = found.measured.table["pair_id"].combine_chunks()
         return Outside("pair_id", ids, found.measured.difficulty_P, imported["sha256"], imported)
