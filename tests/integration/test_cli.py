@@ -22,7 +22,7 @@ from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.run import run as verbs
 from selective_dpo.storage import artifacts
 from selective_dpo.storage.artifacts import MANIFEST
-from tests.fixtures.fork_server import ForkServer
+from tests.fixtures.fork_server import FORKED_WORKERS, ForkServer
 from tests.fixtures.models import recipe_file, tiny_model_folder, tiny_pairs_file, tiny_recipe
 
 HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "pyarrow")
@@ -543,7 +543,7 @@ def test_a_failure_in_a_worker_process_is_one_line(things: Path, tmp_path: Path,
         "--launch.workers",
         "2",
     ]
-    started = server.start("score", *recipe_in(things, tmp_path), *extra)
+    started = server.start("score", *recipe_in(things, tmp_path), *extra, environment=FORKED_WORKERS)
     _, errors = started.communicate()
     assert started.returncode == 2
     # By then a scorer may have said something about its work: the error is the last line, and the only one.
