@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from selective_dpo.errors import Interrupted
-from tests.fixtures.fork_server import ForkServer, Moment
+from tests.fixtures.fork_server import FORKED_WORKERS, ForkServer, Moment
 from tests.fixtures.results import differences, results_of
 from tests.fixtures.resuming import STEPS, resuming_recipe
 
@@ -108,7 +108,8 @@ def test_sigterm_is_passed_on_to_worker_processes(
     run = place / "runs" / "tiny"
     # Long enough to be met in the middle by a signal from outside.
     command = ["score", str(place / "recipe.yaml"), "--score.trainer.num_train_epochs", "8"]
-    started = server.start(*command, "--launch.workers", "2", "--launch.checkpoint_steps", "1")
+    with_workers = (*command, "--launch.workers", "2", "--launch.checkpoint_steps", "1")
+    started = server.start(*with_workers, environment=FORKED_WORKERS)
     names = ("seed41-fold0", "seed41-fold1")
     until = time.monotonic() + 100
     while not all(list((run / "checkpoints" / name).glob("step-*")) for name in names):
