@@ -28,12 +28,15 @@ demo-real: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[real]'
 	$(BIN)/selective-dpo demo --real
 
+# Neighbours stay in one process, so that the fixtures of a file are made once.
+TWO := --numprocesses 2 --dist worksteal
+
 # The loop to develop in: pure and unit tests.
 test-fast: setup
-	$(BIN)/python -m pytest --quiet --numprocesses 2 -m "not slow" tests/unit
+	$(BIN)/python -m pytest --quiet $(TWO) -m "not slow" tests/unit
 
 test: setup
-	$(BIN)/python -m pytest --quiet --numprocesses 2
+	$(BIN)/python -m pytest --quiet $(TWO)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,19 @@ BROWSER_OPTIONS = (
     "--disable-sync",
     "--no-first-run",
 )
+
+
+def pytest_collection_finish() -> None:
+    """Save each test half a second or more.
+
+    What the libraries made at import stays, so no garbage collection needs to look through it: a Trainer
+    collects at the end of each training.
+    """
+    gc.collect()
+    gc.freeze()
+    # A plan measures the model's speed for a second, and each test that makes one would wait for it.
+    if costs := sys.modules.get("selective_dpo.run.costs"):
+        costs._MEASURED_SECONDS = 0.01  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="session")

@@ -147,7 +147,7 @@ def main(arguments: list[str]) -> int:
     options = ["-q", "-p", "no:cacheprovider", "-m", "fault", str(ROOT / "tests")]
     code = int(pytest.main([*options, "--collect-only", "-qq"], plugins=[matrix]))
     if not code and not arguments:
-        code = int(pytest.main([*options, "--numprocesses", "2"], plugins=[matrix]))
+        code = int(pytest.main([*options, "--numprocesses", "2", "--dist", "worksteal"], plugins=[matrix]))
         PAGE.write_text(matrix.table(), "utf-8")
     sys.stdout.write(matrix.listing())
     return int(bool(code))

@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from selective_dpo import __version__
 from selective_dpo.distributed.signals import REMEDY, end_without_supervisor, stopping_at_once
-from selective_dpo.errors import BusyError, ConfigError, Interrupted, SelectiveDPOError, disk_fault
+from selective_dpo.errors import (
+    ArtifactError,
+    BusyError,
+    ConfigError,
+    Interrupted,
+    SelectiveDPOError,
+    disk_fault,
+)
 
 if TYPE_CHECKING:
     from selective_dpo.config import Recipe, SelectConfig
@@ -323,6 +330,8 @@ def _verify_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _verify(options: argparse.Namespace, overrides: Overrides) -> int:
+    if not Path(options.run).is_dir():  # said before seconds are spent on imports
+        raise ArtifactError(f"{options.run} is not a run's folder: there is no such folder")
     _quieten_libraries()
     from selective_dpo.report.tables import printable
     from selective_dpo.run.verify import verify_run

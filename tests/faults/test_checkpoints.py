@@ -61,19 +61,22 @@ def went_on_from(output: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.fault(row=3)
-@pytest.mark.parametrize("trial", range(12))
+@pytest.mark.fault(row=3, trials=3)
+@pytest.mark.parametrize("trial", range(4))
 def test_a_checkpoint_that_was_being_written_is_passed_over(killed: Killed, trial: int) -> None:  # noqa: F811
-    """Row 3. SIGKILL at a random file write or flush of the policy's next checkpoint: what was written is no
-    checkpoint, the one before is gone on from, and nothing of it is left at the end."""
-    # The next checkpoint is the first thing that the repeated command writes and flushes: step 6's.
-    kind, most = (("write", 4), ("flush", 12))[trial % 2]
-    at = random.Random(SEED + trial).randint(1, most)
-    outcome = killed.go_on(moment=Moment(kind, at))
-    assert outcome.code == -signal.SIGKILL, outcome.output
-    left = sorted(path.name for path in killed.checkpoints.iterdir() if not path.name.startswith(".lock-"))
-    assert len(left) == 3 and left[0].startswith(".partial-step-000006-")
-    assert left[1:] == [BEFORE, NEWEST]
+    """Row 3. SIGKILL at a random file write or flush of the policy's next checkpoint, three times: what was
+    written is no checkpoint, the one before is gone on from, and nothing of it is left at the end."""
+    generator = random.Random(SEED + trial)
+    for attempt in range(3):
+        # The next checkpoint is the first thing that the repeated command writes and flushes: step 6's.
+        kind, most = (("write", 4), ("flush", 12))[(trial + attempt) % 2]
+        outcome = killed.go_on(moment=Moment(kind, generator.randint(1, most)))
+        assert outcome.code == -signal.SIGKILL, outcome.output
+        assert went_on_from(outcome.output) == NEWEST
+        names = (path.name for path in killed.checkpoints.iterdir())
+        left = sorted(name for name in names if not name.startswith(".lock-"))
+        assert left[-2:] == [BEFORE, NEWEST]
+        assert left[:-2] and all(name.startswith(".partial-step-000006-") for name in left[:-2])
     outcome = killed.go_on()
     assert outcome.code == 0, outcome.output
     assert went_on_from(outcome.output) == NEWEST
@@ -219,7 +222,7 @@ def kilobytes_used(place: Path) -> int:
 @pytest.mark.slow
 @pytest.mark.fault(row=5)
 @pytest.mark.skipif(sys.platform != "linux", reason="needs tmpfs")
-@pytest.mark.parametrize("share", [0.05, 0.2, 0.4, 0.6, 0.8, 0.95])
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.95])
 def test_a_disk_that_is_full_at_a_checkpoint_costs_only_the_checkpoint(
     killed: Killed,  # noqa: F811
     tmp_path: Path,
@@ -250,26 +253,29 @@ def test_a_disk_that_is_full_at_a_checkpoint_costs_only_the_checkpoint(
 
 
 @pytest.mark.slow
-@pytest.mark.fault(row=5)
+@pytest.mark.fault(row=5, trials=3)
 @pytest.mark.skipif(sys.platform != "linux", reason="needs tmpfs")
-@pytest.mark.parametrize("trial", range(10))
+@pytest.mark.parametrize("trial", range(4))
 def test_a_disk_that_is_full_at_any_moment_is_one_line_and_no_loss(killed: Killed, trial: int) -> None:  # noqa: F811
-    """Row 5. The run's disk has a random size below what the run needs: the command ends with 2 and one clear
-    line, or with 0 where only checkpoints did not fit; every folder that is there is whole; with room again,
-    the same command comes to the same end."""
+    """Row 5. The run's disk has a random size below what the run needs, and twice a larger one: the command
+    ends with 2 and one clear line, or with 0 where only checkpoints did not fit; with room again, the same
+    command comes to the same end."""
     config = (killed.run / "config.json").read_bytes()
     shutil.rmtree(killed.run)
-    kilobytes = random.Random(SEED + trial).randint(20, 400)
-    with small_disk(killed.run.parent, kilobytes):
+    generator = random.Random(SEED + trial)
+    sizes = sorted(generator.randint(20, 400) for _ in range(3))
+    with small_disk(killed.run.parent, sizes[0]):
         killed.run.mkdir()  # begun already: else so small a disk is refused before anything is written
         (killed.run / "config.json").write_bytes(config)
-        outcome = killed.go_on()
-        assert outcome.code in (0, 2), outcome.output
-        assert "Traceback" not in outcome.output
-        if outcome.code:
-            errors = [line for line in outcome.output.splitlines() if "selective-dpo: error:" in line]
-            assert len(errors) == 1, outcome.output
-            assert "No space left on device" in errors[0] or "disk full" in errors[0]
+        for kilobytes in sizes:
+            grow(killed.run.parent, kilobytes)
+            outcome = killed.go_on()
+            assert outcome.code in (0, 2), outcome.output
+            assert "Traceback" not in outcome.output
+            if outcome.code:
+                errors = [line for line in outcome.output.splitlines() if "selective-dpo: error:" in line]
+                assert len(errors) == 1, outcome.output
+                assert "No space left on device" in errors[0] or "disk full" in errors[0]
         grow(killed.run.parent, 100_000)
         outcome = killed.go_on()
         assert outcome.code == 0, outcome.output

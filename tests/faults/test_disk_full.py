@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -22,11 +21,12 @@ from selective_dpo.cli import main
 from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.errors import ArtifactError, ConfigError, disk_fault
 from selective_dpo.storage.artifacts import folder_digests, read_json, verify_folder
+from tests.fixtures import confined
+from tests.fixtures.fork_server import FORKED_WORKERS, ForkServer
 from tests.fixtures.models import recipe_file, tiny_model_folder, tiny_pairs_file, tiny_recipe
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[2]
 PAGE = 4096
 """Bytes that a tmpfs gives at a time."""
 DISK = 4 << 20
@@ -198,42 +198,33 @@ def digests(target: Path) -> object:
 
 @pytest.mark.fault(row=5)
 @pytest.mark.parametrize("stage", ["pairs", "scores", "policy"])
-def test_a_limit_on_the_size_of_files_is_told_as_one_line(whole: Path, tmp_path: Path, stage: str) -> None:
+def test_a_limit_on_the_size_of_files_is_told_as_one_line(
+    whole: Path, tmp_path: Path, server: ForkServer, stage: str
+) -> None:
     shutil.copytree(whole / "runs", tmp_path / "runs")
     run = tmp_path / "runs" / "tiny"
     without(run, stage)
     command = ["train", str(whole / "recipe.yaml"), "--output_dir", str(tmp_path / "runs")]
-    done = subprocess.run(
-        [sys.executable, "-m", "selective_dpo", *command],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048)),
-    )
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    line = done.stderr.strip().splitlines()[-1]
+    started = server.start("-m", confined.MODULE, "small-files", *command)
+    _, errors = started.communicate()
+    assert started.returncode == 2 and "Traceback" not in errors
+    line = errors.strip().splitlines()[-1]
     assert line.startswith("selective-dpo: error: ") and "File too large" in line
     assert not list(run.rglob(".partial-*")) and not (run / "policy").exists()
 
 
 @pytest.mark.fault(row=5)
 def test_a_worker_process_that_finds_the_disk_full_is_one_line_too(
-    whole: Path, disk: Path, capsys: pytest.CaptureFixture[str]
+    whole: Path, disk: Path, server: ForkServer
 ) -> None:
     shutil.copytree(whole / "runs", disk / "runs")
     without(disk / "runs" / "tiny", "scores")
-    command = [
-        "score",
-        str(whole / "recipe.yaml"),
-        "--output_dir",
-        str(disk / "runs"),
-        "--launch.workers",
-        "2",
-    ]
+    command = ["score", whole / "recipe.yaml", "--output_dir", disk / "runs", "--launch.workers", "2"]
     with nearly_full(disk, pages=6):
-        assert main(command) == 2
-    line = last_line(capsys)
+        started = server.start(*command, environment=FORKED_WORKERS)
+        _, errors = started.communicate()
+    assert started.returncode == 2 and "Traceback" not in errors
+    line = errors.strip().splitlines()[-1]
     assert "seed41-fold" in line and FULL in line
 
 

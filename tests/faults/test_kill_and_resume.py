@@ -15,10 +15,10 @@ from tests.fixtures.fork_server import ForkServer, Moment, Outcome
 from tests.fixtures.results import differences, results_of
 from tests.fixtures.resuming import STEPS, resuming_recipe
 
-BY_EVENT, BY_TIME = 24, 12
+RUNS, KILLS = 12, 3
+"""How many runs are killed, and how often each of them."""
 SEED = 20261122
-KINDS = {"step": 5, "write": 5, "flush": 6, "rename": 6, "remove": 2}
-"""Kind of event -> of how many trials."""
+KINDS = ("step", "write", "flush", "rename", "remove", "seconds")
 
 
 class Undisturbed(NamedTuple):
@@ -51,38 +51,48 @@ def _empty_place(undisturbed: Undisturbed) -> Iterator[None]:
     shutil.rmtree(undisturbed.run, ignore_errors=True)
 
 
-def moment_of(trial: int, undisturbed: Outcome) -> Moment:
-    """Seeded: the same trial strikes at the same event, wherever it is run."""
+def moments_of(trial: int, undisturbed: Outcome) -> list[Moment]:
+    """One kill for each attempt at a run, spread evenly over it; each kind six times in all trials.
+
+    Seeded: the same trial strikes at the same events, wherever it is run.
+    """
     generator = random.Random(SEED + trial)
-    if trial >= BY_EVENT:
-        return Moment("seconds", generator.uniform(0.05, 0.95) * undisturbed.seconds)
-    kind = [name for name, times in KINDS.items() for _ in range(times)][trial]
-    return Moment(kind, generator.randint(1, undisturbed.events[kind]))
+    kinds = [KINDS[(trial * KILLS + kill) % len(KINDS)] for kill in range(KILLS)]
+    places = sorted(generator.uniform(0.0, 1.0) for _ in kinds)
+    moments = []
+    for kind, place, before in zip(kinds, places, [0.0, *places], strict=False):
+        share = place - before  # an attempt goes on where the one before was killed
+        if kind == "seconds":
+            moments.append(Moment(kind, 0.05 + share * undisturbed.seconds))
+        else:
+            moments.append(Moment(kind, 1 + int(share * undisturbed.events[kind])))
+    return moments
 
 
 @pytest.mark.slow
-@pytest.mark.fault(row=1)
-@pytest.mark.parametrize("trial", range(BY_EVENT + BY_TIME))
-def test_a_killed_pipeline_ends_as_an_undisturbed_one(
+@pytest.mark.fault(row=1, trials=KILLS)
+@pytest.mark.parametrize("trial", range(RUNS))
+def test_a_pipeline_killed_three_times_ends_as_an_undisturbed_one(
     trial: int, server: ForkServer, undisturbed: Undisturbed
 ) -> None:
-    """Row 1. SIGKILL before a random optimizer step, file write, flush, rename or removal (24 trials), or
-    after a random time (12), of scoring, selection, training and publishing. The repeated command leaves the
-    same bytes: records, curriculum, trainers' logs, order digest, policy; and no checkpoint."""
+    """Row 1. SIGKILL before a random optimizer step, file write, flush, rename or removal, or after a random
+    time, of scoring, selection, training and publishing: 36 in 12 runs. The repeated command leaves the same
+    bytes: records, curriculum, trainers' logs, order digest, policy; and no checkpoint."""
     command, run = undisturbed.command("train"), undisturbed.run
-    moment = moment_of(trial, undisturbed.outcome)
-    killed = server.run(command, moment)
-    while killed.code == 0 and moment.kind == "seconds":
-        # Faster than the undisturbed run, which was the first: the moment comes earlier.
-        shutil.rmtree(run)
-        moment = moment._replace(at=moment.at / 2)
+    for moment in moments_of(trial, undisturbed.outcome):
         killed = server.run(command, moment)
-    assert killed.code == -signal.SIGKILL, f"{moment}: {killed.output}"
+        while killed.code == 0:
+            # It came to its end before the moment did: the moment strikes an earlier place of a new run.
+            assert not differences(run, undisturbed.results), f"{moment}: {killed.output}"
+            shutil.rmtree(run)
+            moment = moment._replace(at=moment.at / 2 if moment.kind == "seconds" else (moment.at + 1) // 2)
+            killed = server.run(command, moment)
+        assert killed.code == -signal.SIGKILL, f"{moment}: {killed.output}"
     again = server.run(command)
-    assert again.code == 0, f"{moment}: {again.output}"
-    assert not differences(run, undisturbed.results), f"{moment}: {again.output}"
+    assert again.code == 0, again.output
+    assert not differences(run, undisturbed.results), again.output
     left = [path.name for path in run.rglob("*")]
-    assert not [name for name in left if name.startswith((".partial-", "step-", "training_args"))], moment
+    assert not [name for name in left if name.startswith((".partial-", "step-", "training_args"))]
     assert not (run / "checkpoints").exists()
 
 
@@ -91,17 +101,17 @@ def test_a_killed_pipeline_ends_as_an_undisturbed_one(
 def test_a_pipeline_that_is_killed_again_and_again_ends_as_an_undisturbed_one(
     server: ForkServer, undisturbed: Undisturbed
 ) -> None:
-    """Row 1. Killed before the fourth optimizer step of each attempt: it comes to its end all the same, since
+    """Row 1. Killed before the sixth optimizer step of each attempt: it comes to its end all the same, since
     each attempt goes on from a checkpoint."""
     attempts, code = 0, -1
     while code != 0:
         attempts += 1
-        assert attempts < 15
-        outcome = server.run(undisturbed.command("train"), Moment("step", 4))
+        assert attempts < 10
+        outcome = server.run(undisturbed.command("train"), Moment("step", 6))
         code = outcome.code
         assert code in (0, -signal.SIGKILL), outcome.output
-    # 6 + 6 + 8 updates. An attempt makes 3, of which the last is lost if no checkpoint was made after it.
-    assert attempts > 5
+    # 6 + 6 + 8 updates. An attempt makes 5, of which the last is lost if no checkpoint was made after it.
+    assert attempts > 3
     assert not differences(undisturbed.run, undisturbed.results)
 
 

@@ -25,6 +25,7 @@ import pytest
 from selective_dpo.errors import BusyError
 from selective_dpo.storage.artifacts import publish_folder, verify_folder
 from selective_dpo.storage.locks import holding, lock_beside, run_lock
+from tests.fixtures import confined
 from tests.fixtures.fork_server import Forked, ForkServer
 from tests.fixtures.models import recipe_file, tiny_recipe
 
@@ -456,56 +457,30 @@ def test_files_that_a_killed_command_was_writing_are_removed_by_the_next(run: Ti
 # --- several processes of one command ---------------------------------------------------------------------
 
 
-def launched(started: Started, *arguments: object) -> subprocess.Popen[str]:
-    """Two CPU processes of a selective-dpo command, as `launch.processes` starts them."""
-    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python"]
-    return started.start(["-m", *launcher, *map(str, arguments)])
-
-
 @pytest.mark.slow
 @pytest.mark.fault(row=12)
-def test_two_processes_are_refused_together(
-    started: Started, run: TinyRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+def test_two_processes_are_refused_together(started: Started, run: TinyRun, server: ForkServer) -> None:
     first = holder(started, run_lock(run.root))
-    second = launched(started, sys.executable, "-m", "selective_dpo", "score", run.recipe)
-    _, errors = second.communicate(timeout=PATIENCE)  # neither waits for the other for ever
-    assert second.returncode != 0
-    own_lines = [line for line in errors.splitlines() if "selective-dpo: error:" in line]
+    ended = server.run_ranks(2, "score", run.recipe)  # neither waits for the other for ever
+    assert [each.code for each in ended] == [2, 2], ended
+    own_lines = [
+        line for each in ended for line in each.errors.splitlines() if "selective-dpo: error:" in line
+    ]
     assert len(own_lines) == 1 and f"is in use by process {first.pid} " in own_lines[0]
     assert not any(scorer.exists() for scorer in run.scorers)
 
 
-READ_ONLY_BUT_FOR_THE_MAIN_PROCESS = """
-if [ "$RANK" != 0 ]; then
-  exec unshare --user --map-root-user --mount bash -c '
-    mount --bind "$RUN" "$RUN" && mount -o remount,bind,ro "$RUN" || exit 99
-    touch "$RUN/probe" 2>/dev/null && exit 98
-    exec "$@"' bash "$@"
-fi
-exec "$@"
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.fault(row=12)
-def test_only_the_main_process_writes(
-    started: Started, run: TinyRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    probe = ["unshare", "--user", "--map-root-user", "--mount", "true"]
-    if shutil.which("unshare") is None or subprocess.run(probe, check=False, capture_output=True).returncode:
-        pytest.skip("no mount namespaces here, in which the run could be read-only for one process")
-    script = tmp_path / "as-rank.sh"
-    script.write_text(READ_ONLY_BUT_FOR_THE_MAIN_PROCESS)
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setenv("RUN", str(run.root))
+def test_only_the_main_process_writes(run: TinyRun, server: ForkServer) -> None:
     # From the pairs to the report: for the second process the run's folder is read-only.
     shutil.rmtree(run.root)
     run.root.mkdir()
-    both = launched(started, "bash", script, sys.executable, "-m", "selective_dpo", "run", run.recipe)
-    output, errors = both.communicate(timeout=4 * PATIENCE)
-    assert both.returncode == 0, output + errors
+    command = ("-m", confined.MODULE, "only-the-main-process-writes", "run", run.recipe)
+    ended = server.run_ranks(2, *command, environment={confined.READ_ONLY: str(run.root)})
+    if ended[1].code == confined.NOT_HERE:
+        pytest.skip("no mount namespaces here, in which the run could be read-only for one process")
+    assert [each.code for each in ended] == [0, 0], ended
     for name in ("pairs", "reference", "scores/seed41-fold0", "scores/seed41-fold1", "policy", "evaluation"):
         verify_folder(run.root / name)
     assert (run.root / "report.html").is_file()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,7 +12,8 @@ import pytest
 
 from selective_dpo.distributed.signals import SECONDS_BETWEEN_LOOKS
 from selective_dpo.storage.locks import holding, lock_beside, run_lock
-from tests.fixtures.fork_server import Forked, ForkServer
+from tests.fixtures import sleeping
+from tests.fixtures.fork_server import FORKED_WORKERS, Forked, ForkServer
 from tests.fixtures.models import recipe_file, tiny_recipe
 from tests.fixtures.process_tree import descendants, is_there, wait_until_gone
 
@@ -23,24 +23,6 @@ pytestmark = [
 ]
 SOON = 10 * SECONDS_BETWEEN_LOOKS
 """On a busy machine."""
-SLEEPERS = """
-import os, sys, time
-from pathlib import Path
-from selective_dpo.distributed.workers import run_in_workers
-
-def work(job):
-    Path(job).touch()
-    time.sleep(600 if "long" in job else 0)
-
-if __name__ == "__main__":
-    run_in_workers(work, sys.argv[1:], workers=2, name=str)
-"""
-
-
-def start(words: list[str]) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
 
 
 def wait_for(folder: Path, pattern: str, count: int, command: Forked) -> None:
@@ -50,7 +32,7 @@ def wait_for(folder: Path, pattern: str, count: int, command: Forked) -> None:
         time.sleep(0.05)
 
 
-def kill(command: subprocess.Popen[bytes] | Forked) -> set[int]:
+def kill(command: Forked) -> set[int]:
     """SIGKILL to the command alone; whom it leaves behind."""
     children = descendants(command.pid)
     os.kill(command.pid, signal.SIGKILL)
@@ -65,7 +47,8 @@ def test_scorers_of_a_killed_command_end_and_free_their_locks(tmp_path: Path, se
     recipe = recipe_file(tiny_recipe(tmp_path), tmp_path / "recipe.yaml")
     words = ["score", str(recipe), "--launch.workers", "2", "--launch.checkpoint_steps", "1"]
     # Some minutes, if it were left alone.
-    command = server.start(*words, "--score.trainer.num_train_epochs", "3000")
+    words += ["--score.trainer.num_train_epochs", "3000"]
+    command = server.start(*words, environment=FORKED_WORKERS)
     run = tmp_path / "runs" / "tiny"
     wait_for(run / "checkpoints", "*/step-*", 2, command)
     children = kill(command)
@@ -93,15 +76,17 @@ def test_processes_of_a_killed_command_end_and_free_their_locks(tmp_path: Path, 
         pass
 
 
+def sleepers(server: ForkServer, *jobs: str) -> Forked:
+    """Two workers, under way, that sleep as long as their jobs say."""
+    return server.start("-m", sleeping.MODULE, *jobs, environment=FORKED_WORKERS)
+
+
 @pytest.mark.fault(row=1)
-def test_a_worker_that_waits_for_a_job_ends_too(tmp_path: Path) -> None:
+def test_a_worker_that_waits_for_a_job_ends_too(tmp_path: Path, server: ForkServer) -> None:
     """Row 1. One of two workers has nothing to do when the command is killed: it would wait for ever."""
-    program, done = tmp_path / "program.py", tmp_path / "done"
-    program.write_text(SLEEPERS)
-    done.mkdir()
-    command = start([str(program), str(done / "long"), str(done / "short")])
+    command = sleepers(server, f"{tmp_path}/long 600", f"{tmp_path}/short 0")
     until = time.monotonic() + 100
-    while len(list(done.iterdir())) < 2:
+    while len(list(tmp_path.iterdir())) < 2:
         assert command.poll() is None and time.monotonic() < until
         time.sleep(0.05)
     time.sleep(0.2)  # the short job's answer is on its way
@@ -110,10 +95,9 @@ def test_a_worker_that_waits_for_a_job_ends_too(tmp_path: Path) -> None:
     wait_until_gone(children, seconds=SOON)
 
 
-def test_workers_whose_parent_lives_go_on(tmp_path: Path) -> None:
+def test_workers_whose_parent_lives_go_on(tmp_path: Path, server: ForkServer) -> None:
     """And a worker is not ended by anything else that looks like it: here its job takes several looks."""
-    program, done = tmp_path / "program.py", tmp_path / "done"
-    program.write_text(SLEEPERS.replace("600", str(3 * SECONDS_BETWEEN_LOOKS)))
-    done.mkdir()
-    command = start([str(program), str(done / "long"), str(done / "long too")])
+    seconds = 3 * SECONDS_BETWEEN_LOOKS
+    command = sleepers(server, f"{tmp_path}/one {seconds}", f"{tmp_path}/other {seconds}")
     assert command.wait(100) == 0 and not is_there(command.pid)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "other"]

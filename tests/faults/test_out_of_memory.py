@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +21,14 @@ from selective_dpo.cli import main
 from selective_dpo.errors import ModelError
 from selective_dpo.training import train as train_module
 from selective_dpo.training.batching import PairBatch, PairRow, split_batch
+from tests.fixtures import little_memory
+from tests.fixtures.fork_server import ForkServer
 from tests.fixtures.models import LORA, recipe_file, tiny_recipe
 from tests.fixtures.processes import trained_weights
 from tests.fixtures.scarce import Phase, Scarce
 from tests.fixtures.tokenizers import byte_tokenizer
 from tests.fixtures.training import curriculum_of, dpo_config, load_model
 
-ROOT = Path(__file__).resolve().parents[2]
 PAIRS, BATCH, ACCUMULATED = 14, 4, 2
 TOLERANCE = 1e-5
 
@@ -249,71 +247,21 @@ def test_the_train_stage_goes_on_and_says_so(
     assert scarce[0].failures and caplog.text.count("out of memory") == scarce[0].failures
 
 
-REALLY = """
-import json, logging, re, resource, sys
-from pathlib import Path
-import torch
-from datasets import Dataset
-from trl import DPOConfig
-from selective_dpo.training.trainer import PairTrainer
-from tests.fixtures.families import tiny_family
-from tests.fixtures.scarce import Phase, Scarce
-from tests.fixtures.tokenizers import byte_tokenizer
-
-torch.set_num_threads(1)
-share = float(sys.argv[2])
-
-def held(name):
-    return 1024 * int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
-
-model = tiny_family("qwen2", seed=0, vocab_size=300, hidden_size=64, intermediate_size=1024)
-generator = torch.Generator().manual_seed(0)
-def text(length):
-    return torch.randint(1, 250, (length,), generator=generator).tolist()
-rows = [
-    {"pair_id": str(n), "prompt_ids": text(20), "chosen_ids": text(480), "rejected_ids": text(480),
-     "ref_chosen_logps": -2000.0, "ref_rejected_logps": -2010.0}
-    for n in range(16)
-]
-trainer = PairTrainer(
-    model, path="padded", train_dataset=Dataset.from_list(rows), processing_class=byte_tokenizer(bos=False),
-    args=DPOConfig(sys.argv[1], per_device_train_batch_size=16, gradient_accumulation_steps=1,
-        learning_rate=0.01, optim="sgd", max_grad_norm=0.0, bf16=False,
-        activation_checkpointing=False, report_to="none",
-        save_strategy="no", disable_tqdm=True, max_length=512, use_cpu=True, precompute_ref_log_probs=True,
-        dataloader_pin_memory=False, logging_steps=1, train_sampling_strategy="sequential"),
-)
-before = held("VmSize")
-if share:
-    resource.setrlimit(resource.RLIMIT_AS, (before + int(share),) * 2)
-trainer.train()
-weight = model.get_output_embeddings().weight
-print(json.dumps({
-    "used": held("VmPeak") - before, "loss": trainer.state.log_history[0]["loss"],
-    "most": trainer._memory.max_tokens, "weights": weight.detach().double().flatten()[:2000].tolist(),
-}))
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads and limits memory as Linux does")
 @pytest.mark.fault(row=11)
-def test_a_process_that_is_really_refused_memory_makes_the_same_update(tmp_path: Path) -> None:
-    def trained(share: float) -> tuple[dict[str, Any], str]:
-        done = subprocess.run(
-            [sys.executable, "-c", REALLY, str(tmp_path), str(share)],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        return json.loads(done.stdout.splitlines()[-1]), done.stderr
+def test_a_process_that_is_really_refused_memory_makes_the_same_update(
+    tmp_path: Path, server: ForkServer
+) -> None:
+    def trained(limit: int) -> tuple[dict[str, Any], str]:
+        started = server.start("-m", little_memory.MODULE, tmp_path / "facts.json", str(limit))
+        _, errors = started.communicate()
+        assert started.returncode == 0, errors[-3000:]
+        return json.loads((tmp_path / "facts.json").read_text("utf-8")), errors
 
     whole, _ = trained(0)
-    assert whole["most"] is None and whole["used"] > 100 << 20
-    limited, said = trained(0.6 * whole["used"])
+    assert whole["most"] is None and whole["used"] > 50 << 20
+    limited, said = trained(int(0.6 * whole["used"]))
     assert limited["most"] is not None and "out of memory" in said
     assert limited["used"] < 0.61 * whole["used"]
     assert limited["loss"] == pytest.approx(whole["loss"], rel=1e-5)

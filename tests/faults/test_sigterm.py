@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from selective_dpo.errors import Interrupted
-from tests.fixtures.fork_server import ForkServer, Moment
+from tests.fixtures.fork_server import FORKED_WORKERS, ForkServer, Moment
 from tests.fixtures.results import differences, results_of
 from tests.fixtures.resuming import STEPS, resuming_recipe
 
@@ -50,21 +50,27 @@ def test_the_exit_code_is_the_documented_one() -> None:
 
 @pytest.mark.slow
 @pytest.mark.fault(row=2)
-@pytest.mark.parametrize("trial", range(8))
+@pytest.mark.parametrize("training", range(3))
+@pytest.mark.parametrize("trial", range(2))
 def test_a_training_makes_a_checkpoint_and_leaves(
-    server: ForkServer, place: Path, undisturbed: tuple[dict[str, bytes], dict[str, int]], trial: int
+    server: ForkServer,
+    place: Path,
+    undisturbed: tuple[dict[str, bytes], dict[str, int]],
+    training: int,
+    trial: int,
 ) -> None:
-    """Row 2. SIGTERM in a random optimizer step: exit code 75, one line that says where, a checkpoint after
-    that very step; the repeated command makes the remaining steps only, and comes to the same end."""
-    at = random.Random(SEED + trial).randint(1, sum(STEPS))
+    """Row 2. SIGTERM in a random optimizer step of each training: exit code 75, one line that says where, a
+    checkpoint after that very step; the repeated command makes the remaining steps only, and comes to the
+    same end."""
+    step = random.Random(SEED + 3 * trial + training).randint(1, STEPS[training])
+    at = sum(STEPS[:training]) + step
     outcome = server.run(["train", place / "recipe.yaml"], Moment("step", at, signal.SIGTERM))
     assert outcome.code == EXIT_CODE, outcome.output
-    job, begun = next((job, begun) for job, begun in ((2, 12), (1, 6), (0, 0)) if at > begun)
-    name = ("seed41-fold0", "seed41-fold1", "selected")[job]
+    name = ("seed41-fold0", "seed41-fold1", "selected")[training]
     found = LINE.search(outcome.output)
-    assert found is not None and found.groups() == (name, str(at - begun), str(STEPS[job])), outcome.output
+    assert found is not None and found.groups() == (name, str(step), str(STEPS[training])), outcome.output
     checkpoints = place / "runs" / "tiny" / "checkpoints"
-    assert [path.name for path in checkpoints.rglob("step-*")] == [f"step-{at - begun:06d}"]
+    assert [path.name for path in checkpoints.rglob("step-*")] == [f"step-{step:06d}"]
     again = server.run(["train", place / "recipe.yaml"])
     assert again.code == 0, again.output
     assert again.events.get("step", 0) == sum(STEPS) - at
@@ -72,19 +78,21 @@ def test_a_training_makes_a_checkpoint_and_leaves(
 
 
 @pytest.mark.slow
-@pytest.mark.fault(row=2)
-@pytest.mark.parametrize("trial", range(12))
+@pytest.mark.fault(row=2, trials=3)
+@pytest.mark.parametrize("kind", ["write", "flush", "rename", "remove"])
 def test_sigterm_at_any_moment_is_one_line_and_no_loss(
-    server: ForkServer, place: Path, undisturbed: tuple[dict[str, bytes], dict[str, int]], trial: int
+    server: ForkServer, place: Path, undisturbed: tuple[dict[str, bytes], dict[str, int]], kind: str
 ) -> None:
-    """Row 2. SIGTERM at a random file write, flush, rename or removal, in and between the trainings: exit
-    code 75 and one line, and the repeated command comes to the same end."""
+    """Row 2. SIGTERM three times on the way, each at a random file write, flush, rename or removal, in and
+    between the trainings: exit code 75 and one line, and the repeated command comes to the same end."""
     results, events = undisturbed
-    kind = ("write", "flush", "rename", "remove")[trial % 4]
-    at = random.Random(SEED + trial).randint(1, events[kind])
-    outcome = server.run(["train", place / "recipe.yaml"], Moment(kind, at, signal.SIGTERM))
-    assert outcome.code == EXIT_CODE, outcome.output
-    assert outcome.output.count("interrupted by SIGTERM") == 1 and "Traceback" not in outcome.output
+    generator = random.Random(f"{SEED} {kind}")
+    places = sorted(generator.uniform(0.0, 0.9) for _ in range(3))
+    for share, before in zip(places, [0.0, *places], strict=False):
+        at = 1 + int((share - before) * events[kind])
+        outcome = server.run(["train", place / "recipe.yaml"], Moment(kind, at, signal.SIGTERM))
+        assert outcome.code == EXIT_CODE, outcome.output
+        assert outcome.output.count("interrupted by SIGTERM") == 1 and "Traceback" not in outcome.output
     again = server.run(["train", place / "recipe.yaml"])
     assert again.code == 0, again.output
     assert not differences(place / "runs" / "tiny", results)
@@ -98,10 +106,10 @@ def test_sigterm_is_passed_on_to_worker_processes(
     """Row 2. Two scorers in two worker processes, SIGTERM to the command alone: both make a checkpoint, the
     command leaves with 75, and the repeated one comes to the same end."""
     run = place / "runs" / "tiny"
-    command = ["score", str(place / "recipe.yaml"), "--launch.workers", "2", "--launch.checkpoint_steps", "1"]
     # Long enough to be met in the middle by a signal from outside.
-    command += ["--score.trainer.num_train_epochs", "8"]
-    started = server.start(*command)
+    command = ["score", str(place / "recipe.yaml"), "--score.trainer.num_train_epochs", "8"]
+    with_workers = (*command, "--launch.workers", "2", "--launch.checkpoint_steps", "1")
+    started = server.start(*with_workers, environment=FORKED_WORKERS)
     names = ("seed41-fold0", "seed41-fold1")
     until = time.monotonic() + 100
     while not all(list((run / "checkpoints" / name).glob("step-*")) for name in names):
@@ -116,10 +124,10 @@ def test_sigterm_is_passed_on_to_worker_processes(
         for name in names
     }
     assert all(0 < step < 24 for step in reached.values())
-    again = server.run([*command[:2], *command[4:]])
+    again = server.run(command)
     assert again.code == 0, again.output
     assert again.events["step"] == 2 * 24 - sum(reached.values())
     records = {name: (run / "scores" / name / "records.parquet").read_bytes() for name in names}
     shutil.rmtree(run)
-    assert server.run([*command[:2], *command[4:]]).code == 0
+    assert server.run(command).code == 0
     assert records == {name: (run / "scores" / name / "records.parquet").read_bytes() for name in names}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,18 @@ FIELDS = {"name", "ratio_median", "ratio_min", "ratio_max", "rounds", "max_abs_d
 Results = dict[str, dict[str, Any]]
 
 
+def run_the_benchmark(*arguments: object) -> None:
+    """As the command does, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(SCRIPT.parent))
+        patch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+        importlib.import_module("protocol").main()
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     out = tmp_path_factory.mktemp("protocol") / "protocol.json"
-    command = [sys.executable, str(SCRIPT), *SMALL, "--json", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_the_benchmark(*SMALL, "--json", out)
     return {each["name"]: each for each in json.loads(out.read_text())["results"]}
 
 
@@ -78,10 +83,6 @@ def test_selective_dpo_is_given_as_a_share_of_an_epoch(results: Results) -> None
         (["--pairs", "20", "--batch", "2", "--accumulation", "5"], "a scorer makes 1 updates"),
     ],
 )
-def test_pairs_with_which_the_sides_would_differ_are_refused(
-    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+def test_pairs_with_which_the_sides_would_differ_are_refused(arguments: list[str], message: str) -> None:
     with pytest.raises(SystemExit, match=message):
-        importlib.import_module("protocol").main()
+        run_the_benchmark(*arguments)

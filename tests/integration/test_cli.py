@@ -22,7 +22,7 @@ from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.run import run as verbs
 from selective_dpo.storage import artifacts
 from selective_dpo.storage.artifacts import MANIFEST
-from tests.fixtures.fork_server import ForkServer
+from tests.fixtures.fork_server import FORKED_WORKERS, ForkServer
 from tests.fixtures.models import recipe_file, tiny_model_folder, tiny_pairs_file, tiny_recipe
 
 HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "pyarrow")
@@ -83,16 +83,20 @@ ASK_ALL = f"""
 import json, sys
 from selective_dpo.cli import VERBS, main
 loaded = {{}}
-for arguments in [["--help"], ["--version"], [], *([verb, "--help"] for verb in VERBS)]:
+asked = [["--help"], ["--version"], [], *([verb, "--help"] for verb in VERBS), ["verify", "/nowhere"]]
+for arguments in asked:
     code = main(arguments)
     loaded[" ".join(arguments)] = [code, [name for name in {HEAVY!r} if name in sys.modules]]
 print(json.dumps(loaded), file=sys.stderr)
 """
 
 
-def test_help_loads_no_large_library() -> None:
+def test_help_and_a_missing_run_load_no_large_library() -> None:
     done = subprocess.run([sys.executable, "-c", ASK_ALL], capture_output=True, text=True, check=True)
-    loaded = json.loads(done.stderr)
+    error, facts = done.stderr.splitlines()
+    assert error == f"{ERROR}/nowhere is not a run's folder: there is no such folder"
+    loaded = json.loads(facts)
+    assert loaded.pop("verify /nowhere") == [2, []]
     assert len(loaded) == 3 + len(VERBS)
     assert set(map(str, loaded.values())) == {"[0, []]"}
     assert f"selective-dpo {__version__}\n" in done.stdout
@@ -539,7 +543,7 @@ def test_a_failure_in_a_worker_process_is_one_line(things: Path, tmp_path: Path,
         "--launch.workers",
         "2",
     ]
-    started = server.start("score", *recipe_in(things, tmp_path), *extra)
+    started = server.start("score", *recipe_in(things, tmp_path), *extra, environment=FORKED_WORKERS)
     _, errors = started.communicate()
     assert started.returncode == 2
     # By then a scorer may have said something about its work: the error is the last line, and the only one.

@@ -142,6 +142,8 @@ def test_ctrl_c_is_one_line_and_takes_the_others_along(
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # In a shell's background a test session ignores it, and so would what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     checkpoints = tmp_path / "tiny" / "checkpoints"
     until = time.monotonic() + 100

@@ -28,6 +28,7 @@ from selective_dpo.losses import chance_loss, pair_losses
 from selective_dpo.run.keys import Run
 from selective_dpo.run.run import curriculum, open_run, score
 from selective_dpo.storage.artifacts import read_json
+from tests.fixtures.fork_server import ForkServer
 from tests.fixtures.models import LORA, recipe_file, tiny_pairs_file, tiny_recipe
 
 PAIRS = 40
@@ -199,10 +200,10 @@ def test_neither_the_order_of_the_pairs_nor_the_size_of_batches_matters(inputs: 
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(inputs: Path, alone: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+def test_two_processes_equal_one(inputs: Path, alone: Run, server: ForkServer) -> None:
     recipe = one_step_recipe(inputs, "two", launch={"processes": 2})
-    assert main(["score", str(recipe_file(recipe, inputs / "two.yaml"))]) == 0
+    ended = server.run_ranks(2, "score", recipe_file(recipe, inputs / "two.yaml"))
+    assert [each.code for each in ended] == [0, 0], ended
     run = open_run(recipe, say=lambda line: None)
     require_the_same(run, alone)
     assert read_json(run.folder.scores(run.scorer_runs[0]) / "cost.json")["processes"] == 2

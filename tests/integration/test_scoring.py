@@ -26,7 +26,8 @@ from selective_dpo.run.verify import verify_run
 from selective_dpo.storage.artifacts import read_json, verify_folder
 from selective_dpo.training.batching import PAIRS as BATCH
 from tests.fixtures.by_hand import dpo_loss, dpo_margin, sequence_logp
-from tests.fixtures.models import tiny_model_folder, tiny_pairs_file, tiny_recipe
+from tests.fixtures.fork_server import FORKED_WORKERS, ForkServer
+from tests.fixtures.models import recipe_file, tiny_model_folder, tiny_pairs_file, tiny_recipe
 from tests.fixtures.tokenizers import END
 
 pytestmark = pytest.mark.slow
@@ -307,11 +308,13 @@ class TestTheNumbers:
 
 
 class TestWorkers:
-    def test_two_workers_give_the_same_bytes(self, inputs: Path, tmp_path: Path) -> None:
+    def test_two_workers_give_the_same_bytes(self, inputs: Path, tmp_path: Path, server: ForkServer) -> None:
         alone = scored(inputs, tmp_path / "alone")
         recipe = tiny_recipe(inputs, output_dir=str(tmp_path / "together"), launch={"workers": 2})
+        path = recipe_file(recipe, tmp_path / "recipe.yaml")
+        started = server.start("score", path, environment=FORKED_WORKERS)
+        assert started.wait() == 0, started.communicate()
         together = open_run(recipe, say=lambda line: None)
-        score(together)
         assert files_of(together) == files_of(alone)
 
     def test_a_failing_scorer_names_itself_and_does_not_undo_the_others(

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from selective_dpo.cli import main
 from selective_dpo.config import Recipe
 from selective_dpo.curriculum.records import Records
 from selective_dpo.difficulty.scorer import collect_records
@@ -121,17 +120,8 @@ def test_two_processes_and_accumulation_under_accelerate_launch(inputs: Path, al
     assert cached.pair_ids == wanted.pair_ids
     # Each stage is announced once, by the main process.
     assert launched.stdout.count("reference: 37 pairs") == 1
+    assert launched.stdout.count("2 of 2 scorers to train") == 1
     assert launched.stdout.count("seed41-fold1: 19 pairs trained, 18 measured 2 times") == 1
-
-
-def test_the_recipe_asks_for_two_processes(
-    inputs: Path, alone: Run, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    recipe = recipe_for(inputs, "relaunched", batch=2, launch={"processes": 2})
-    assert main(["score", str(recipe_file(recipe, inputs / "relaunched.yaml"))]) == 0
-    require_the_same(open_run(recipe, say=lambda line: None), alone, processes=2)
-    assert capfd.readouterr().out.count("2 of 2 scorers to train") == 1
 
 
 def test_accumulated_batches_make_the_same_updates(inputs: Path, alone: Run) -> None:

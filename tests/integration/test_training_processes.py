@@ -87,8 +87,8 @@ def test_the_train_stage_on_two_processes_equals_one(
     # The same number of pairs in an update: half as many accumulated batches on twice the processes.
     both = ["--launch.processes", "2", "--output_dir", str(scored / "runs")]
     halved = [*both, "--train.trainer.gradient_accumulation_steps", "1"]
-    started = server.start("train", recipe, *halved, "--fresh")
-    assert started.wait() == 0, started.communicate()
+    ended = server.run_ranks(2, "train", recipe, *halved, "--fresh")
+    assert [each.code for each in ended] == [0, 0], ended
 
     policy = run / "policy"
     verify_folder(policy)

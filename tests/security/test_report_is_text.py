@@ -180,9 +180,10 @@ def without_policy(report: Path, folder: Path) -> Path:
 
 
 def raw(report: Path, folder: Path, attack: str) -> Path:
-    """The report with markup that nothing escaped."""
+    """The report with markup that nothing escaped, and without what lies between its head and its end."""
+    head, rest = report.read_text("utf-8").split("<body>", 1)
     broken = folder / "broken.html"
-    broken.write_text(report.read_text("utf-8").replace("<footer>", f"{attack}<footer>"), "utf-8")
+    broken.write_text(f"{head}<body>{attack}<footer>{rest.rsplit('<footer>', 1)[1]}", "utf-8")
     return broken
 
 

@@ -153,13 +153,14 @@ def test_the_table_as_text(tmp_path: Path) -> None:
     def text(**select: Any) -> str:
         return protocols_text(make_plan(tiny_recipe(tmp_path, score={"evaluations": 1}, select=select)))
 
-    lines = {line.split("  ")[0]: line for line in text().splitlines()}
+    whole = text()
+    lines = {line.split("  ")[0]: line for line in whole.splitlines()}
     assert lines["paper"].split()[-2:] == ["itself", "itself"]
     assert lines["fast"].endswith("0.9969 .. 0.9981  0.977 .. 0.988")
     assert "19 P" in lines["paper"] and "44 NT" in lines["paper"]
     assert lines["certified, at most"].split()[-2:] == ["?", "?"]
     assert lines["custom (this recipe)"].split()[-2:] == ["?", "?"]
-    assert "overlap of the easiest half" in text()
+    assert "overlap of the easiest half" in whole
     assert "0.9969" not in text(aggregate="final")
 
 
@@ -168,6 +169,7 @@ def losses_of(model: str) -> LossTable:
     return curriculum_losses(import_records(RECORDS / model).curriculum)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not RECORDS.is_dir(), reason="the authors' records (../shared/data) are not here")
 @pytest.mark.parametrize(("seeds", "name"), [(1, "`fast`"), (2, "two seeds")])
 def test_what_is_claimed_is_in_the_records(seeds: int, name: str) -> None:

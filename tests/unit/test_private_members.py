@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,7 @@ OUR_OWN = {
 """Names of this package's own trainers, which must not be those of the libraries."""
 
 
+@cache
 def sources() -> str:
     """The text of every class that `DPOTrainer` is made of."""
     return "\n".join(inspect.getsource(each) for each in DPOTrainer.__mro__ if each is not object)

@@ -394,6 +394,7 @@ def disk_need(recipe: Recipe, models: Models | None) -> Disk | None:
 
 _MEASURED_TOKENS = 4096
 """Tokens of a measured batch on a GPU."""
+_MEASURED_SECONDS = 1.0
 
 
 class Device(NamedTuple):
@@ -442,7 +443,7 @@ def measured_rate(
     )
     with torch.inference_mode(), autocast:
         # The fastest: on a shared machine the others are about its neighbours.
-        seconds = min(timer.blocked_autorange(min_run_time=1.0).times)
+        seconds = min(timer.blocked_autorange(min_run_time=_MEASURED_SECONDS).times)
     return 2.0 * sizes.matrix_parameters * rows * longest / seconds
 
 
