@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -22,6 +23,7 @@ from selective_dpo.evaluation.generate import Answer, Prompt
 from selective_dpo.evaluation.results import (
     ArmResult,
     EvaluationResults,
+    PreferenceMetrics,
     from_json,
     preference_metrics,
     to_json,
@@ -44,7 +46,9 @@ def full_results() -> EvaluationResults:
         label="all pairs, shuffled",
         pairs=10,
         updates=3,
-        held_out=preference_metrics([0.5, 0.7], [1.0, -1.0], ["p", "q"]),
+        held_out=preference_metrics(
+            [0.5, 0.7], [1.0, -1.0], ["p", "q"], np.array([[-3.0, -5.0], [-2.0, -4.0]])
+        ),
         answers=ANSWERS,
         verdicts=Verdicts(["p", "q"], [0.5, 0.0]),
         selected_verdicts=Verdicts(["q", "p"], [0.5, 1.0]),
@@ -93,7 +97,7 @@ def test_json_round_trip_has_the_fields_of_the_format() -> None:
         "difference",
         "answer_tokens",
     ]
-    assert list(arm["held_out"]) == ["pairs", "prompts", "loss", "accuracy", "margin"]
+    assert list(arm["held_out"]) == list(PreferenceMetrics._fields)
     assert list(arm["win_rate"]) == ["value", "standard_error", "low", "high"]
     assert reference["held_out"] is reference["win_rate"] is reference["difference"] is None
     assert from_json(json.loads(json.dumps(content, allow_nan=False))) == full_results()

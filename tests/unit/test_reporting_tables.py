@@ -17,7 +17,13 @@ from selective_dpo.evaluation.results import (
     preference_metrics,
     to_json,
 )
-from selective_dpo.report.tables import agreement_table, arms_table, label_for, share_with_interval
+from selective_dpo.report.tables import (
+    agreement_table,
+    arms_table,
+    displacement_notes,
+    label_for,
+    share_with_interval,
+)
 from selective_dpo.stats.estimates import Estimate
 from selective_dpo.storage.artifacts import SCHEMA_VERSION
 
@@ -143,3 +149,15 @@ def test_control_characters_do_not_reach_the_terminal() -> None:
     agreed = {name: estimate(0.9, 0.0) for name in ("spearman", "overlap", "jaccard")}
     text = agreement_table({"seeds": [{"a": "\x1b[31mred", "b": 2, **agreed}]})
     assert "\x1b" not in text and "31mred" in text
+
+
+def test_chosen_answers_that_become_less_likely_are_warned_of() -> None:
+    falls = preference_metrics([0.5, 0.6], [0.3, 0.1], ["a", "b"], np.array([[-3.0, -9.0], [-2.0, -8.0]]))
+    arms = (
+        ArmResult("selected", "easiest 50%", 2, 1, held_out=falls),
+        ArmResult("all", "all pairs", 2, 1, held_out=preference_metrics([0.5, 0.6], [0.3, 0.1], ["a", "b"])),
+    )
+    (note,) = displacement_notes(EvaluationResults("none", 0, 0, arms))
+    # -2.5 and -8.5, standard error 1/2, times 1.96.
+    assert "selected makes the chosen answers of held-out pairs less likely (-2.5 ± 1.0 nats)" in note
+    assert "(-8.5 ± 1.0)" in note

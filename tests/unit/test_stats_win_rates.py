@@ -93,6 +93,26 @@ def test_self_pairing_never_compares_a_sample_with_itself() -> None:
     assert self_pairing(1).sample_C.size == 0
 
 
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "falls"),
+    [
+        ([-2.0, -1.0], [-9.0, -8.0], True),
+        ([2.0, 1.0], [-9.0, -8.0], False),
+        ([-2.0, 3.0], [-9.0, -8.0], False),
+    ],
+)
+def test_both_log_probs_falling(chosen: list[float], rejected: list[float], falls: bool) -> None:
+    # Means -1.5 and -8.5, each with a standard error of 1/2 (two prompts: sqrt(2 * .25 / 4 * 2));
+    # -1.5 + 1.96 / 2 is below 0. The third mean is +.5.
+    changes_P2 = np.array([chosen, rejected]).T
+    metrics = preference_metrics([0.2, 0.3], [1.0, 1.0], ["x", "y"], changes_P2)
+    assert metrics.chosen_change is not None and metrics.rejected_change is not None
+    assert metrics.chosen_change.value == np.mean(chosen)
+    assert metrics.rejected_change.standard_error == pytest.approx(0.5)
+    assert metrics.both_fall is falls
+    assert not preference_metrics([0.2, 0.3], [1.0, 1.0], ["x", "y"]).both_fall  # not measured
+
+
 def test_preference_metrics() -> None:
     # Prompt x holds the first and third pair. Accuracy: 1, 0, .5, 1, mean .625. Residuals by prompt:
     # x (.375 - .125) = .25; y -.625; z .375. Squares .0625 + .390625 + .140625 = .59375.

@@ -367,7 +367,10 @@ def held_out_metrics(
         bad = [policy.pair_ids[row] for row in np.flatnonzero(~finite_P)]
         raise RecordsError(f"{len(bad):,} held-out pairs have a loss that is not finite: {name_some(bad)}")
     return preference_metrics(
-        losses.loss_P, losses.margin_P, [prompt_ids[pair_id] for pair_id in policy.pair_ids]
+        losses.loss_P,
+        losses.margin_P,
+        [prompt_ids[pair_id] for pair_id in policy.pair_ids],
+        policy_P2 - reference_P2,
     )
 
 

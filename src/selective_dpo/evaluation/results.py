@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from selective_dpo.errors import ArtifactError
 from selective_dpo.stats.estimates import Estimate, clustered_mean, clustered_share
@@ -37,6 +37,20 @@ class PreferenceMetrics(NamedTuple):
     """Share of pairs with a margin above 0; a margin of exactly 0 counts one half."""
     margin: Estimate
     """Beta times the difference of the chosen and rejected log-ratios."""
+    chosen_change: Estimate | None = None
+    """Log-probability of the chosen answers minus the starting model's: sums over their tokens, in nats."""
+    rejected_change: Estimate | None = None
+    """The same of the rejected answers."""
+
+    @property
+    def both_fall(self) -> bool:
+        """Whether chosen answers have clearly become less likely than they were, as rejected ones have.
+
+        DPO rewards the difference alone, so the probability of both can go to answers that nobody preferred
+        ("likelihood displacement", Razin et al. 2024, arXiv 2410.08847).
+        """
+        changes = (self.chosen_change, self.rejected_change)
+        return all(change is not None and change.high < 0 for change in changes)
 
 
 class ArmResult(NamedTuple):
@@ -163,18 +177,25 @@ def _arm_from_json(content: Mapping[str, Any]) -> ArmResult:
     fields = dict(content)
     held_out = fields["held_out"]
     if held_out is not None:
-        estimates = {name: estimate_from_json(held_out[name]) for name in ("loss", "accuracy", "margin")}
+        names = ("loss", "accuracy", "margin", "chosen_change", "rejected_change")
+        estimates = {name: estimate_from_json(held_out[name]) for name in names if held_out.get(name)}
         fields["held_out"] = PreferenceMetrics(**{**held_out, **estimates})
     for name in ("win_rate", "difference", "answer_tokens"):
         fields[name] = None if fields[name] is None else estimate_from_json(fields[name])
     return ArmResult(**fields)
 
 
-def preference_metrics(loss_P: ArrayLike, margin_P: ArrayLike, prompt_ids_P: ArrayLike) -> PreferenceMetrics:
+def preference_metrics(
+    loss_P: ArrayLike,
+    margin_P: ArrayLike,
+    prompt_ids_P: ArrayLike,
+    changes_P2: NDArray[np.float64] | None = None,
+) -> PreferenceMetrics:
     """Loss, accuracy and margin of P pairs.
 
-    Shapes: loss_P, margin_P [P] float; prompt_ids_P [P] strings, equal for pairs of one prompt. A tie
-    counts one half because a policy that has not moved from its reference must score chance, 0.5.
+    Shapes: loss_P, margin_P [P] float; prompt_ids_P [P] strings, equal for pairs of one prompt; changes_P2
+    [P, 2], log-probs of chosen and rejected minus the starting model's. A tie counts one half because a
+    policy that has not moved from its reference must score chance, 0.5.
 
     Raises:
         ValueError: no pairs, shapes that differ, or a value that is not finite.
@@ -190,4 +211,10 @@ def preference_metrics(loss_P: ArrayLike, margin_P: ArrayLike, prompt_ids_P: Arr
         loss=clustered_mean(loss, prompt_ids),
         accuracy=clustered_share(accuracy, prompt_ids),
         margin=clustered_mean(margin, prompt_ids),
+        **{}
+        if changes_P2 is None
+        else {
+            name: clustered_mean(change_P, prompt_ids)
+            for name, change_P in zip(("chosen_change", "rejected_change"), changes_P2.T, strict=True)
+        },
     )

@@ -32,6 +32,7 @@ from selective_dpo.report.figures import FIGURES, spearman_in_words
 from selective_dpo.report.tables import (
     agreement_rows,
     describe_chance,
+    displacement_notes,
     label_for,
     number_with_interval,
     points_with_interval,
@@ -151,6 +152,12 @@ def _arms_table(results: EvaluationResults) -> Table:
             else points_with_interval(arm.difference),
             "Held-out accuracy": share_with_interval(arm.held_out.accuracy if arm.held_out else None),
             "Held-out loss": number_with_interval(arm.held_out.loss if arm.held_out else None, 3),
+            "Chosen log-prob change": number_with_interval(
+                arm.held_out.chosen_change if arm.held_out else None, 1
+            ),
+            "Rejected log-prob change": number_with_interval(
+                arm.held_out.rejected_change if arm.held_out else None, 1
+            ),
             "Answer tokens": number_with_interval(arm.answer_tokens, 1),
         }
         for arm in results.arms
@@ -270,7 +277,7 @@ def headline(content: ReportContent) -> list[str]:
     if content.results is None:
         nothing = "No evaluation is part of this run, so nothing is said about what training on them gives."
         return [*sentences, nothing]
-    return sentences + _evaluation_sentences(content.results)
+    return sentences + _evaluation_sentences(content.results) + displacement_notes(content.results)
 
 
 def _strongest_correlate(content: ReportContent) -> list[str]:

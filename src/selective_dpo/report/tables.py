@@ -112,6 +112,24 @@ def seeds_note(results: EvaluationResults) -> str:
     )
 
 
+def displacement_notes(results: EvaluationResults) -> list[str]:
+    """A warning for each policy that has made the chosen answers of the held-out pairs less likely, too."""
+    notes = []
+    for arm in results.policies:
+        held_out = arm.held_out
+        if held_out is not None and held_out.both_fall:
+            chosen, rejected = (
+                number_with_interval(change, 1)
+                for change in (held_out.chosen_change, held_out.rejected_change)
+            )
+            notes.append(
+                f"Warning: {arm.name} makes the chosen answers of held-out pairs less likely ({chosen} nats), as "
+                f"well as the rejected ones ({rejected}): look at its answers before you use it, and try a "
+                "lower learning rate, fewer epochs or a larger beta."
+            )
+    return notes
+
+
 def agreement_rows(agreement: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """For each two seeds: names, Spearman's correlation, overlap of the selected, Jaccard; with intervals."""
     return [

@@ -70,7 +70,7 @@ from selective_dpo.logprobs.reference import (
 from selective_dpo.logprobs.rows import part_lengths
 from selective_dpo.losses import chance_loss
 from selective_dpo.models import load_policy, loading
-from selective_dpo.report.tables import label_for, seeds_note
+from selective_dpo.report.tables import displacement_notes, label_for, seeds_note
 from selective_dpo.run.certified import certificate, scorers_until_stable
 from selective_dpo.run.keys import (
     Run,
@@ -599,8 +599,9 @@ def _evaluation(run: Run) -> Iterator[Sequence[Result]]:
 
 def _evaluated(run: Run) -> str:
     results = from_json(read_json(run.folder.evaluation / "results.json"))
-    line = f"evaluation: {len(trainings(run))} arm(s), {results.prompts:,} prompts answered"
-    return f"{line}\n  {seeds_note(results)}" if results.repeats else line
+    lines = [f"evaluation: {len(trainings(run))} arm(s), {results.prompts:,} prompts answered"]
+    lines += [seeds_note(results)] if results.repeats else []
+    return "\n  ".join(lines + displacement_notes(results))
 
 
 def _require_spread(run: Run) -> None:
