@@ -17,6 +17,7 @@ from selective_dpo.evaluation.evaluate import (
     Evaluation,
     arm_result,
     generations_table,
+    length_controlled,
     model_outputs,
 )
 from selective_dpo.evaluation.generate import Answer, Prompt
@@ -56,6 +57,24 @@ def full_results() -> EvaluationResults:
     return EvaluationResults("a judge", 2, 2, (ArmResult("reference", "starting model", 0, 0), arm))
 
 
+def test_length_control_is_told_by_arm_and_left_out_where_it_cannot_be() -> None:
+    # The arm's answers are ten characters longer on half of the prompts and as much shorter on the others,
+    # with the same verdicts: length does not count, and both rates are the share of wins, 3/4.
+    ids = [f"p{number:02}" for number in range(40)]
+    wins = [float(number % 4 != 0) for number in range(20)] * 2
+    reference = {each: (Answer("x" * 20, 1),) for each in ids}
+    lengths = [10] * 20 + [30] * 20
+    arm = {each: (Answer("x" * length, 1),) for each, length in zip(ids, lengths, strict=True)}
+    verdicts = {"all": Verdicts(ids, wins), "reference": Verdicts(ids, [0.5] * 40)}
+    found = length_controlled(verdicts, {"reference": reference, "all": arm})
+    assert list(found) == ["all"]
+    assert found["all"].value == pytest.approx(0.75, abs=1e-6)
+    assert found["all"].low < 0.75 < found["all"].high
+    assert length_controlled(verdicts, {"reference": reference, "all": reference}) == {}  # of one length
+    few = {name: Verdicts(ids[:19], each.scores_N[:19]) for name, each in verdicts.items()}  # type: ignore[index]
+    assert length_controlled(few, {"reference": reference, "all": arm}) == {}
+
+
 def test_an_arms_numbers() -> None:
     arm = full_results().arms[1]
     assert arm.win_rate is not None
@@ -87,16 +106,7 @@ def test_json_round_trip_has_the_fields_of_the_format() -> None:
     content = to_json(full_results())
     assert list(content) == ["schema_version", "judge", "prompts", "samples", "arms", "repeats"]
     reference, arm = content["arms"]
-    assert list(arm) == [
-        "name",
-        "label",
-        "pairs",
-        "updates",
-        "held_out",
-        "win_rate",
-        "difference",
-        "answer_tokens",
-    ]
+    assert list(arm) == list(ArmResult._fields)
     assert list(arm["held_out"]) == list(PreferenceMetrics._fields)
     assert list(arm["win_rate"]) == ["value", "standard_error", "low", "high"]
     assert reference["held_out"] is reference["win_rate"] is reference["difference"] is None

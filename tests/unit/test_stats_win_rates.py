@@ -73,7 +73,7 @@ def test_arms_judged_on_other_prompts_have_no_difference() -> None:
 
 @pytest.mark.parametrize(
     "verdicts",
-    [Verdicts([], []), Verdicts(["a"], [1, 0]), Verdicts(["a"], [0.7]), Verdicts(["a"], [float("nan")])],
+    [Verdicts([], []), Verdicts(["a"], [1, 0]), Verdicts(["a"], [1.2]), Verdicts(["a"], [float("nan")])],
 )
 def test_what_is_not_a_set_of_verdicts_is_refused(verdicts: Verdicts) -> None:
     with pytest.raises(ValueError):

@@ -44,13 +44,15 @@ from selective_dpo.evaluation.results import (
     repeat_name,
     to_json,
 )
-from selective_dpo.identity import canonical_text, positions_of
+from selective_dpo.identity import canonical_text, positions_of, require_same
 from selective_dpo.losses import is_pairwise, pair_losses
-from selective_dpo.stats.estimates import clustered_mean
+from selective_dpo.stats.estimates import Estimate, clustered_mean
+from selective_dpo.stats.length_control import MIN_PROMPTS, joint_lc
 from selective_dpo.stats.win_rates import (
     Pairing,
     Verdicts,
     cross_pairing,
+    prompt_scores,
     self_pairing,
     win_rate,
     win_rate_difference,
@@ -237,6 +239,8 @@ def evaluate_arms(
         )
         for arm in everyone
     ]
+    controlled = length_controlled(verdicts, answers_by_arm)
+    found = [arm._replace(length_controlled=controlled.get(arm.name)) for arm in found]
     results = EvaluationResults(
         judge="none" if judge is None else judge.name,
         prompts=len(asked),
@@ -329,7 +333,36 @@ def arm_result(
         if verdicts and selected_verdicts
         else None,
         answer_tokens=clustered_mean(lengths, prompt_ids) if answers else None,
+        answer_characters=clustered_mean(
+            [len(answer.text) for samples in answers.values() for answer in samples], prompt_ids
+        )
+        if answers
+        else None,
     )
+
+
+def length_controlled(
+    verdicts: Mapping[str, Verdicts], answers_by_arm: Mapping[str, Answers]
+) -> dict[str, Estimate]:
+    """Win rates of the arms at the starting model's length, by name; none where they cannot be estimated."""
+    scores = {name: prompt_scores(each) for name, each in verdicts.items() if name != REFERENCE}
+    if not scores:
+        return {}
+
+    def lengths(name: str, prompt_ids: Sequence[str]) -> list[float]:
+        answers = answers_by_arm[name]
+        return [float(np.mean([len(answer.text) for answer in answers[each]])) for each in prompt_ids]
+
+    prompt_ids = next(iter(scores.values()))[0]
+    baseline_N = np.array(lengths(REFERENCE, prompt_ids))
+    deltas_AN = []
+    for name, (ids, _) in scores.items():
+        require_same(ids, prompt_ids, what=f"judged prompts of {name}")
+        deltas_AN.append(baseline_N - lengths(name, prompt_ids))
+    if len(prompt_ids) < MIN_PROMPTS or np.std(deltas_AN) == 0.0:
+        return {}
+    fits = joint_lc([score_N for _, score_N in scores.values()], deltas_AN)
+    return {name: fit.win_rate for name, fit in zip(scores, fits, strict=True)}
 
 
 def held_out_metrics(

@@ -70,6 +70,11 @@ class ArmResult(NamedTuple):
     """Win rate of the arm `selected` minus this one's, paired by prompt."""
     answer_tokens: Estimate | None = None
     """Mean length of its answers."""
+    length_controlled: Estimate | None = None
+    """The win rate of answers as long as the starting model's (`stats.length_control.joint_lc` over all);
+    None where too few prompts were judged, or all answers are of one length."""
+    answer_characters: Estimate | None = None
+    """Mean length of its answers in characters, which length control goes by."""
 
 
 class EvaluationResults(NamedTuple):
@@ -180,8 +185,8 @@ def _arm_from_json(content: Mapping[str, Any]) -> ArmResult:
         names = ("loss", "accuracy", "margin", "chosen_change", "rejected_change")
         estimates = {name: estimate_from_json(held_out[name]) for name in names if held_out.get(name)}
         fields["held_out"] = PreferenceMetrics(**{**held_out, **estimates})
-    for name in ("win_rate", "difference", "answer_tokens"):
-        fields[name] = None if fields[name] is None else estimate_from_json(fields[name])
+    for name in ("win_rate", "difference", "answer_tokens", "length_controlled", "answer_characters"):
+        fields[name] = None if fields.get(name) is None else estimate_from_json(fields[name])
     return ArmResult(**fields)
 
 

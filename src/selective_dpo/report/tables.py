@@ -82,12 +82,15 @@ def arms_table(results: EvaluationResults) -> str:
     with_difference = any(arm.difference for arm in results.arms if arm.name != SELECTED)
     header = ["arm", "selection", "pairs", "updates"]
     header += [f"{measure.name} (95%)"] if measure else []
+    at_equal_length = any(arm.length_controlled for arm in results.arms)
+    header += ["at equal length"] if at_equal_length else []
     header += ["selected minus it"] if with_difference else []
     rows = []
     for arm in results.arms:
         trained = [""] * 2 if arm.name == REFERENCE else [f"{arm.pairs:,}", f"{arm.updates:,}"]
         row = [arm.name, arm.label, *trained]
         row += [share_with_interval(measure.values.get(arm.name))] if measure else []
+        row += [share_with_interval(arm.length_controlled)] if at_equal_length else []
         row += (
             ["" if arm.name == SELECTED else points_with_interval(arm.difference)] if with_difference else []
         )
@@ -123,8 +126,8 @@ def displacement_notes(results: EvaluationResults) -> list[str]:
                 for change in (held_out.chosen_change, held_out.rejected_change)
             )
             notes.append(
-                f"Warning: {arm.name} makes the chosen answers of held-out pairs less likely ({chosen} nats), as "
-                f"well as the rejected ones ({rejected}): look at its answers before you use it, and try a "
+                f"Warning: {arm.name} makes the chosen answers of held-out pairs less likely ({chosen} "
+                f"nats), as the rejected ones ({rejected}): look at its answers before you use it, and try a "
                 "lower learning rate, fewer epochs or a larger beta."
             )
     return notes

@@ -19,7 +19,7 @@ class Verdicts(NamedTuple):
 
     prompt_ids_N: Sequence[str]
     scores_N: ArrayLike
-    """1 where the arm's answer won, 0.5 for a tie, 0 where it lost."""
+    """1 where the arm's answer won, 0.5 for a tie, 0 where it lost; or the probability that it is better."""
 
 
 class Pairing(NamedTuple):
@@ -62,15 +62,15 @@ def prompt_scores(verdicts: Verdicts) -> tuple[list[str], NDArray[np.float64]]:
     So a prompt with more verdicts does not weigh more.
 
     Raises:
-        ValueError: no verdicts, columns of different lengths, or a score that is not 0, 0.5 or 1.
+        ValueError: no verdicts, columns of different lengths, or a score outside [0, 1].
     """
     scores = np.asarray(verdicts.scores_N, dtype=np.float64)
     if scores.shape != (len(verdicts.prompt_ids_N),) or scores.size == 0:
         raise ValueError(
             f"need as many scores as prompt ids, and some: {scores.shape} and {len(verdicts.prompt_ids_N)}"
         )
-    if not np.isin(scores, (LOSS, TIE, WIN)).all():
-        raise ValueError("a verdict's score must be 0, 0.5 or 1")
+    if not ((scores >= LOSS) & (scores <= WIN)).all():
+        raise ValueError("a verdict's score must be in [0, 1]")
     prompt_ids, group_N = np.unique(np.asarray(verdicts.prompt_ids_N), return_inverse=True)
     means = np.bincount(group_N, weights=scores) / np.bincount(group_N)
     return prompt_ids.tolist(), means
