@@ -1,4 +1,4 @@
-"""`selective-dpo run` on 180 real preference pairs and a small model made on the spot, to the end."""
+"""`selective-dpo run` on 300 real preference pairs and a small model made on the spot, to the end."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ pytestmark = [
     pytest.mark.skipif(not TRAIN.is_file(), reason=f"needs the real pairs in {DATA.name}/{TRAIN.name}"),
 ]
 
-PAIRS = 180
+PAIRS = 300
 SEEDS, EVALUATIONS = (41, 42), 2
 BATCH = 16
 
