@@ -167,6 +167,8 @@ def test_what_is_printed_and_written(tmp_path: Path, capfd: pytest.CaptureFixtur
     assert "FLOP/s in float32 measured here" in out
     assert "unknown: time of the answers" in out
     assert "to do: 8 of 8 jobs; time: about " in out
+    # A half of 12 pairs, 2 in an update.
+    assert "warning: a scorer makes 6 updates, fewer than 10: it will hardly move" in out
     assert not (tmp_path / "runs").exists()
 
     plan = json.loads((tmp_path / "plan.json").read_text("utf-8"))

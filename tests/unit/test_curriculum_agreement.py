@@ -58,6 +58,13 @@ def test_integer_weights_equal_repeated_rows() -> None:
     )
 
 
+def test_movement_by_hand() -> None:
+    # Losses 0.3 and 0.4 away from ln 2: sqrt((.09 + .16) / 2).
+    losses = [[[math.log(2) - 0.3]], [[math.log(2) + 0.4]]]
+    assert agreement(table_of(losses), replicates=2)["movement"] == pytest.approx(math.sqrt(0.125))
+    assert agreement(table_of(losses), chance_loss=None, replicates=2)["movement"] is None
+
+
 def test_between_seeds_by_hand() -> None:
     # Seed 41 ranks the four pairs a b c d, seed 42 a c d b. Easiest halves {a, b} and {a, c}.
     losses = [[[0.1], [0.1]], [[0.2], [0.9]], [[0.3], [0.2]], [[0.9], [0.3]]]

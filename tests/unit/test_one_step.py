@@ -101,9 +101,9 @@ def test_the_next_size_makes_log_ratios_as_large_as_wanted() -> None:
     # Per token: 0.3 / 10 = 0.03 and -0.8 / 20 = -0.04: root mean square sqrt((9 + 16) / 2) / 100.
     wanted = 2.0 * one_step.TARGET_DELTA / (math.sqrt(12.5) / 100)
     assert better_size(2.0, [0.3, -0.8], [10, 20]) == pytest.approx(wanted)
-    for nothing in ([0.0, 0.0], [math.nan, 1.0]):
-        with pytest.raises(ValueError, match="size 2"):
-            better_size(2.0, nothing, [10, 20])
+    assert better_size(2.0, [0.0, 0.0], [10, 20]) == 32.0  # no change: 16 times as large
+    for wild in ([math.nan, 1.0], [math.inf, 1.0]):
+        assert better_size(2.0, wild, [10, 20]) == 0.125
 
 
 def test_the_scale_is_fitted_on_the_other_folds() -> None:

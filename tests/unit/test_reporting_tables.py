@@ -22,6 +22,7 @@ from selective_dpo.report.tables import (
     arms_table,
     displacement_notes,
     label_for,
+    movement_note,
     share_with_interval,
 )
 from selective_dpo.stats.estimates import Estimate
@@ -161,3 +162,12 @@ def test_chosen_answers_that_become_less_likely_are_warned_of() -> None:
     # -2.5 and -8.5, standard error 1/2, times 1.96.
     assert "selected makes the chosen answers of held-out pairs less likely (-2.5 ± 1.0 nats)" in note
     assert "(-8.5 ± 1.0)" in note
+
+
+def test_scorers_that_hardly_moved_are_called_so() -> None:
+    note = movement_note({"movement": 0.0002, "chance_loss": 0.693147})
+    assert note.startswith("Warning: the scorers hardly moved: losses differ from 0.6931")
+    assert "by 0.0002" in note and "protocol one-step" in note
+    assert movement_note({"movement": 0.0051, "chance_loss": 0.693147}) == ""
+    assert movement_note({"chance_loss": 0.693147}) == ""  # a curriculum made before it was measured
+    assert movement_note({"movement": None, "chance_loss": None}) == ""

@@ -124,18 +124,19 @@ def step_direction(sums: GradientSums) -> NDArray[np.float32]:
 def better_size(size: float, delta_P: ArrayLike, tokens_P: ArrayLike) -> float:
     """The size of a step under which log-ratio differences would be as large as `TARGET_DELTA` says.
 
+    Where the step changed nothing, or gave no numbers, one that is 16 times as large, or as small.
+
     Args:
         size: of a step that was tried.
         delta_P: the differences in nats that it made, of some pairs.
         tokens_P: the tokens of both completions of each.
-
-    Raises:
-        ValueError: it changed nothing, or gave no numbers.
     """
     per_token_P = np.asarray(delta_P, dtype=np.float64) / np.maximum(np.asarray(tokens_P), 1)
     rms = float(np.sqrt(np.mean(np.square(per_token_P))))
-    if not 0.0 < rms < np.inf:
-        raise ValueError(f"a step of size {size:.3g} changes the log-probabilities by {rms} a token")
+    if rms == 0.0:
+        return 16.0 * size
+    if not rms < np.inf:
+        return size / 16.0
     return size * TARGET_DELTA / rms
 
 

@@ -34,6 +34,7 @@ from selective_dpo.report.tables import (
     describe_chance,
     displacement_notes,
     label_for,
+    movement_note,
     number_with_interval,
     points_with_interval,
     preview,
@@ -275,6 +276,7 @@ def headline(content: ReportContent) -> list[str]:
         sentences.append(f"Records are missing of {', '.join(map(str, without))}.")
     if partial := int(facts.get("partial") or 0):
         sentences.append(f"{partial:,} pairs lack some of their records and were ranked by those they have.")
+    sentences += filter(None, [movement_note(content.agreement)])
     sentences += _strongest_correlate(content)
     if content.results is None:
         nothing = "No evaluation is part of this run, so nothing is said about what training on them gives."

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from selective_dpo.config import DEFAULT_FRACTION, SelectConfig
 from selective_dpo.criteria import CRITERIA
+from selective_dpo.curriculum.agreement import MIN_MOVEMENT
 from selective_dpo.evaluation.results import (
     REFERENCE,
     SELECTED,
@@ -158,6 +159,19 @@ def agreement_table(agreement: Mapping[str, Any]) -> str:
         name, meaning = describe_chance(agreement.get("chance_loss", LN_2))
         parts.append(f"pairs above {name} ({meaning}): {above}")
     return "\n".join(parts)
+
+
+def movement_note(agreement: Mapping[str, Any]) -> str:
+    """What to think of scorers that hardly moved; empty where they did, or where nothing is known."""
+    movement, chance = agreement.get("movement"), agreement.get("chance_loss")
+    if movement is None or chance is None or movement >= MIN_MOVEMENT:
+        return ""
+    return (
+        f"Warning: the scorers hardly moved: losses differ from {chance:.4g}, which says nothing, by "
+        f"{movement:.2g} (root mean square). Their order is mostly noise, and so is what is selected by it. "
+        "Score more pairs, or by protocol one-step; or give trained scorers more updates (smaller batches, "
+        "more epochs) or a higher learning rate."
+    )
 
 
 def describe_chance(chance: float) -> tuple[str, str]:

@@ -483,6 +483,9 @@ PASSES: dict[str, Callable[[int, int, float], Passes]] = {
 }
 """The passes of each protocol, from its seeds, its evaluations and the epochs of a scorer's training."""
 
+MIN_UPDATES = 10
+"""Of a scorer; with fewer, `plan` warns."""
+
 MEASURED_ON = "dpo-mix-7k with Qwen2.5 of 1.5B, 7B and 14B"
 
 MEASURED = {
@@ -689,6 +692,17 @@ Spearman, overlap: agreement with `paper`, least .. largest as measured on {MEAS
     return text_table(header, rows) + legend
 
 
+def _few_updates(plan: Plan) -> Iterator[str]:
+    """A warning of scorers that will hardly move: their difficulty would be noise."""
+    updates = [job.updates for job in plan.jobs if job.kind == "scorer" and job.updates]
+    if plan.recipe.score.protocol != "one-step" and updates and min(updates) < MIN_UPDATES:
+        yield (
+            f"warning: a scorer makes {min(updates)} updates, fewer than {MIN_UPDATES}: it will hardly move, "
+            "and difficulty will be mostly noise; use score.protocol one-step, or smaller batches, more "
+            "epochs, more pairs"
+        )
+
+
 def _end_lines(plan: Plan) -> Iterator[str]:
     if plan.jobs:
         todo = sum(not job.cached for job in plan.jobs)
@@ -701,6 +715,7 @@ def _end_lines(plan: Plan) -> Iterator[str]:
         if plan.disk_bytes.checkpoints:
             disk += f", and up to {readable_bytes(plan.disk_bytes.checkpoints)} for checkpoints meanwhile"
     yield f"disk: {disk}"
+    yield from _few_updates(plan)
     if plan.refused:
         yield f"a run would refuse this: {plan.refused}"
     yield from (f"unknown: {line}" for line in plan.unknown)

@@ -70,7 +70,7 @@ from selective_dpo.logprobs.reference import (
 from selective_dpo.logprobs.rows import part_lengths
 from selective_dpo.losses import chance_loss
 from selective_dpo.models import load_policy, loading
-from selective_dpo.report.tables import displacement_notes, label_for, seeds_note
+from selective_dpo.report.tables import displacement_notes, label_for, movement_note, seeds_note
 from selective_dpo.run.certified import certificate, scorers_until_stable
 from selective_dpo.run.keys import (
     Run,
@@ -519,7 +519,11 @@ def _curriculum_results(
             wait_for_everyone()
 
         def describe() -> str:
-            return f"curriculum: {_selected(folder, label_for(select))}" if name == SELECTED else ""
+            if name != SELECTED:
+                return ""
+            lines = [f"curriculum: {_selected(folder, label_for(select))}"]
+            lines += filter(None, [movement_note(Curriculum.load(folder).facts.get("agreement") or {})])
+            return "\n  ".join(lines)
 
         return Result(name, folder / TABLE, key, make, describe)
 
