@@ -17,6 +17,7 @@ from selective_dpo.cli import main
 from selective_dpo.config import Recipe
 from selective_dpo.config.load import make_recipe
 from selective_dpo.curriculum.records import Records
+from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.data.store import load_tokens
 from selective_dpo.difficulty import one_step, step_scorers
 from selective_dpo.difficulty.folds import assign_folds
@@ -29,7 +30,7 @@ from selective_dpo.run.keys import Run
 from selective_dpo.run.run import curriculum, open_run, score
 from selective_dpo.storage.artifacts import read_json
 from tests.fixtures.fork_server import ForkServer
-from tests.fixtures.models import LORA, recipe_file, tiny_pairs_file, tiny_recipe
+from tests.fixtures.models import LORA, TRAINER, recipe_file, tiny_pairs_file, tiny_recipe
 
 PAIRS = 40
 # Log-probs are sums of up to 60 float32 numbers of about 5: rounding is about 2e-5.
@@ -310,6 +311,7 @@ def test_kept_scorers_give_the_log_ratios_that_were_measured(inputs: Path) -> No
         ),
         ({"lora": {**LORA, "init_lora_weights": False}}, "an adapter that starts as none"),
         ({"protocol": "fast", "splits": 2}, "splits works only with protocol 'one-step'"),
+        ({"protocol": "fast", "check": 5}, "check works only with protocol 'one-step'"),
         ({"protocol": "fast", "gradient_pairs": 5}, "gradient_pairs works only with protocol 'one-step'"),
         ({"min_fold_prompts": 6}, "min_fold_prompts has no effect with protocol 'one-step'"),
     ],
@@ -357,3 +359,31 @@ def test_fewer_prompts_than_folds_are_refused(tmp_path: Path, capsys: pytest.Cap
     recipe = one_step_recipe(tmp_path, "few")
     assert main(["score", str(recipe_file(recipe, tmp_path / "few.yaml"))]) == 2
     assert "cannot split 7 prompt(s) into 8 folds" in capsys.readouterr().err
+
+
+def test_a_check_trains_scorers_beside_it_and_is_told(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = one_step_recipe(inputs, "checked", trainer={**TRAINER, "beta": 0.1}, check=30)
+    path = str(recipe_file(recipe, tmp_path / "checked.yaml"))
+    assert main(["plan", path]) == 0
+    planned = capsys.readouterr().out
+    assert "check/scores/seed41-fold0" in planned and "check/scores/seed41-fold1" in planned
+    assert main(["curriculum", path]) == 0
+    told = capsys.readouterr().out
+    assert "check: with scorers trained on 30 pairs one-step agrees to " in told
+    run = open_run(recipe, say=lambda line: None)
+    facts = Curriculum.load(run.folder.curriculum).facts
+    assert facts["check"]["pairs"] == 30
+    # The scorers' records are no part of the difficulty.
+    assert (facts["seeds"], facts["evaluations"], facts["pairs"]) == ([41], [1], PAIRS)
+    scorers = [each.name for each in (run.folder.check / "scores").iterdir() if each.is_dir()]
+    assert sorted(scorers) == ["seed41-fold0", "seed41-fold1"]
+    # Nothing is made again; the check is verified with the rest, and by itself.
+    made: list[str] = []
+    curriculum(open_run(recipe, say=made.append))
+    assert made == []
+    assert main(["verify", str(run.folder.root)]) == 0
+    assert main(["verify", str(run.folder.check)]) == 0
+    assert main(["report", path]) == 0
+    assert "check: with scorers trained on 30 pairs" in run.folder.report.read_text("utf-8")

@@ -11,9 +11,10 @@ import pytest
 import scipy.stats
 
 from selective_dpo.curriculum import agreement as agreement_module
-from selective_dpo.curriculum.agreement import agreement
+from selective_dpo.curriculum.agreement import agreement, scorer_check
 from selective_dpo.curriculum.records import LossTable
 from selective_dpo.curriculum.select import Rule, select
+from selective_dpo.errors import RecordsError
 from selective_dpo.stats import bootstrap as bootstrap_module
 from selective_dpo.stats.bootstrap import Draws, bounds, cluster_bootstrap, cluster_codes, estimates, rows_for
 from selective_dpo.stats.rank_correlation import weighted_spearman
@@ -63,6 +64,21 @@ def test_movement_by_hand() -> None:
     losses = [[[math.log(2) - 0.3]], [[math.log(2) + 0.4]]]
     assert agreement(table_of(losses), replicates=2)["movement"] == pytest.approx(math.sqrt(0.125))
     assert agreement(table_of(losses), chance_loss=None, replicates=2)["movement"] is None
+
+
+def test_the_check_by_hand() -> None:
+    # Trained scorers scored four of five pairs, too, with two evaluations. Their means rank the pairs
+    # 1 3 2 4, one-step ranks 1 2 3 4: 1 - 6 * 2 / (4 * 15) = 0.8. Easiest halves {a, c} and {a, b}.
+    # The first evaluation ranks as the mean does, the last 1 2 3 4: 0.8 again.
+    own = table_of([[[0.1]], [[0.2]], [[0.3]], [[0.4]], [[9.0]]])
+    trained = table_of([[[0.1, 0.1]], [[0.5, 0.2]], [[0.2, 0.3]], [[0.9, 0.9]]])
+    found = scorer_check(own, trained)
+    assert found["pairs"] == 4
+    assert found["spearman"]["value"] == pytest.approx(0.8)
+    assert found["overlap"]["value"] == 0.5
+    assert found["evaluations"]["value"] == pytest.approx(0.8)
+    with pytest.raises(RecordsError, match="no pairs with one-step in common"):
+        scorer_check(own.of_pairs(np.array([False, False, False, True, True])), trained)
 
 
 def test_between_seeds_by_hand() -> None:

@@ -20,6 +20,7 @@ from selective_dpo.evaluation.results import (
 from selective_dpo.report.tables import (
     agreement_table,
     arms_table,
+    check_note,
     displacement_notes,
     label_for,
     movement_note,
@@ -171,3 +172,17 @@ def test_scorers_that_hardly_moved_are_called_so() -> None:
     assert movement_note({"movement": 0.0051, "chance_loss": 0.693147}) == ""
     assert movement_note({"chance_loss": 0.693147}) == ""  # a curriculum made before it was measured
     assert movement_note({"movement": None, "chance_loss": None}) == ""
+
+
+def test_a_check_that_disagrees_names_the_protocols_to_use() -> None:
+    def check(spearman: float) -> dict[str, Any]:
+        near = {"standard_error": 0.02, "low": spearman - 0.04, "high": spearman + 0.04}
+        estimate = {"value": spearman, **near}
+        return {"pairs": 2000, "spearman": estimate, "overlap": estimate, "evaluations": estimate}
+
+    assert check_note(None) == ""
+    good = check_note(check(0.71))
+    assert "trained on 2,000 pairs one-step agrees to 0.71 ± 0.04 (Spearman)" in good
+    assert "Warning" not in good
+    bad = check_note(check(0.38))
+    assert bad.startswith("check: ") and "less than 0.5" in bad and "use score.protocol fast or paper" in bad

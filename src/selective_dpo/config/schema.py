@@ -231,6 +231,9 @@ class ScoreConfig(Block):
     of two that free memory allows, at most 4,096 on a CPU and 65,536 on a GPU."""
     gradient_pairs: Annotated[int, Field(ge=0)] = 0
     """`one-step` takes the gradient of so many pairs, drawn at random; 0: of all."""
+    check: Annotated[int, Field(ge=0)] = 0
+    """Beside `one-step`: train one pair of scorers, as `fast` does, on so many pairs drawn at random, and say
+    how far they agree; `trainer` then takes the keys of their training, too. 0: do not; 2,000 is enough."""
     keep_scorers: bool = False
     """Publish each scorer's adapter or weights beside its records."""
 
@@ -270,9 +273,10 @@ class ScoreConfig(Block):
         means = PROTOCOLS[self.protocol]
         if self.protocol == "one-step":
             self._one_step_is_what_it_says()
-        elif self.splits != 1 or self.gradient_pairs:
-            name = "splits" if self.splits != 1 else "gradient_pairs"
-            raise ValueError(f"{name} works only with protocol 'one-step'")
+        else:
+            for name in ("splits", "gradient_pairs", "check"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name} works only with protocol 'one-step'")
         if self.protocol in ("paper", "fast") and (self.seeds, self.evaluations) != means:
             raise ValueError(
                 f"protocol '{self.protocol}' is seeds {list(means.seeds)} with {means.evaluations} "

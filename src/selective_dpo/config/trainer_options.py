@@ -186,10 +186,11 @@ def check_recipe_options(recipe: Recipe) -> None:
         )
     check_dpo_options(recipe.score.trainer, "score.trainer", "score")
     unread = sorted(set(recipe.score.trainer) - ONE_STEP_OPTIONS)
-    if recipe.score.protocol == "one-step" and unread:
+    if recipe.score.protocol == "one-step" and unread and not recipe.score.check:
         raise ConfigError(
             f"score.trainer.{unread[0]} has no effect with protocol 'one-step', the default, which trains no "
-            "scorer: leave it out, or name the protocol whose scorers it trains, such as 'paper'"
+            "scorer: leave it out, or name the protocol whose scorers it trains, such as 'paper', or set "
+            "score.check"
         )
     check_lora_options(recipe.score.lora, "score.lora")
     check_dpo_options(recipe.train.trainer, "train.trainer", "train")

@@ -31,6 +31,7 @@ from selective_dpo.report.content import CURVES, DropCount, ReportContent, load_
 from selective_dpo.report.figures import FIGURES, spearman_in_words
 from selective_dpo.report.tables import (
     agreement_rows,
+    check_note,
     describe_chance,
     displacement_notes,
     label_for,
@@ -276,7 +277,7 @@ def headline(content: ReportContent) -> list[str]:
         sentences.append(f"Records are missing of {', '.join(map(str, without))}.")
     if partial := int(facts.get("partial") or 0):
         sentences.append(f"{partial:,} pairs lack some of their records and were ranked by those they have.")
-    sentences += filter(None, [movement_note(content.agreement)])
+    sentences += filter(None, [movement_note(content.agreement), check_note(facts.get("check"))])
     sentences += _strongest_correlate(content)
     if content.results is None:
         nothing = "No evaluation is part of this run, so nothing is said about what training on them gives."

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from selective_dpo.config import DEFAULT_FRACTION, SelectConfig
 from selective_dpo.criteria import CRITERIA
-from selective_dpo.curriculum.agreement import MIN_MOVEMENT
+from selective_dpo.curriculum.agreement import MIN_CHECK, MIN_MOVEMENT
 from selective_dpo.evaluation.results import (
     REFERENCE,
     SELECTED,
@@ -171,6 +171,27 @@ def movement_note(agreement: Mapping[str, Any]) -> str:
         f"{movement:.2g} (root mean square). Their order is mostly noise, and so is what is selected by it. "
         "Score more pairs, or by protocol one-step; or give trained scorers more updates (smaller batches, "
         "more epochs) or a higher learning rate."
+    )
+
+
+def check_note(check: Mapping[str, Any] | None) -> str:
+    """What `score.check` found, and what to do where one-step does not describe the training; or nothing."""
+    if not check:
+        return ""
+    spearman, overlap, evaluations = (
+        estimate_from_json(check[name]) for name in ("spearman", "overlap", "evaluations")
+    )
+    found = (
+        f"check: with scorers trained on {check['pairs']:,} pairs one-step agrees to "
+        f"{number_with_interval(spearman)} (Spearman), and {share_with_interval(overlap)} of the easiest "
+        "half are the same; their own two evaluations, which share one training, agree to "
+        f"{number_with_interval(evaluations)}."
+    )
+    if spearman.value >= MIN_CHECK:
+        return found
+    return (
+        f"{found} Warning: that is less than {MIN_CHECK:g}, so one-step does not describe this model under "
+        "these settings of training: use score.protocol fast or paper, or a lower learning rate."
     )
 
 

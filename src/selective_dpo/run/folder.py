@@ -37,6 +37,8 @@ class RunDirectory:
         self.pairs, self.test_pairs = root / "pairs", root / "test-pairs"
         # Log-probs of the pairs under the starting policy.
         self.reference, self.test_reference = root / "reference", root / "test-reference"
+        # Of `score.check`: a run of its own, with the scorers that one-step is compared with.
+        self.check = root / "check"
         # Protocol `certified`: how many seeds it took, and what was predicted from them.
         self.certificate = root / "scores" / "certificate.json"
         # The folder that holds `curriculum.parquet` and `.json`: the run's own root.

@@ -22,6 +22,7 @@ import torch
 from selective_dpo.config import (
     DEFAULT_TARGET,
     DataConfig,
+    EvaluateConfig,
     Recipe,
     ScoreConfig,
     SelectConfig,
@@ -29,6 +30,7 @@ from selective_dpo.config import (
     TrainConfig,
 )
 from selective_dpo.config.load import dump_config
+from selective_dpo.config.schema import PROTOCOLS
 from selective_dpo.criteria import criterion_source
 from selective_dpo.curriculum.build import rule_of
 from selective_dpo.curriculum.import_ import Outside, read_outside
@@ -253,6 +255,36 @@ def one_step_job(run: Run, scorer: ScorerRun) -> OneStepJob:
 def record_digests(jobs: Sequence[ScorerJob | OneStepJob]) -> dict[str, str]:
     """SHA-256 of the records of each finished scorer, by its name."""
     return {job.run.name: read_manifest(job.folder).files[RECORDS] for job in jobs}
+
+
+def check_run(run: Run) -> Run:
+    """The run of `score.check`: a pair of scorers, as `fast` trains them, on some of the pairs."""
+    recipe, means = run.recipe, PROTOCOLS["fast"]
+    score = recipe.score.model_copy(
+        update={
+            **means._asdict(),
+            "protocol": "fast",
+            "splits": 1,
+            "gradient_pairs": 0,
+            "check": 0,
+            "keep_scorers": False,
+        }
+    )
+    most = recipe.data.max_pairs or recipe.score.check
+    data = recipe.data.model_copy(update={"test": (), "max_pairs": min(most, recipe.score.check)})
+    blocks = {"select": SelectConfig(), "train": TrainConfig(), "evaluate": EvaluateConfig()}
+    place = {"output_dir": str(run.folder.root), "name": run.folder.check.name}
+    checked = recipe.model_copy(update={**place, **blocks, "data": data, "score": score})
+    return Run(checked, RunDirectory.of(checked), run.say, run.fresh)
+
+
+def check_inputs(run: Run) -> dict[str, str]:
+    """SHA-256 of the records of `score.check`, by scorer; none where there is no check."""
+    if not run.recipe.score.check:
+        return {}
+    checked = check_run(run)
+    found = record_digests([scorer_job(checked, scorer) for scorer in checked.scorer_runs])
+    return {f"{run.folder.check.name}/{name}": digest for name, digest in found.items()}
 
 
 def certificate_key(run: Run, scorers: Sequence[ScorerRun]) -> str:

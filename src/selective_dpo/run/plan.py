@@ -45,7 +45,7 @@ from selective_dpo.run.costs import (
     readable_time,
 )
 from selective_dpo.run.folder import RunDirectory
-from selective_dpo.run.keys import MIN_SEEDS, Run, input_digests, require_same_inputs, trainings
+from selective_dpo.run.keys import MIN_SEEDS, Run, check_run, input_digests, require_same_inputs, trainings
 from selective_dpo.run.stages import prepare, scorer_steps
 from selective_dpo.storage.artifacts import MANIFEST
 from selective_dpo.training.arguments import TrainingSettings, optimizer_steps, training_settings
@@ -346,6 +346,7 @@ class _Planner:
         if test:
             yield self._forward("reference", folder.test_reference, test.lengths)
         yield from self._scorers()
+        yield from self._check()
         yield from self._policies()
         policies = len(trainings(self.run)) + 1  # the starting model is evaluated too
         if test:
@@ -390,6 +391,28 @@ class _Planner:
                 held_out=held_out,
                 updates=steps.updates,
                 evaluated_after=steps.evaluated_after,
+            )
+
+    def _check(self) -> Iterator[Job]:
+        """The pair of scorers of `score.check`, and the reference of their pairs."""
+        recipe, passes, all_pairs = self.run.recipe, self.inputs.passes, len(self.inputs.pairs.pair_ids)
+        if not recipe.score.check or recipe.curriculum:
+            return
+        settings = _settings(recipe)[0]
+        share = min(1.0, recipe.score.check / all_pairs)
+        half = round(share * all_pairs / 2)
+        checked = check_run(self.run)
+        for scorer in checked.scorer_runs:
+            yield self._job(
+                "scorer",
+                checked.folder.scores(scorer),
+                trained=passes.epoch * settings.epochs * share / 2,
+                # Half of the reference, and the scorer's evaluations of its half.
+                forwarded=passes.forward * (1 + checked.recipe.score.evaluations) * share / 2,
+                lengths=self.inputs.pairs.lengths,
+                pairs=half,
+                held_out=half,
+                updates=optimizer_steps(half, settings, recipe.launch.processes),
             )
 
     def _policies(self) -> Iterator[Job]:
@@ -695,7 +718,7 @@ Spearman, overlap: agreement with `paper`, least .. largest as measured on {MEAS
 def _few_updates(plan: Plan) -> Iterator[str]:
     """A warning of scorers that will hardly move: their difficulty would be noise."""
     updates = [job.updates for job in plan.jobs if job.kind == "scorer" and job.updates]
-    if plan.recipe.score.protocol != "one-step" and updates and min(updates) < MIN_UPDATES:
+    if updates and min(updates) < MIN_UPDATES:
         yield (
             f"warning: a scorer makes {min(updates)} updates, fewer than {MIN_UPDATES}: it will hardly move, "
             "and difficulty will be mostly noise; use score.protocol one-step, or smaller batches, more "

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from trl.trainer.utils import add_fused_lm_head
 
 from selective_dpo.config import Recipe, SelectConfig, SourceConfig
+from selective_dpo.curriculum.agreement import scorer_check
 from selective_dpo.curriculum.build import build_curriculum
 from selective_dpo.curriculum.import_ import (
     Outside,
@@ -70,10 +71,12 @@ from selective_dpo.logprobs.reference import (
 from selective_dpo.logprobs.rows import part_lengths
 from selective_dpo.losses import chance_loss
 from selective_dpo.models import load_policy, loading
-from selective_dpo.report.tables import displacement_notes, label_for, movement_note, seeds_note
+from selective_dpo.report.tables import check_note, displacement_notes, label_for, movement_note, seeds_note
 from selective_dpo.run.certified import certificate, scorers_until_stable
 from selective_dpo.run.keys import (
     Run,
+    check_inputs,
+    check_run,
     curriculum_key,
     evaluation_key,
     gradient_job,
@@ -142,7 +145,9 @@ def stages_of(recipe: Recipe) -> dict[str, Stage]:
     if recipe.curriculum:  # difficulty comes from outside: only pairs that are trained on need a reference
         first |= {"curriculum": _imported_curricula, "reference": _references}
     else:
-        first |= {"reference": _references, "scores": _scores, "curriculum": _curricula}
+        first |= {"reference": _references, "scores": _scores}
+        first |= {"check": _check} if recipe.score.check else {}
+        first |= {"curriculum": _curricula}
     return {**first, "policy": _policies, "evaluation": _evaluation}
 
 
@@ -430,6 +435,25 @@ def _measured(job: ScorerJob) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------
+# check: one-step beside scorers that were really trained, on some of the pairs.
+
+
+def _check(run: Run) -> Iterator[Sequence[Result]]:
+    checked = check_run(run)
+    for stage in (_pairs, _references, _scores):
+        yield from stage(checked)
+
+
+def _checked(run: Run, losses: LossTable) -> dict[str, Any] | None:
+    """What the check says of these losses of one-step; None where the recipe asks for none."""
+    if not run.recipe.score.check:
+        return None
+    checked = check_run(run)
+    trained = collect_losses([checked.folder.scores(scorer) for scorer in checked.scorer_runs])
+    return scorer_check(losses, trained)
+
+
+# ----------------------------------------------------------------------------------------------------
 # curriculum: difficulty, agreement, selection and order, for the run's own arm and for each control.
 
 
@@ -475,10 +499,10 @@ def _curricula(run: Run) -> Iterator[Sequence[Result]]:
             quarantined=read_quarantine([run.folder.reference, *folders]),
             chance_loss=chance_loss({**ORIGINAL_DEFAULTS, **run.recipe.score.trainer}),
         )
-        more = {"certificate": certificate(run), "missing_scorers": missing}
+        more = {"certificate": certificate(run), "missing_scorers": missing, "check": _checked(run, losses())}
         return replace(made, facts={**made.facts, **more})
 
-    yield _curriculum_results(run, record_digests(there), build)
+    yield _curriculum_results(run, record_digests(there) | check_inputs(run), build)
 
 
 def _imported_curricula(run: Run) -> Iterator[Sequence[Result]]:
@@ -522,7 +546,9 @@ def _curriculum_results(
             if name != SELECTED:
                 return ""
             lines = [f"curriculum: {_selected(folder, label_for(select))}"]
-            lines += filter(None, [movement_note(Curriculum.load(folder).facts.get("agreement") or {})])
+            facts = Curriculum.load(folder).facts
+            notes = [movement_note(facts.get("agreement") or {}), check_note(facts.get("check"))]
+            lines += filter(None, notes)
             return "\n  ".join(lines)
 
         return Result(name, folder / TABLE, key, make, describe)

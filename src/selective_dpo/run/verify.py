@@ -61,6 +61,7 @@ from selective_dpo.run.keys import (
     JUDGE,
     Run,
     Training,
+    check_inputs,
     curriculum_key,
     evaluation_key,
     imported_inputs,
@@ -396,6 +397,7 @@ class _Checks:
         scorers = [each for each in run.scorer_runs if each.name in used or not select.allow_partial]
         folders = [self.folder.scores(scorer) for scorer in scorers]
         inputs = {folder.name: read_manifest(folder).files[RECORDS] for folder in folders}
+        inputs |= check_inputs(run)
         config = resolved_selection(select)
         losses = collect_losses(folders, allow_partial=select.allow_partial, criteria=[config.aggregate])
         measured = difficulty(losses, config.aggregate, allow_partial=select.allow_partial)
