@@ -148,7 +148,8 @@ class StepScorer:
         self._settings = {**ORIGINAL_DEFAULTS, **recipe.score.trainer}
         self._pad_token_id = load_tokenizer(recipe.model).pad_token_id
         self._autocast_dtype = autocast_dtype(recipe.score.trainer, recipe.model)
-        self._max_tokens = 2 * recipe.data.max_length * self._settings.get("per_device_train_batch_size", 8)
+        # No more at a time than a training with this adapter holds.
+        self._max_pairs = int(self._settings.get("per_device_train_batch_size", 8))
         with whole_on_each_process():
             policy = load_policy(recipe.model)
         if weights_dtype(recipe.model, recipe.score.lora, recipe.score.trainer) == "float32":
@@ -207,8 +208,6 @@ class StepScorer:
             with torch.no_grad():
                 plan = plan_rows(self.model, self.tokens, self._pad_token_id, "auto")
                 budget = budget_for(self.model, self._config.tokens_per_batch)
-            # No more at a time than a training with this adapter holds.
-            budget = budget._replace(tokens=min(budget.tokens, self._max_tokens))
             collate = RowCollator(self.model, pad_token_id=self._pad_token_id, kind=plan.kind)
             batches = one_step.micro_batches(ids[rows].tolist(), plan.lengths_P[rows])
             self.model.train()
@@ -256,7 +255,12 @@ class StepScorer:
 
         lengths_P = plan.lengths_P[pairs]
         batches = bounded_batches(lengths_P, budget, rows_per_pair=plan.rows_per_pair)
-        run_within_memory(add, batches, lengths_P, budget, rows_per_pair=plan.rows_per_pair)
+        pieces = [
+            batch[start : start + self._max_pairs]
+            for batch in batches
+            for start in range(0, len(batch), self._max_pairs)
+        ]
+        run_within_memory(add, pieces, lengths_P, budget, rows_per_pair=plan.rows_per_pair)
         return total_W
 
     def measure(self, rows: NDArray[np.int64], what: str) -> NDArray[np.float64]:
