@@ -104,7 +104,15 @@ def test_what_was_not_measured_is_absent() -> None:
 
 def test_json_round_trip_has_the_fields_of_the_format() -> None:
     content = to_json(full_results())
-    assert list(content) == ["schema_version", "judge", "prompts", "samples", "arms", "repeats"]
+    assert list(content) == [
+        "schema_version",
+        "judge",
+        "prompts",
+        "samples",
+        "arms",
+        "repeats",
+        "judge_notes",
+    ]
     reference, arm = content["arms"]
     assert list(arm) == list(ArmResult._fields)
     assert list(arm["held_out"]) == list(PreferenceMetrics._fields)

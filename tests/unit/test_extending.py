@@ -164,7 +164,7 @@ def test_judges_without_a_method_or_unknown_are_refused(own_folder: Path) -> Non
     with pytest.raises(ConfigError, match="judge 'half' has no method fingerprint"):
         judge_for(EvaluateConfig.model_construct(judge="half"))
     with pytest.raises(
-        ConfigError, match="no judge is called 'x'; use embedded-world, constraints, reward-model, half"
+        ConfigError, match="no judge is called 'x'; use embedded-world, constraints, endpoint, local"
     ):
         judge_for(EvaluateConfig.model_construct(judge="x"))
 

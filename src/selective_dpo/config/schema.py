@@ -451,15 +451,42 @@ class GenerationConfig(Block):
     """Of the sampling."""
 
 
+class LanguageJudgeConfig(Block):
+    """A language model that compares answers: judges `endpoint` and `local-model`."""
+
+    model: PathText
+    """The server's name of the model, or a hub name or folder."""
+    base_url: str = ""
+    """Of an OpenAI-compatible server, such as `http://127.0.0.1:8000/v1`; for judge `endpoint`. The key is
+    read from the environment variable OPENAI_API_KEY."""
+    template: PathText = ""
+    """A file with the judge's prompt, with {prompt}, {answer_a} and {answer_b}; empty: this package's own."""
+    labels: tuple[str, str] = ("A", "B")
+    """What the model is to write where the first, or the second answer is better."""
+    threads: Count = 8
+    """Questions asked at a time."""
+    cache: PathText = ""
+    """A folder that keeps each verdict under a digest of the question; empty: none. The key is not in it."""
+    price: Annotated[float, Field(ge=0.0)] = 0.0
+    """Of a million tokens read, in any currency; 0: free."""
+    max_cost: Annotated[float, Field(gt=0.0)] | None = None
+    """No further questions are asked where they would cost more, in the same currency."""
+
+
 class EvaluateConfig(Block):
     """What the trained policy is measured by."""
 
     generation: GenerationConfig = GenerationConfig()
     """Sampling from the policy and the starting model."""
-    judge: Literal["none", "reward-model", "embedded-world", "constraints"] | DottedName = "none"
-    """Who compares the answers: `none`, `reward-model` (a sequence classifier), `embedded-world` or
-    `constraints` (the gold reward of the demo's worlds), or `my_module:MyJudge`, a class of your own
-    (docs/extending.md)."""
+    judge: (
+        Literal["none", "reward-model", "endpoint", "local-model", "embedded-world", "constraints"]
+        | DottedName
+    ) = "none"
+    """Who compares the answers: `none`, `reward-model` (a sequence classifier), a language model behind an
+    OpenAI-compatible `endpoint` or in this process (`local-model`), `embedded-world` or `constraints` (the
+    gold reward of the demo's worlds), or `my_module:MyJudge`, a class of your own (docs/extending.md)."""
+    language_judge: LanguageJudgeConfig | None = None
+    """The model of the judges `endpoint` and `local-model`."""
     reward_model: PathText = ""
     """Hub name or folder of the sequence classifier for judge `reward-model`."""
     controls: dict[str, SelectConfig] = {}
@@ -476,6 +503,17 @@ class EvaluateConfig(Block):
             raise ValueError(f"judge '{self.judge}' needs generation.prompts above 0")
         if (self.judge == "reward-model") != bool(self.reward_model):
             raise ValueError("judge 'reward-model' and reward_model go together")
+        options = self.language_judge
+        if (self.judge in ("endpoint", "local-model")) != (options is not None):
+            raise ValueError("judges 'endpoint' and 'local-model' go together with language_judge")
+        if options is not None:
+            if (self.judge == "endpoint") != bool(options.base_url):
+                raise ValueError("judge 'endpoint' and language_judge.base_url go together")
+            of_server = {"threads", "price", "max_cost"} & options.model_fields_set
+            if self.judge == "local-model" and of_server:
+                raise ValueError(f"language_judge.{min(of_server)} has no effect with judge 'local-model'")
+            if options.max_cost is not None and not options.price:
+                raise ValueError("language_judge.max_cost needs a price")
         return self
 
 

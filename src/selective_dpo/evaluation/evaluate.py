@@ -34,6 +34,7 @@ from selective_dpo.evaluation.generate import (
     generate_answers,
 )
 from selective_dpo.evaluation.judges import Judge, judge_for
+from selective_dpo.evaluation.language_judges import LanguageModelJudge
 from selective_dpo.evaluation.results import (
     REFERENCE,
     SELECTED,
@@ -247,6 +248,7 @@ def evaluate_arms(
         samples=config.generation.samples if asked else 0,
         arms=tuple(found[: 1 + len(arms)]),
         repeats=tuple(found[1 + len(arms) :]),
+        judge_notes=judge.notes() if tables and isinstance(judge, LanguageModelJudge) else (),
     )
     verdicts_table = pa.concat_tables([pa.schema(VERDICT_COLUMNS).empty_table(), *tables.values()])
     generations = generations_table(asked, answers_by_arm)

@@ -276,4 +276,13 @@ class RewardModelJudge(RewardJudge):
 
 JUDGES["embedded-world"] = lambda config: WorldJudge("embedded-world", "tasks")
 JUDGES["constraints"] = lambda config: WorldJudge("constraints", "constraints")
+
+
+def _language_judge(config: EvaluateConfig) -> Judge:
+    from selective_dpo.evaluation.language_judges import language_judge
+
+    return language_judge(config)
+
+
+JUDGES["endpoint"] = JUDGES["local-model"] = _language_judge
 JUDGES["reward-model"] = lambda config: RewardModelJudge(config.reward_model)

@@ -88,6 +88,8 @@ class EvaluationResults(NamedTuple):
     arms: tuple[ArmResult, ...]
     repeats: tuple[ArmResult, ...] = ()
     """Further trainings of the arm `selected`, each with a seed of its own."""
+    judge_notes: tuple[str, ...] = ()
+    """What the judge tells of itself: unparsed questions, preference for a place."""
 
     @property
     def policies(self) -> tuple[ArmResult, ...]:
@@ -168,7 +170,8 @@ def from_json(content: Mapping[str, Any]) -> EvaluationResults:
     try:
         arms = tuple(_arm_from_json(arm) for arm in fields.pop("arms"))
         repeats = tuple(_arm_from_json(arm) for arm in fields.pop("repeats", ()))
-        return EvaluationResults(arms=arms, repeats=repeats, **fields)
+        notes = tuple(fields.pop("judge_notes", ()))
+        return EvaluationResults(arms=arms, repeats=repeats, judge_notes=notes, **fields)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ArtifactError(f"results.json is not in the format of this version: {error}") from error
 

@@ -282,7 +282,11 @@ def headline(content: ReportContent) -> list[str]:
     if content.results is None:
         nothing = "No evaluation is part of this run, so nothing is said about what training on them gives."
         return [*sentences, nothing]
-    return sentences + _evaluation_sentences(content.results) + displacement_notes(content.results)
+    return (
+        sentences
+        + _evaluation_sentences(content.results)
+        + [*content.results.judge_notes, *displacement_notes(content.results)]
+    )
 
 
 def _strongest_correlate(content: ReportContent) -> list[str]:

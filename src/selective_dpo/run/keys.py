@@ -427,6 +427,7 @@ _NAMED_BY_CONTENT: Any = {
     "controls": True,
     "training_seeds": True,
     "reward_model": True,
+    "language_judge": True,
     "generation": {"source"},
 }
 """Keys of `evaluate` for which something else stands in the evaluation's key: policies, judge, prompts."""

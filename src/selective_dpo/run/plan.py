@@ -215,6 +215,14 @@ def _not_counted(recipe: Recipe, jobs: Sequence[Job], *, is_timed: bool) -> Iter
         yield "train: the evaluations of eval_strategy, which are not counted"
     if recipe.evaluate.generation.prompts:
         yield "time of the answers: sampling waits for memory more than for multiplications"
+    if options := recipe.evaluate.language_judge:
+        generation = recipe.evaluate.generation
+        policies = 1 + len(recipe.evaluate.controls) + len(recipe.evaluate.training_seeds)
+        # Both orders of each sample against each of the starting model's; its own against each other are fewer.
+        questions = 2 * generation.prompts * generation.samples**2 * (policies + 1)
+        tokens = questions * (recipe.data.max_prompt_length + 2 * generation.max_new_tokens + 100)
+        price = f", at most {tokens * options.price / 1e6:,.2f}" if options.price else ""
+        yield f"cost of the judge {options.model}: up to {questions:,} questions{price}"
     if recipe.evaluate.judge == "reward-model":
         yield f"cost of the judge {recipe.evaluate.reward_model}"
 

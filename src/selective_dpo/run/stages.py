@@ -631,7 +631,7 @@ def _evaluated(run: Run) -> str:
     results = from_json(read_json(run.folder.evaluation / "results.json"))
     lines = [f"evaluation: {len(trainings(run))} arm(s), {results.prompts:,} prompts answered"]
     lines += [seeds_note(results)] if results.repeats else []
-    return "\n  ".join(lines + displacement_notes(results))
+    return "\n  ".join([*lines, *results.judge_notes, *displacement_notes(results)])
 
 
 def _require_spread(run: Run) -> None:
