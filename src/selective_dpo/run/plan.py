@@ -218,7 +218,7 @@ def _not_counted(recipe: Recipe, jobs: Sequence[Job], *, is_timed: bool) -> Iter
     if options := recipe.evaluate.language_judge:
         generation = recipe.evaluate.generation
         policies = 1 + len(recipe.evaluate.controls) + len(recipe.evaluate.training_seeds)
-        # Both orders of each sample against each of the starting model's; its own against each other are fewer.
+        # Both orders of each sample against each of the starting model's samples.
         questions = 2 * generation.prompts * generation.samples**2 * (policies + 1)
         tokens = questions * (recipe.data.max_prompt_length + 2 * generation.max_new_tokens + 100)
         price = f", at most {tokens * options.price / 1e6:,.2f}" if options.price else ""
