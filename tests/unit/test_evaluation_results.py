@@ -68,8 +68,17 @@ def test_length_control_is_told_by_arm_and_left_out_where_it_cannot_be() -> None
     verdicts = {"all": Verdicts(ids, wins), "reference": Verdicts(ids, [0.5] * 40)}
     found = length_controlled(verdicts, {"reference": reference, "all": arm})
     assert list(found) == ["all"]
-    assert found["all"].value == pytest.approx(0.75, abs=1e-6)
-    assert found["all"].low < 0.75 < found["all"].high
+    rate = found["all"]["length_controlled"]
+    assert rate is not None
+    assert rate.value == pytest.approx(0.75, abs=1e-6)
+    assert rate.low < 0.75 < rate.high
+    assert found["all"]["length_controlled_difference"] is None  # there is no arm `selected`
+    # The arm `selected` wins one half at the same lengths: 1/2 - 3/4.
+    both = {**verdicts, "selected": Verdicts(ids, [1.0, 0.0] * 20)}
+    answers = {"reference": reference, "all": arm, "selected": arm}
+    difference = length_controlled(both, answers)["all"]["length_controlled_difference"]
+    assert difference is not None
+    assert difference.value == pytest.approx(-0.25, abs=1e-6)
     assert length_controlled(verdicts, {"reference": reference, "all": reference}) == {}  # of one length
     few = {name: Verdicts(ids[:19], each.scores_N[:19]) for name, each in verdicts.items()}  # type: ignore[index]
     assert length_controlled(few, {"reference": reference, "all": arm}) == {}

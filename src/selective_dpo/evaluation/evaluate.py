@@ -241,7 +241,7 @@ def evaluate_arms(
         for arm in everyone
     ]
     controlled = length_controlled(verdicts, answers_by_arm)
-    found = [arm._replace(length_controlled=controlled.get(arm.name)) for arm in found]
+    found = [arm._replace(**controlled.get(arm.name, {})) for arm in found]
     results = EvaluationResults(
         judge="none" if judge is None else judge.name,
         prompts=len(asked),
@@ -345,9 +345,13 @@ def arm_result(
 
 def length_controlled(
     verdicts: Mapping[str, Verdicts], answers_by_arm: Mapping[str, Answers]
-) -> dict[str, Estimate]:
-    """Win rates of the arms at the starting model's length, by name; none where they cannot be estimated."""
-    scores = {name: prompt_scores(each) for name, each in verdicts.items() if name != REFERENCE}
+) -> dict[str, dict[str, Estimate | None]]:
+    """Win rates of the arms at the starting model's length, by name, as fields of `ArmResult`.
+
+    None where they cannot be estimated: of few prompts, or answers of one length.
+    """
+    names = sorted((name for name in verdicts if name != REFERENCE), key=lambda name: name != SELECTED)
+    scores = {name: prompt_scores(verdicts[name]) for name in names}
     if not scores:
         return {}
 
@@ -364,7 +368,14 @@ def length_controlled(
     if len(prompt_ids) < MIN_PROMPTS or np.std(deltas_AN) == 0.0:
         return {}
     fits = joint_lc([score_N for _, score_N in scores.values()], deltas_AN)
-    return {name: fit.win_rate for name, fit in zip(scores, fits, strict=True)}
+    with_difference = SELECTED in scores
+    return {
+        name: {
+            "length_controlled": fit.win_rate,
+            "length_controlled_difference": fit.first_minus if with_difference else None,
+        }
+        for name, fit in zip(scores, fits, strict=True)
+    }
 
 
 def held_out_metrics(
