@@ -16,6 +16,7 @@ from selective_dpo.evaluation.evaluate import (
     VERDICT_COLUMNS,
     Evaluation,
     arm_result,
+    at_equal_length,
     generations_table,
     length_controlled,
     model_outputs,
@@ -68,15 +69,16 @@ def test_length_control_is_told_by_arm_and_left_out_where_it_cannot_be() -> None
     verdicts = {"all": Verdicts(ids, wins), "reference": Verdicts(ids, [0.5] * 40)}
     found = length_controlled(verdicts, {"reference": reference, "all": arm})
     assert list(found) == ["all"]
-    rate = found["all"]["length_controlled"]
-    assert rate is not None
+    rate = found["all"].win_rate
     assert rate.value == pytest.approx(0.75, abs=1e-6)
     assert rate.low < 0.75 < rate.high
-    assert found["all"]["length_controlled_difference"] is None  # there is no arm `selected`
+    alone = at_equal_length(full_results().arms[1], found)  # there is no arm `selected`
+    assert (alone.length_controlled, alone.length_controlled_difference) == (rate, None)
     # The arm `selected` wins one half at the same lengths: 1/2 - 3/4.
     both = {**verdicts, "selected": Verdicts(ids, [1.0, 0.0] * 20)}
     answers = {"reference": reference, "all": arm, "selected": arm}
-    difference = length_controlled(both, answers)["all"]["length_controlled_difference"]
+    beside = at_equal_length(full_results().arms[1], length_controlled(both, answers))
+    difference = beside.length_controlled_difference
     assert difference is not None
     assert difference.value == pytest.approx(-0.25, abs=1e-6)
     assert length_controlled(verdicts, {"reference": reference, "all": reference}) == {}  # of one length

@@ -44,6 +44,7 @@ from selective_dpo.evaluation.evaluate import (
     RESULTS,
     VERDICTS,
     arm_result,
+    at_equal_length,
     check_arm_names,
     length_controlled,
     policy_names,
@@ -464,7 +465,7 @@ class _Checks:
             keys = [*keys, "opponent_sample"]
             check.same_ids(f"evaluation/{VERDICTS}", _names(verdicts, keys), _joined(compared), "verdicts")
             controlled = length_controlled(
-                {name: found for name in arms if (found := _verdicts_on(name, verdicts))},
+                {name: judged for name in arms if (judged := _verdicts_on(name, verdicts))},
                 {name: _answers_of(name, answers) for name in arms},
             )
             for result in results.policies:
@@ -472,7 +473,7 @@ class _Checks:
                 numbers = ["pairs", "updates", "win_rate", "difference", "answer_tokens"]
                 if result.answer_characters is not None:  # results of older versions have no such numbers
                     numbers += ["answer_characters", "length_controlled", "length_controlled_difference"]
-                    again = again._replace(**controlled.get(result.name, {}))
+                    again = at_equal_length(again, controlled)
                 for what in numbers:
                     found, wanted = (_rounded(getattr(each, what)) for each in (result, again))
                     check.equal(place, f"{what} of {result.name}", found, wanted)

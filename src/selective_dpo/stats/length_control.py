@@ -112,7 +112,8 @@ def alpaca_eval_lc(
         return np.array([np.average(expit(of_difficulty * d_N + quality), weights=weights_N)])
 
     (rate,) = estimates(cluster_bootstrap(statistic, np.arange(len(y_N)), replicates=replicates))
-    return LengthControlled(rate, *(float(whole_K[at]) for at in (0, 2, 1)))
+    slope, of_difficulty, quality = map(float, whole_K)
+    return LengthControlled(rate, slope, quality, of_difficulty)
 
 
 def joint_lc(
