@@ -133,6 +133,8 @@ def read_judgments(
         verdicts[key] = verdict
     unusable = sum(verdict is None for verdict in verdicts.values())
     usable = {key: verdict for key, verdict in verdicts.items() if verdict is not None}
+    if not usable:
+        raise DataError(f"no verdict in {name_some([str(path) for path in files])}: nothing is left to show")
     judged = list(dict.fromkeys(key[1] for key in usable))
     chosen = list(models) or sorted(judged, key=lambda model: not model.endswith("-selected"))
     if unknown := [model for model in chosen if model not in judged]:
@@ -248,7 +250,7 @@ def _mt_bench_row(row: Mapping[str, Any]) -> tuple[_Key, _Verdict | None]:
     question, turn = str(row["question_id"]), str(int(row["turn"]))
     key = ("", str(row["model"]), question, turn)
     grade = float(row["score"])
-    return key, None if grade == -1 else _Verdict(question, (grade,), row)
+    return key, None if grade == -1 or np.isnan(grade) else _Verdict(question, (grade,), row)
 
 
 # Scores.

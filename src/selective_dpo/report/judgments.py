@@ -6,6 +6,7 @@ from selective_dpo.evaluation.judgments import Judgments
 from selective_dpo.report.tables import (
     number_with_interval,
     points_with_interval,
+    printable,
     share_with_interval,
     text_table,
 )
@@ -41,4 +42,4 @@ def judgments_text(found: Judgments) -> str:
     against = f", against {found.baseline}" if found.baseline else ""
     notes = [f"{found.benchmark}, judged by {found.judge or 'an unnamed judge'}{against}"]
     notes += [f"controlled for {found.controlled_by}"] if found.controlled_by else []
-    return "\n".join([table, "", *notes, *found.notes, "The intervals are over questions."])
+    return "\n".join([table, "", *map(printable, notes), *found.notes, "The intervals are over questions."])
