@@ -499,7 +499,7 @@ def _compare(options: argparse.Namespace, overrides: Overrides) -> None:
         write_comparison(found, Path(options.page))
 
 
-# --- read-judgments -----------------------------------------------------------------------------------------
+# --- read-judgments, table ----------------------------------------------------------------------------------
 
 
 def _judgments_options(parser: argparse.ArgumentParser) -> None:
@@ -530,6 +530,22 @@ def _judgments(options: argparse.Namespace, overrides: Overrides) -> None:
     given = {name: getattr(options, name) for name in names}
     found = read_judgments(options.benchmark, options.judgments, **given)
     _show(judgments_text(found), found.as_json(), options.json)
+
+
+def _table_options(parser: argparse.ArgumentParser) -> None:
+    from selective_dpo.report.results_table import FORMATS
+
+    parser.add_argument("runs", type=path, nargs="+", metavar="RUN", help="folders of evaluated runs")
+    meaning = "what `read-judgments --json` wrote"
+    parser.add_argument("--judgments", type=path, nargs="+", default=[], metavar="FILE", help=meaning)
+    parser.add_argument("--format", choices=FORMATS, default=FORMATS[0])
+
+
+def _table(options: argparse.Namespace, overrides: Overrides) -> None:
+    from selective_dpo.report.results_table import results_table
+
+    found = results_table([Path(run) for run in options.runs], [Path(each) for each in options.judgments])
+    print(found.text(options.format))
 
 
 # --- the table ----------------------------------------------------------------------------------------------
@@ -581,6 +597,7 @@ VERBS = {
         _judgments_options,
         _judgments,
     ),
+    "table": Verb("results of several runs for a paper, as Markdown or LaTeX", _table_options, _table),
     "verify": Verb(
         "re-check every digest of a run, and every id from input to policy", _verify_options, _verify
     ),

@@ -205,6 +205,11 @@ def _messages(question: Question, answers: Sequence[str]) -> list[dict[str, Any]
     return messages
 
 
+def model_name(run: str, arm: str) -> str:
+    """What a benchmark calls an arm of a run: answers of several runs come together in one folder."""
+    return f"{run}-{arm}"
+
+
 def write_answers(
     folder: Path,
     name: BenchmarkName,

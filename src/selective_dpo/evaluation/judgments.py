@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from selective_dpo.config.schema import BenchmarkName
 from selective_dpo.data.readers import Malformed, read_file
-from selective_dpo.errors import ConfigError, DataError, name_some
-from selective_dpo.evaluation.benchmarks import read_questions
+from selective_dpo.errors import ArtifactError, ConfigError, DataError, name_some
+from selective_dpo.evaluation.benchmarks import BENCHMARKS, read_questions
+from selective_dpo.evaluation.results import estimate_from_json
 from selective_dpo.identity import require_unique
 from selective_dpo.stats.estimates import Estimate, clustered_mean, clustered_share
 from selective_dpo.stats.length_control import MIN_PROMPTS, ExtraRows, alpaca_eval_lc, joint_lc
@@ -74,6 +75,31 @@ class Judgments(NamedTuple):
             for score in self.scores
         ]
         return {**self._asdict(), "scores": scores}
+
+
+def judgments_from_json(content: Mapping[str, Any]) -> Judgments:
+    """The inverse of `Judgments.as_json`.
+
+    Raises:
+        ArtifactError: it is not of this format.
+    """
+    try:
+        scores = tuple(
+            Score(**{name: _value_from_json(value) for name, value in score.items()})
+            for score in content["scores"]
+        )
+        found = Judgments(**{**content, "scores": scores, "notes": tuple(content["notes"])})
+        if found.benchmark not in BENCHMARKS or not all(isinstance(each.score, Estimate) for each in scores):
+            raise ValueError("no benchmark or no score")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ArtifactError(f"not what `read-judgments --json` writes: {error}") from error
+    return found
+
+
+def _value_from_json(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(map(_value_from_json, value))
+    return estimate_from_json(value) if isinstance(value, dict) else value
 
 
 class _Verdict(NamedTuple):

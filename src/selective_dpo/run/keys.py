@@ -45,7 +45,7 @@ from selective_dpo.difficulty.scorer import RECORDS, ScorerJob
 from selective_dpo.difficulty.step_scorers import GradientJob, OneStepJob
 from selective_dpo.distributed.processes import this_process
 from selective_dpo.errors import ArtifactError, RunChangedError, name_some
-from selective_dpo.evaluation.benchmarks import question_file
+from selective_dpo.evaluation.benchmarks import model_name, question_file
 from selective_dpo.evaluation.generate import Prompt
 from selective_dpo.evaluation.judges import judge_for
 from selective_dpo.evaluation.results import SELECTED, repeat_name
@@ -461,17 +461,12 @@ def benchmark_key(run: Run, name: BenchmarkName, arm: str) -> str:
         questions=file_digest(question_file(name, benchmark.source)),
         settings=benchmark.model_dump(mode="json", exclude={"source"}),
         generation=recipe.evaluate.generation.model_dump(mode="json", include={"batch_size", "seed"}),
-        called=benchmark_model(recipe, arm),
+        called=model_name(recipe.name, arm),
         weights=run.model_digest,
         policy=weight_digests(read_manifest(policy.policy).files) if policy else {},
         tokens=read_manifest(run.folder.pairs).files[TOKENS],  # they tell of tokenizer and template
         empty_system_message=recipe.data.empty_system_message,
     )
-
-
-def benchmark_model(recipe: Recipe, arm: str) -> str:
-    """What a benchmark calls an arm: answers of several runs come together in one folder."""
-    return f"{recipe.name}-{arm}"
 
 
 def weight_digests(files: Mapping[str, str]) -> dict[str, str]:

@@ -52,6 +52,7 @@ from selective_dpo.distributed.workers import run_in_workers
 from selective_dpo.errors import ConfigError, RecordsError, name_some
 from selective_dpo.evaluation.benchmarks import (
     answer_questions,
+    model_name,
     question_file,
     read_questions,
     write_answers,
@@ -83,7 +84,6 @@ from selective_dpo.run.certified import certificate, scorers_until_stable
 from selective_dpo.run.keys import (
     Run,
     benchmark_key,
-    benchmark_model,
     check_inputs,
     check_run,
     curriculum_key,
@@ -639,7 +639,7 @@ def _evaluation(run: Run) -> Iterator[Sequence[Result]]:
 def _benchmark(run: Run, name: BenchmarkName, arm: str) -> Result:
     """One arm's answers to a benchmark's questions: each arm's are kept as soon as they are there."""
     benchmark, folder = run.recipe.evaluate.benchmarks[name], run.folder.benchmark(name, arm)
-    model, key = benchmark_model(run.recipe, arm), benchmark_key(run, name, arm)
+    model, key = model_name(run.recipe.name, arm), benchmark_key(run, name, arm)
 
     def make() -> None:
         questions = read_questions(name, question_file(name, benchmark.source))
