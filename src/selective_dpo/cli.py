@@ -533,12 +533,10 @@ def _judgments(options: argparse.Namespace, overrides: Overrides) -> None:
 
 
 def _table_options(parser: argparse.ArgumentParser) -> None:
-    from selective_dpo.report.results_table import FORMATS
-
     parser.add_argument("runs", type=path, nargs="+", metavar="RUN", help="folders of evaluated runs")
     meaning = "what `read-judgments --json` wrote"
     parser.add_argument("--judgments", type=path, nargs="+", default=[], metavar="FILE", help=meaning)
-    parser.add_argument("--format", choices=FORMATS, default=FORMATS[0])
+    parser.add_argument("--format", choices=("markdown", "latex"), default="markdown")
 
 
 def _table(options: argparse.Namespace, overrides: Overrides) -> None:

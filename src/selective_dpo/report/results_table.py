@@ -14,8 +14,6 @@ from selective_dpo.evaluation.results import ArmResult, from_json
 from selective_dpo.report.tables import number_with_interval, printable, share_with_interval
 from selective_dpo.storage.artifacts import read_json
 
-FORMATS = ("markdown", "latex")
-
 TITLES = {"alpaca-eval": "AlpacaEval 2", "arena-hard": "Arena-Hard", "mt-bench": "MT-Bench"}
 _CONTROLLED = {"alpaca-eval": "AlpacaEval 2 (LC)", "arena-hard": "Arena-Hard (style control)"}
 
@@ -61,8 +59,10 @@ def results_table(runs: Sequence[Path], judgments: Sequence[Path] = ()) -> Resul
         name = str(read_json(folder / "config.json").get("name"))
         if any(name == run for run, *_ in rows):
             raise ArtifactError(f"two runs are called {name}: their models could not be told apart")
-        for arm in from_json(read_json(folder / "evaluation" / "results.json")).policies:
-            rows.append((name, arm.label, _numbers(arm) | of_model.pop(model_name(name, arm.name), {})))
+        arms = from_json(read_json(folder / "evaluation" / "results.json")).policies
+        rows += [
+            (name, arm.label, _numbers(arm) | of_model.pop(model_name(name, arm.name), {})) for arm in arms
+        ]
     rows += [(model, "", numbers) for model, numbers in of_model.items()]
     names = list(dict.fromkeys(name for *_, numbers in rows for name in numbers))
     columns = [name for name in names if any(numbers.get(name) for *_, numbers in rows)]
