@@ -16,6 +16,7 @@ from selective_dpo.evaluation.evaluate import (
     VERDICT_COLUMNS,
     Evaluation,
     arm_result,
+    at_equal_length,
     generations_table,
     length_controlled,
     model_outputs,
@@ -68,8 +69,18 @@ def test_length_control_is_told_by_arm_and_left_out_where_it_cannot_be() -> None
     verdicts = {"all": Verdicts(ids, wins), "reference": Verdicts(ids, [0.5] * 40)}
     found = length_controlled(verdicts, {"reference": reference, "all": arm})
     assert list(found) == ["all"]
-    assert found["all"].value == pytest.approx(0.75, abs=1e-6)
-    assert found["all"].low < 0.75 < found["all"].high
+    rate = found["all"].win_rate
+    assert rate.value == pytest.approx(0.75, abs=1e-6)
+    assert rate.low < 0.75 < rate.high
+    alone = at_equal_length(full_results().arms[1], found)  # there is no arm `selected`
+    assert (alone.length_controlled, alone.length_controlled_difference) == (rate, None)
+    # The arm `selected` wins one half at the same lengths: 1/2 - 3/4.
+    both = {**verdicts, "selected": Verdicts(ids, [1.0, 0.0] * 20)}
+    answers = {"reference": reference, "all": arm, "selected": arm}
+    beside = at_equal_length(full_results().arms[1], length_controlled(both, answers))
+    difference = beside.length_controlled_difference
+    assert difference is not None
+    assert difference.value == pytest.approx(-0.25, abs=1e-6)
     assert length_controlled(verdicts, {"reference": reference, "all": reference}) == {}  # of one length
     few = {name: Verdicts(ids[:19], each.scores_N[:19]) for name, each in verdicts.items()}  # type: ignore[index]
     assert length_controlled(few, {"reference": reference, "all": arm}) == {}

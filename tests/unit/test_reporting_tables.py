@@ -86,6 +86,25 @@ def test_the_arms_table_is_aligned_and_has_intervals() -> None:
     assert len({line.index("±") for line in lines}) == 1
 
 
+def test_win_rates_stand_beside_those_at_equal_length_and_the_lengths() -> None:
+    controlled = {
+        "length_controlled": estimate(0.521, 0.03),
+        "answer_characters": estimate(812.0, 20.0),
+        "length_controlled_difference": estimate(0.037, 0.02),
+    }
+    parsed = from_json(
+        results(
+            {**arm("reference", 0.5, 0.1), "answer_characters": estimate(640.0, 15.0)},
+            {**arm("all", 0.6, -0.042), **controlled},
+        )
+    )
+    header, _, reference, line, *_ = arms_table(parsed).splitlines()
+    assert header.endswith("at equal length    characters")
+    assert line.endswith("60.0% ± 1.4         -4.2 ± 2.0      52.1% ± 3.0  812.0 ± 20.0")
+    assert reference.endswith("640.0 ± 15.0")
+    assert parsed.arms[1].length_controlled_difference == Estimate(**estimate(0.037, 0.02))
+
+
 def test_without_win_rates_the_arms_table_shows_held_out_accuracy() -> None:
     # Margins above 0 in 3 of 4 pairs.
     metrics = preference_metrics([0.5, 0.6, 0.6, 0.8], [0.3, 0.1, 0.2, -0.2], ["a", "b", "c", "d"])

@@ -13,7 +13,7 @@ from scipy.special import expit
 from scipy.stats import spearmanr
 
 from selective_dpo.stats import length_control
-from selective_dpo.stats.length_control import alpaca_eval_lc, joint_lc
+from selective_dpo.stats.length_control import ExtraRows, alpaca_eval_lc, joint_lc
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 GENERATOR = np.random.default_rng(0)
@@ -32,6 +32,35 @@ def test_a_model_without_noise_is_found(monkeypatch: pytest.MonkeyPatch) -> None
     assert (found.quality, found.slope, found.difficulty) == pytest.approx((0.4, -1.5, 0.8), abs=1e-6)
     assert found.win_rate.value == pytest.approx(expit(0.4 + 0.8 * DIFFICULTIES_N).mean(), abs=1e-6)
     assert found.win_rate.low < found.win_rate.value < found.win_rate.high
+
+
+def test_the_rows_beside_a_model_are_those_that_are_given() -> None:
+    # They follow the same slope and difficulty, without a quality: the likelihood stays largest at the truth.
+    tanh_N = np.tanh(DELTAS_N / DELTAS_N.std())
+    extra = ExtraRows(DELTAS_N / DELTAS_N.std(), DIFFICULTIES_N, expit(-1.5 * tanh_N + 0.8 * DIFFICULTIES_N))
+    preferences_N = expit(0.4 - 1.5 * tanh_N + 0.8 * DIFFICULTIES_N)
+    found = alpaca_eval_lc(preferences_N, DELTAS_N, DIFFICULTIES_N, extra=extra, replicates=2)
+    assert (found.quality, found.slope, found.difficulty) == pytest.approx((0.4, -1.5, 0.8), abs=1e-6)
+    steeper = extra._replace(preferences_M=expit(-3.0 * tanh_N + 0.8 * DIFFICULTIES_N))
+    # Their weight is a tenth of a row's, so the slope moves towards theirs by less than half of the way.
+    moved = alpaca_eval_lc(preferences_N, DELTAS_N, DIFFICULTIES_N, extra=steeper, replicates=2)
+    assert -2.25 < moved.slope < -1.5
+
+
+def test_a_prompt_that_an_arm_was_not_judged_on_does_not_count_for_it() -> None:
+    # Without noise the truth is found from what is left; the first arm's rate is over its own prompts.
+    qualities_A = np.array([0.5, -0.5])
+    deltas_AN = np.stack([DELTAS_N, DELTAS_N[::-1] / 2])
+    preferences_AN = expit(qualities_A[:, None] - 2.0 * np.tanh(deltas_AN / deltas_AN[:, 20:].std()))
+    preferences_AN[:, :20] = np.nan
+    first, second = joint_lc(preferences_AN, deltas_AN, replicates=20)
+    assert first.win_rate.value == pytest.approx(expit(0.5), abs=1e-6)
+    assert first.first_minus is None
+    assert second.first_minus is not None
+    assert second.first_minus.value == pytest.approx(expit(0.5) - expit(-0.5), abs=1e-6)
+    preferences_AN[1, 20:190] = np.nan
+    with pytest.raises(ValueError, match="10 prompts of an arm are too few"):
+        joint_lc(preferences_AN, deltas_AN)
 
 
 def test_arms_that_win_by_length_alone_have_one_half() -> None:
@@ -128,8 +157,12 @@ def test_length_control_with_difficulties_is_near_the_published(alpaca: _Publish
 
 
 def test_length_control_without_difficulties_is_near_the_published(alpaca: _Published) -> None:
-    models = [model for model in alpaca.models if len(alpaca.rows[model]) == len(alpaca.difficulty_N)]
-    rows = [alpaca.rows[model][np.argsort(alpaca.rows[model][:, 0])] for model in models]
-    found = joint_lc([row[:, 1] for row in rows], [row[:, 2] for row in rows], replicates=2)
-    published = np.array([float(alpaca.published[model]["length_controlled_winrate"]) for model in models])
-    assert np.abs(np.array([100 * each.win_rate.value for each in found]) - published).mean() < 0.7
+    values_AN = np.full((2, len(alpaca.models), len(alpaca.difficulty_N)), np.nan)
+    for arm, model in enumerate(alpaca.models):
+        place_N, preferences_N, deltas_N = alpaca.rows[model].T
+        values_AN[:, arm, place_N.astype(int)] = preferences_N, deltas_N
+    found = np.array([100 * each.win_rate.value for each in joint_lc(*values_AN, replicates=2)])
+    is_whole = np.array([len(alpaca.rows[model]) == len(alpaca.difficulty_N) for model in alpaca.models])
+    errors = np.abs(found - alpaca.of("length_controlled_winrate"))
+    assert errors.mean() < 1.0
+    assert errors[is_whole].mean() < 0.7  # the others' published figures are of shifted difficulties

@@ -47,8 +47,8 @@ from selective_dpo.evaluation.results import (
 )
 from selective_dpo.identity import canonical_text, positions_of, require_same
 from selective_dpo.losses import is_pairwise, pair_losses
-from selective_dpo.stats.estimates import Estimate, clustered_mean
-from selective_dpo.stats.length_control import MIN_PROMPTS, joint_lc
+from selective_dpo.stats.estimates import clustered_mean
+from selective_dpo.stats.length_control import MIN_PROMPTS, LengthControlled, joint_lc
 from selective_dpo.stats.win_rates import (
     Pairing,
     Verdicts,
@@ -241,7 +241,7 @@ def evaluate_arms(
         for arm in everyone
     ]
     controlled = length_controlled(verdicts, answers_by_arm)
-    found = [arm._replace(length_controlled=controlled.get(arm.name)) for arm in found]
+    found = [at_equal_length(arm, controlled) for arm in found]
     results = EvaluationResults(
         judge="none" if judge is None else judge.name,
         prompts=len(asked),
@@ -345,9 +345,13 @@ def arm_result(
 
 def length_controlled(
     verdicts: Mapping[str, Verdicts], answers_by_arm: Mapping[str, Answers]
-) -> dict[str, Estimate]:
-    """Win rates of the arms at the starting model's length, by name; none where they cannot be estimated."""
-    scores = {name: prompt_scores(each) for name, each in verdicts.items() if name != REFERENCE}
+) -> dict[str, LengthControlled]:
+    """Win rates of the arms at the starting model's length, by name, the arm `selected` first.
+
+    None where they cannot be estimated: of few prompts, or answers of one length.
+    """
+    names = sorted((name for name in verdicts if name != REFERENCE), key=lambda name: name != SELECTED)
+    scores = {name: prompt_scores(verdicts[name]) for name in names}
     if not scores:
         return {}
 
@@ -364,7 +368,16 @@ def length_controlled(
     if len(prompt_ids) < MIN_PROMPTS or np.std(deltas_AN) == 0.0:
         return {}
     fits = joint_lc([score_N for _, score_N in scores.values()], deltas_AN)
-    return {name: fit.win_rate for name, fit in zip(scores, fits, strict=True)}
+    return dict(zip(scores, fits, strict=True))
+
+
+def at_equal_length(arm: ArmResult, controlled: Mapping[str, LengthControlled]) -> ArmResult:
+    """The arm with its numbers of `length_controlled`, if it has any."""
+    if arm.name not in controlled:
+        return arm
+    fit = controlled[arm.name]
+    difference = fit.first_minus if SELECTED in controlled else None
+    return arm._replace(length_controlled=fit.win_rate, length_controlled_difference=difference)
 
 
 def held_out_metrics(

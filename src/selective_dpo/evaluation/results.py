@@ -75,6 +75,8 @@ class ArmResult(NamedTuple):
     None where too few prompts were judged, or all answers are of one length."""
     answer_characters: Estimate | None = None
     """Mean length of its answers in characters, which length control goes by."""
+    length_controlled_difference: Estimate | None = None
+    """Length-controlled win rate of the arm `selected` minus this one's."""
 
 
 class EvaluationResults(NamedTuple):
@@ -181,6 +183,16 @@ def estimate_from_json(content: Mapping[str, float | None]) -> Estimate:
     return Estimate(**{name: math.nan if value is None else value for name, value in content.items()})
 
 
+_ESTIMATES = (
+    "win_rate",
+    "difference",
+    "answer_tokens",
+    "length_controlled",
+    "answer_characters",
+    "length_controlled_difference",
+)
+
+
 def _arm_from_json(content: Mapping[str, Any]) -> ArmResult:
     fields = dict(content)
     held_out = fields["held_out"]
@@ -188,7 +200,7 @@ def _arm_from_json(content: Mapping[str, Any]) -> ArmResult:
         names = ("loss", "accuracy", "margin", "chosen_change", "rejected_change")
         estimates = {name: estimate_from_json(held_out[name]) for name in names if held_out.get(name)}
         fields["held_out"] = PreferenceMetrics(**{**held_out, **estimates})
-    for name in ("win_rate", "difference", "answer_tokens", "length_controlled", "answer_characters"):
+    for name in _ESTIMATES:
         fields[name] = None if fields.get(name) is None else estimate_from_json(fields[name])
     return ArmResult(**fields)
 

@@ -149,10 +149,11 @@ def _arms_table(results: EvaluationResults) -> Table:
             "Pairs": "" if arm.name == REFERENCE else f"{arm.pairs:,}",
             "Updates": "" if arm.name == REFERENCE else f"{arm.updates:,}",
             "Win rate": share_with_interval(arm.win_rate),
-            "At equal length": share_with_interval(arm.length_controlled),
             "Selected minus it (points)": ""
             if arm.name == SELECTED
             else points_with_interval(arm.difference),
+            "Win rate at equal length": share_with_interval(arm.length_controlled),
+            "Selected minus it at equal length": points_with_interval(arm.length_controlled_difference),
             "Held-out accuracy": share_with_interval(arm.held_out.accuracy if arm.held_out else None),
             "Held-out loss": number_with_interval(arm.held_out.loss if arm.held_out else None, 3),
             "Chosen log-prob change": number_with_interval(
@@ -162,7 +163,7 @@ def _arms_table(results: EvaluationResults) -> Table:
                 arm.held_out.rejected_change if arm.held_out else None, 1
             ),
             "Answer tokens": number_with_interval(arm.answer_tokens, 1),
-            "Answer characters": number_with_interval(arm.answer_characters, 0),
+            "Answer characters": number_with_interval(arm.answer_characters, 1),
         }
         for arm in results.arms
     ]

@@ -78,23 +78,26 @@ def arms_table(results: EvaluationResults) -> str:
     """Each arm: what it was trained on, its win rate or held-out accuracy, its difference to the run's own.
 
     The difference is that of the run's own policy minus the arm, paired by prompt, in percentage points.
+    Where answers differ in length, the win rate at equal length and the mean length follow.
     """
     measure = main_measure(results)
     with_difference = any(arm.difference for arm in results.arms if arm.name != SELECTED)
     header = ["arm", "selection", "pairs", "updates"]
     header += [f"{measure.name} (95%)"] if measure else []
     at_equal_length = any(arm.length_controlled for arm in results.arms)
-    header += ["at equal length"] if at_equal_length else []
     header += ["selected minus it"] if with_difference else []
+    header += ["at equal length", "characters"] if at_equal_length else []
     rows = []
     for arm in results.arms:
         trained = [""] * 2 if arm.name == REFERENCE else [f"{arm.pairs:,}", f"{arm.updates:,}"]
         row = [arm.name, arm.label, *trained]
         row += [share_with_interval(measure.values.get(arm.name))] if measure else []
-        row += [share_with_interval(arm.length_controlled)] if at_equal_length else []
         row += (
             ["" if arm.name == SELECTED else points_with_interval(arm.difference)] if with_difference else []
         )
+        if at_equal_length:
+            row += [share_with_interval(arm.length_controlled)]
+            row += [number_with_interval(arm.answer_characters, 1)]
         rows.append(row)
     note = [] if measure is None else ["", seeds_note(results)]
     return "\n".join([text_table(header, rows, left=2), *note])

@@ -44,7 +44,9 @@ from selective_dpo.evaluation.evaluate import (
     RESULTS,
     VERDICTS,
     arm_result,
+    at_equal_length,
     check_arm_names,
+    length_controlled,
     policy_names,
 )
 from selective_dpo.evaluation.generate import Answer, choose_prompts
@@ -462,17 +464,22 @@ class _Checks:
                 compared += [(arm, prompt, *pair) for prompt in prompts for pair in pairs]
             keys = [*keys, "opponent_sample"]
             check.same_ids(f"evaluation/{VERDICTS}", _names(verdicts, keys), _joined(compared), "verdicts")
+            controlled = length_controlled(
+                {name: judged for name in arms if (judged := _verdicts_on(name, verdicts))},
+                {name: _answers_of(name, answers) for name in arms},
+            )
             for result in results.policies:
                 again = self._result_again(run, result, answers, verdicts)
-                for what in ("pairs", "updates", "win_rate", "difference", "answer_tokens"):
+                numbers = ["pairs", "updates", "win_rate", "difference", "answer_tokens"]
+                if result.answer_characters is not None:  # results of older versions have no such numbers
+                    numbers += ["answer_characters", "length_controlled", "length_controlled_difference"]
+                    again = at_equal_length(again, controlled)
+                for what in numbers:
                     found, wanted = (_rounded(getattr(each, what)) for each in (result, again))
                     check.equal(place, f"{what} of {result.name}", found, wanted)
 
     def _result_again(self, run: Run, arm: ArmResult, answers: pa.Table, verdicts: pa.Table) -> ArmResult:
         """An arm's result from its answers and verdicts, its curriculum and its policy."""
-        given: dict[str, list[Answer]] = {}
-        for row in answers.filter(pc.equal(answers["arm"], arm.name)).to_pylist():
-            given.setdefault(row["prompt_id"], []).append(Answer(row["answer"], row["tokens"]))
         training = trainings(run).get(arm.name)
         return arm_result(
             name=arm.name,
@@ -480,7 +487,7 @@ class _Checks:
             pairs=len(Curriculum.load(training.curriculum).order) if training else 0,
             updates=read_json(training.policy / COST)["optimizer_steps"] if training else 0,
             held_out=arm.held_out,
-            answers=given,
+            answers=_answers_of(arm.name, answers),
             verdicts=_verdicts_on(arm.name, verdicts),
             selected_verdicts=_verdicts_on(SELECTED, verdicts) if arm.name != SELECTED else None,
         )
@@ -511,6 +518,13 @@ class _Checks:
 def _asks_a_file_that_is_gone(run: Run) -> bool:
     source = run.recipe.evaluate.generation.source
     return bool(source) and not Path(source).is_file()
+
+
+def _answers_of(arm: str, answers: pa.Table) -> dict[str, list[Answer]]:
+    given: dict[str, list[Answer]] = {}
+    for row in answers.filter(pc.equal(answers["arm"], arm)).to_pylist():
+        given.setdefault(row["prompt_id"], []).append(Answer(row["answer"], row["tokens"]))
+    return given
 
 
 def _verdicts_on(arm: str, verdicts: pa.Table) -> Verdicts | None:
