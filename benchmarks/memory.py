@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import multiprocessing
 import subprocess
 import sys
 import tempfile
@@ -86,7 +87,10 @@ def _measure(options: argparse.Namespace) -> float:
         ours = Ours(start, Path(scratch), settings, LORA)
         run = ours.run(training_name("one-step", "lora"))
         if options.side == "training":
-            bring_up(run, "curriculum")
+            # In a process of its own: memory that is given back stays resident, and would hide a peak.
+            scoring = multiprocessing.get_context("fork").Process(target=bring_up, args=(run, "curriculum"))
+            scoring.start()
+            scoring.join()
         before = _held(options.device)
         if options.side == "gradients":
             bring_up(run, "reference")

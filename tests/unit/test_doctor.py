@@ -130,16 +130,19 @@ def test_a_model_that_is_not_whole(things: Path, tmp_path: Path) -> None:
 
 
 def test_the_shipped_template_with_too_few_pairs(things: Path, tmp_path: Path) -> None:
-    """48 pairs are halves of 24, which its updates of 32 pairs take at once: no room for two evaluations."""
+    """One-step works on 48 pairs. Trained scorers do not: halves of 24 are one update of its 32 pairs."""
     pairs = str(tiny_pairs_file(tmp_path / "pairs.jsonl", 48, prompts=48))
     raw = yaml.safe_load((RECIPES / "local-small.yaml").read_text("utf-8"))
     raw["model"]["path"], raw["data"]["train"] = str(things / "model"), [{"path": pairs}]
     raw["data"] |= {"max_length": 128, "max_prompt_length": 64}
+    line = found(make_recipe(raw))["pairs"].line()
+    assert line == "ok    pairs: 48 of 48 rows kept, enough for one-step"
+    raw["score"] = {"protocol": "fast", "lora": raw["score"]["lora"], "trainer": raw["train"]["trainer"]}
     faults = failures(make_recipe(raw))
     assert list(faults) == ["pairs"]
     assert "seed41-fold0: 1 optimizer steps have no room for 2 evaluations: lower" in faults["pairs"]
     raw["data"]["train"] = [{"path": str(tiny_pairs_file(tmp_path / "more.jsonl", 66, prompts=66))}]
-    assert found(make_recipe(raw))["pairs"].line() == "ok    pairs: 66 of 66 rows kept, enough for custom"
+    assert found(make_recipe(raw))["pairs"].line() == "ok    pairs: 66 of 66 rows kept, enough for fast"
 
 
 def test_all_of_few_rows_are_prepared(things: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

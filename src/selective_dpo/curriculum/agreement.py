@@ -70,6 +70,9 @@ def agreement(
     prompts. `seed` decides the resamples. The numbers themselves are always those of all pairs.
     """
     basis = _basis(table, how, rule or Rule(), math.inf if chance_loss is None else chance_loss)
+    movement = None
+    if chance_loss is not None and basis.losses_CP.size:
+        movement = float(np.sqrt(np.mean((basis.losses_CP - chance_loss) ** 2)))
     draws = _draws(basis, replicates, seed)
     between = _between(len(basis.columns))
     low_K, high_K = bounds(draws)
@@ -88,9 +91,7 @@ def agreement(
             for a, b in itertools.combinations(basis.seeds, 2)
         ],
         "chance_loss": chance_loss,
-        "movement": None
-        if chance_loss is None
-        else float(np.sqrt(np.mean((basis.losses_CP - chance_loss) ** 2))),
+        "movement": movement,
         "above_chance": None if chance_loss is None else above.as_json(),
         "fraction": None if basis.window is None else round(basis.window[1] - basis.window[0], 12),
         "bootstrap": {
