@@ -200,6 +200,13 @@ def _facts_bytes() -> bytes:
     return json.dumps({**head, **facts}).encode()
 
 
+GRADE = {"model": "a", "judge": ["gpt-4", "single-v1"], "score": 7}
+PREFERENCE = {"instruction": "p", "output_1": "x", "output_2": "yy", "generator_1": "g", "generator_2": "a"}
+PREFERENCE |= {"preference": 1.5, "annotator": "gpt-4"}
+BATTLE = {"uid": "u", "category": "hard", "judge": "gpt-4", "model": "a", "baseline": "b"}
+BATTLE |= {"games": [{"score": "A>>B"}, {"score": "A=B"}]}
+
+
 def seeds_of(target: str) -> list[bytes]:
     """Valid inputs of a target."""
     csv_records = b"".join(b"id%d,0.%d\n" % (number, number + 1) for number in range(6))
@@ -224,6 +231,19 @@ def seeds_of(target: str) -> list[bytes]:
         "curriculum-table": lambda: [curriculum_bytes()],
         "curriculum-facts": lambda: [_facts_bytes()],
         "prompts": lambda: [json_lines([{"prompt": row["prompt"]} for row in TEXT_ROWS + CHAT_ROWS])],
+        "judgments": lambda: [
+            json_lines(
+                [{**GRADE, "turn": turn, "question_id": number} for turn in (1, 2) for number in (1, 2)]
+            ),
+            json_lines([PREFERENCE, {**PREFERENCE, "generator_2": "b", "preference": 0}]),
+            json_lines([BATTLE, {**BATTLE, "category": "creative"}]),
+        ],
+        "questions": lambda: [
+            json_lines([{"instruction": "Why?", "dataset": "koala"}]),
+            json_lines([{"uid": "ab", "prompt": "Why?", "category": "hard_prompt"}]),
+            json_lines([{"question_id": 81, "category": "math", "turns": ["Why?", "How?"]}]),
+        ],
+        "difficulties": lambda: [b"instruction,difficulty\np,1\nq,-2.5\n"],
         "template": lambda: [CHATML.encode(), b"{{ messages[0]['content'] }}{% set x = 1 %}"],
     }
     return list(makers[target]())

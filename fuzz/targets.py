@@ -19,6 +19,7 @@ from tests.fixtures.tokenizers import byte_tokenizer
 
 from selective_dpo.config import DataConfig, SourceConfig
 from selective_dpo.config.load import dump_config, load_recipe, make_recipe
+from selective_dpo.config.schema import BenchmarkConfig
 from selective_dpo.curriculum.export import export_curriculum
 from selective_dpo.curriculum.import_ import import_records
 from selective_dpo.curriculum.records import loss_table, read_loss_table, read_records
@@ -30,8 +31,11 @@ from selective_dpo.data.store import load_pairs, load_tokens
 from selective_dpo.data.templates import apply_template
 from selective_dpo.data.tokenize import tokenize_pairs
 from selective_dpo.errors import SelectiveDPOError
+from selective_dpo.evaluation.benchmarks import BENCHMARKS, longest_sequence, read_questions, write_answers
 from selective_dpo.evaluation.generate import encode_prompt
+from selective_dpo.evaluation.judgments import judgments_from_json, read_difficulties, read_judgments
 from selective_dpo.identity import prompt_id
+from selective_dpo.report.judgments import judgments_text
 from selective_dpo.storage.artifacts import file_digest
 from selective_dpo.storage.digests import digest
 
@@ -167,6 +171,39 @@ def prompts(data: bytes) -> None:
                 encode_prompt(_tokenizer(), prompt, empty_system_message=True)
 
 
+def judgments(data: bytes) -> None:
+    """A benchmark's judgments; what can be read can be shown, written, and read again."""
+    with _file("judgments.jsonl", data) as path:
+        for name in BENCHMARKS:
+            with refusals():
+                found = read_judgments(name, [str(path)])
+                judgments_text(found)
+                again = json.loads(json.dumps(found.as_json(), allow_nan=False))
+                assert [score.model for score in judgments_from_json(again).scores] == [
+                    score.model for score in found.scores
+                ]
+
+
+def questions(data: bytes) -> None:
+    """A benchmark's questions; what can be read can be asked, and the answers written."""
+    with _file("question.jsonl", data) as path:
+        for name, benchmark in BENCHMARKS.items():
+            with refusals():
+                read = read_questions(name, path)
+                encode = functools.partial(encode_prompt, _tokenizer())
+                longest_sequence(name, read, BenchmarkConfig(source="-"), encode)
+                answers = {each.identity: ["a"] * benchmark.turns for each in read}
+                made = write_answers(path.parent, name, "made", read, answers)
+                assert count_file(made) == len(read)
+
+
+def difficulties(data: bytes) -> None:
+    """A CSV file of instructions' difficulties."""
+    with _file("difficulties.csv", data) as path, refusals():
+        read = read_difficulties(path)
+        read.of(list(read.by_instruction))
+
+
 def template(data: bytes) -> None:
     """A chat template."""
     from fuzz.corpus import CHAT_PAIRS
@@ -192,6 +229,9 @@ TARGETS: dict[str, Target] = {
     "curriculum-facts": curriculum_facts,
     "prompts": prompts,
     "template": template,
+    "judgments": judgments,
+    "questions": questions,
+    "difficulties": difficulties,
 }
 
 

@@ -6,10 +6,20 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
+
+from selective_dpo.config import EvaluateConfig
+from selective_dpo.errors import SelectiveDPOError
 from selective_dpo.evaluation.benchmarks import read_questions
 from selective_dpo.run.run import evaluate, open_run
 from selective_dpo.run.verify import verify_run
 from tests.fixtures.models import tiny_recipe
+
+
+def too_long_answers(config: EvaluateConfig) -> EvaluateConfig:
+    """The same with answers of the benchmark's own length, which a tiny model has no positions for."""
+    benchmark = config.benchmarks["mt-bench"].model_copy(update={"max_new_tokens": 40_000})
+    return config.model_copy(update={"benchmarks": {"mt-bench": benchmark}})
 
 
 def test_every_arm_answers_and_what_is_there_is_kept(tmp_path: Path) -> None:
@@ -24,6 +34,10 @@ def test_every_arm_answers_and_what_is_there_is_kept(tmp_path: Path) -> None:
         score={"evaluations": 1},
         evaluate={"benchmarks": {"mt-bench": {"source": str(source), "max_new_tokens": 3}}},
     )
+    too_long = recipe.model_copy(update={"evaluate": too_long_answers(recipe.evaluate)})
+    with pytest.raises(SelectiveDPOError, match=r"2 questions, up to .* the model has .*max_new_tokens"):
+        evaluate(open_run(too_long, say=lambda line: None))
+    assert not (tmp_path / "runs" / "tiny" / "config.json").exists()  # before anything was made
     evaluate(open_run(recipe, say=lambda line: None))
     root = tmp_path / "runs" / "tiny"
     found = {arm: root / f"benchmarks/mt-bench/{arm}/tiny-{arm}.jsonl" for arm in ("reference", "selected")}

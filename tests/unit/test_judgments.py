@@ -222,6 +222,8 @@ def test_alpaca_eval_preferences_are_probabilities_and_0_is_a_draw(tmp_path: Pat
     assert (found.baseline, found.judge) == ("baseline", "weighted_alpaca_eval_gpt4_turbo")
     with pytest.raises(DataError, match=r"row 0: no judgment of alpaca-eval: ValueError preference 3 is not"):
         read_judgments("alpaca-eval", [written(tmp_path / "annotations.json", [preferred("p", 3)])])
+    with pytest.raises(DataError, match=r"no judgment of alpaca-eval: OverflowError"):
+        read_judgments("alpaca-eval", [written(tmp_path / "a.json", [preferred("p", 10**400)])])
     with pytest.raises(DataError, match=r"no judgment of mt-bench: KeyError 'question_id'"):
         read_judgments("mt-bench", [written(tmp_path / "annotations.json", rows)])
 

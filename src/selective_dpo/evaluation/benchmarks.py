@@ -147,6 +147,19 @@ def temperature_of(name: BenchmarkName, question: Question, config: BenchmarkCon
     return MT_BENCH_TEMPERATURES.get(str(question.row.get("category")), own)
 
 
+def longest_sequence(
+    name: BenchmarkName, questions: Sequence[Question], config: BenchmarkConfig, encode: Encode
+) -> int:
+    """Tokens of the longest conversation, were each answer as long as it may be.
+
+    Raises:
+        TemplateError: the chat template refuses a question, or there is none.
+    """
+    turns = BENCHMARKS[name].turns
+    answers = (config.max_new_tokens or BENCHMARKS[name].max_new_tokens) * turns
+    return answers + max(len(encode(_messages(each, ["a"] * (turns - 1)))) for each in questions)
+
+
 def answer_questions(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,

@@ -153,7 +153,7 @@ def read_judgments(
     for where, row in rows:
         try:
             key, verdict = read(row)
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
             raise DataError(f"{where}: no judgment of {name}: {type(error).__name__} {error}") from error
         repeated += key in verdicts
         verdicts[key] = verdict
@@ -246,14 +246,15 @@ def _rows(files: Sequence[Path]) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _alpaca_row(row: Mapping[str, Any]) -> tuple[_Key, _Verdict | None]:
-    instruction, preference = str(row["instruction"]), row["preference"]
+    instruction = str(row["instruction"])
+    preference = np.nan if row["preference"] is None else float(row["preference"])
     key = ("", str(row["generator_2"]), instruction)
     len(row["output_1"]), len(row["output_2"])
-    if preference is None or np.isnan(preference):
+    if np.isnan(preference):
         return key, None
-    value = 0.5 if preference == 0 else float(preference) - 1.0
+    value = 0.5 if preference == 0 else preference - 1.0
     if not 0.0 <= value <= 1.0:
-        raise ValueError(f"preference {preference} is not between 1 and 2")
+        raise ValueError(f"preference {preference:g} is not between 1 and 2")
     return key, _Verdict(instruction, (value,), row)
 
 
@@ -276,7 +277,7 @@ def _mt_bench_row(row: Mapping[str, Any]) -> tuple[_Key, _Verdict | None]:
     question, turn = str(row["question_id"]), str(int(row["turn"]))
     key = ("", str(row["model"]), question, turn)
     grade = float(row["score"])
-    return key, None if grade == -1 or np.isnan(grade) else _Verdict(question, (grade,), row)
+    return key, None if grade == -1 or not np.isfinite(grade) else _Verdict(question, (grade,), row)
 
 
 # Scores.
@@ -375,7 +376,7 @@ def _style_controlled(
     for where, row in _rows(files):
         try:
             counts[str(row["model"]), str(row["uid"])] = markdown_counts(row["metadata"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
             raise DataError(
                 f"{where}: no answer with metadata of style ({error!r}): arena-hard-auto's "
                 "utils/add_markdown_info.py adds it"
@@ -464,6 +465,6 @@ def read_difficulties(path: Path, questions: Path | None = None) -> Difficulties
             gamed = [row for row in rows if str(row["not_gamed_baseline"]).lower() in ("false", "0", "0.0")]
             names = ("std_delta_len", value, "preference")
             extra = ExtraRows(*(np.array([float(row[name]) for row in gamed]) for name in names))
-    except (ValueError, IndexError, TypeError) as error:
+    except (ValueError, IndexError, TypeError, ArithmeticError) as error:
         raise DataError(f"{path}: {error}") from error
     return Difficulties(found, extra)

@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
@@ -22,6 +23,7 @@ from datasets import Dataset
 from transformers.utils import import_utils
 
 from selective_dpo.config import Recipe, SourceConfig
+from selective_dpo.config.schema import BenchmarkName
 from selective_dpo.config.trainer_options import under_deepspeed
 from selective_dpo.curriculum.import_ import pairs_joined, read_outside
 from selective_dpo.data.adapters import KEPT
@@ -30,7 +32,9 @@ from selective_dpo.data.sources import open_source, source_label
 from selective_dpo.data.store import load_ids, load_summary, load_tokens
 from selective_dpo.distributed.processes import this_process
 from selective_dpo.errors import ConfigError, IdentityError, SelectiveDPOError
+from selective_dpo.evaluation.benchmarks import longest_sequence, question_file, read_questions
 from selective_dpo.evaluation.evaluate import check_evaluation, policy_names
+from selective_dpo.evaluation.generate import encode_prompt
 from selective_dpo.evaluation.judges import judge_for
 from selective_dpo.logprobs.reference import TRIED, require_finite_start
 from selective_dpo.models import damaged_weights, load_policy, load_tokenizer
@@ -149,6 +153,8 @@ def _checks(recipe: Recipe, device: Device) -> Iterator[Check]:
         for block in blocks:
             yield _guarded(f"{block}.lora", check_adapter, recipe, block)
     yield _guarded("tokenizer", check_tokenizer, recipe, model)
+    for name in recipe.evaluate.benchmarks:
+        yield _guarded(name, check_benchmark, recipe, name, model)
 
 
 def _data_checks(
@@ -372,6 +378,21 @@ def check_positions(recipe: Recipe, model: Any) -> Check:
     if positions is not None and longest > positions:
         return Check("FAIL", "length", found, "lower data.max_length or evaluate.generation.max_new_tokens")
     return Check("ok", "length", found)
+
+
+def check_benchmark(recipe: Recipe, name: BenchmarkName, model: Any) -> Check:
+    """Whether the benchmark's questions can be asked, and its longest answers fit; `model` may be None."""
+    benchmark, tokenizer = recipe.evaluate.benchmarks[name], load_tokenizer(recipe.model)
+    questions = read_questions(name, question_file(name, benchmark.source))
+    empty_system_message = recipe.data.empty_system_message
+    encode = partial(encode_prompt, tokenizer, empty_system_message=empty_system_message)
+    longest = longest_sequence(name, questions, benchmark, encode)
+    found = f"{len(questions):,} questions, up to {longest:,} tokens with their answers"
+    positions = model and getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions and longest > positions:
+        remedy = f"lower evaluate.benchmarks.{name}.max_new_tokens"
+        return Check("FAIL", name, f"{found}, the model has {positions:,} positions", remedy)
+    return Check("ok", name, found)
 
 
 def check_adapter(recipe: Recipe, block: str) -> Check:
