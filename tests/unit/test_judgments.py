@@ -107,6 +107,9 @@ def test_differences_are_paired_by_question_and_turn_in_any_order(tmp_path: Path
     with pytest.raises(ConfigError, match=r"no judgments of c; there are some of a, run-selected"):
         read_judgments("mt-bench", [path], models=["c"])
     written(tmp_path / "other_single.jsonl", [grade(81, 1, 9, judge="gpt-4o")])
+    written(tmp_path / "gpt-4_pair.jsonl", [{"not": "single grades"}])  # in a folder, left alone
+    with pytest.raises(DataError, match=r"holds no annotations.json"):
+        read_judgments("alpaca-eval", [str(tmp_path)])
     with pytest.raises(DataError, match="several judges, gpt-4, gpt-4o"):
         read_judgments("mt-bench", [str(tmp_path)])
     with pytest.raises(DataError, match=r"no verdict in .*: nothing is left"):

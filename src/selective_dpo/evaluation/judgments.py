@@ -145,20 +145,9 @@ def read_judgments(
     for option, has_no_effect in wrong.items():
         if given[option] and has_no_effect:
             raise ConfigError(f"--{option} has no effect here: leave it out")
-    files = list(_files(paths))
+    files = list(_files(paths, _FILES[name]))
     rows = list(_rows(files))
-    read = {"alpaca-eval": _alpaca_row, "arena-hard": _arena_row, "mt-bench": _mt_bench_row}[name]
-    verdicts: dict[_Key, _Verdict | None] = {}
-    repeated = 0
-    for where, row in rows:
-        try:
-            key, verdict = read(row)
-        except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
-            raise DataError(f"{where}: no judgment of {name}: {type(error).__name__} {error}") from error
-        repeated += key in verdicts
-        verdicts[key] = verdict
-    unusable = sum(verdict is None for verdict in verdicts.values())
-    usable = {key: verdict for key, verdict in verdicts.items() if verdict is not None}
+    usable, notes = _usable(name, rows)
     if not usable:
         raise DataError(f"no verdict in {name_some([str(path) for path in files])}: nothing is left to show")
     judged = list(dict.fromkeys(key[1] for key in usable))
@@ -166,9 +155,6 @@ def read_judgments(
     if unknown := [model for model in chosen if model not in judged]:
         raise ConfigError(f"no judgments of {name_some(unknown)}; there are some of {name_some(judged, 12)}")
     require_unique(chosen, what="--models")
-    notes = [f"{len(rows):,} judgments in {len(files)} file(s)"]
-    notes += [f"{repeated:,} repeated, of which the last counts"] if repeated else []
-    notes += [f"{unusable:,} without a verdict, left out"] if unusable else []
     digests = {str(path): file_digest(path) for path in files}
     scores: list[Score] = []
     parts = list(dict.fromkeys(key[0] for key in usable))
@@ -200,8 +186,29 @@ def read_judgments(
         _judge_of([row for _, row in rows]),
         controlled_by,
         digests,
-        tuple(notes),
+        (f"{len(rows):,} judgments in {len(files)} file(s)", *notes),
     )
+
+
+def _usable(
+    name: BenchmarkName, rows: Iterable[tuple[str, Mapping[str, Any]]]
+) -> tuple[dict[_Key, _Verdict], list[str]]:
+    """The verdicts by key, the last one of each; and how many rows were repeated or have none."""
+    read = {"alpaca-eval": _alpaca_row, "arena-hard": _arena_row, "mt-bench": _mt_bench_row}[name]
+    verdicts: dict[_Key, _Verdict | None] = {}
+    repeated = 0
+    for where, row in rows:
+        try:
+            key, verdict = read(row)
+        except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+            raise DataError(f"{where}: no judgment of {name}: {type(error).__name__} {error}") from error
+        repeated += key in verdicts
+        verdicts[key] = verdict
+    usable = {key: verdict for key, verdict in verdicts.items() if verdict is not None}
+    notes = [f"{repeated:,} repeated, of which the last counts"] if repeated else []
+    if unusable := len(verdicts) - len(usable):
+        notes.append(f"{unusable:,} without a verdict, left out")
+    return usable, notes
 
 
 def _baseline_of(name: BenchmarkName, rows: Iterable[Mapping[str, Any]], parts: int) -> str:
@@ -224,12 +231,21 @@ def _judge_of(rows: Iterable[Mapping[str, Any]]) -> str:
     return found.pop()
 
 
-def _files(paths: Sequence[str]) -> Iterator[Path]:
+_FILES: dict[BenchmarkName, str] = {
+    "alpaca-eval": "annotations.json",
+    "arena-hard": "*.jsonl",
+    "mt-bench": "*_single.jsonl",
+}
+"""What the official programs call their judgments."""
+
+
+def _files(paths: Sequence[str], pattern: str) -> Iterator[Path]:
+    """The files, and in folders those whose name matches `pattern`."""
     for given in paths:
         path = Path(given).expanduser()
-        inside = sorted(each for each in path.rglob("*.json*") if each.is_file()) if path.is_dir() else [path]
+        inside = sorted(each for each in path.rglob(pattern) if each.is_file()) if path.is_dir() else [path]
         if not inside:
-            raise DataError(f"{given} holds no .json or .jsonl file")
+            raise DataError(f"{given} holds no {pattern}")
         yield from inside
 
 
@@ -372,7 +388,7 @@ def _style_controlled(
 ) -> tuple[list[Score], dict[str, str]]:
     """Arena-Hard's win rates at equal style, and the answer files that were read for it."""
     counts: dict[tuple[str, str], list[float]] = {}
-    files = list(_files([str(folder)]))
+    files = list(_files([str(folder)], "*.jsonl"))
     for where, row in _rows(files):
         try:
             counts[str(row["model"]), str(row["uid"])] = markdown_counts(row["metadata"])
