@@ -18,6 +18,7 @@ from selective_dpo.report.figures import (
     agreement_svg,
     arms_svg,
     difficulty_svg,
+    fractions_svg,
     length_svg,
     new_figure,
     signed,
@@ -83,6 +84,19 @@ def test_the_arms_show_value_and_label(drawn: dict[Draw, str]) -> None:
     svg = drawn[arms_svg]
     for text in ("56.1%", "38.9%", "easiest 50%, easy to hard", "hardest · 30 pairs", "+17.2", "+2.8"):
         assert text in svg
+
+
+def test_the_sweep_over_shares_has_a_line_at_equal_length(content: ReportContent) -> None:
+    assert content.results is not None
+    config = {"select": {}, "evaluate": {"controls": {"all": {"rule": "all"}}}}
+    swept = replace(content, config=config)
+    plain = svg_of(fractions_svg, swept)
+    assert "easiest" in plain
+    assert "at equal length" not in plain
+    rate = Estimate(0.5, 0.1, 0.4, 0.6)
+    arms = tuple(arm._replace(length_controlled=rate) for arm in content.results.arms)
+    controlled = replace(swept, results=content.results._replace(arms=arms))
+    assert "easiest, at equal length" in svg_of(fractions_svg, controlled)
 
 
 def test_an_interval_is_drawn_from_end_to_end() -> None:

@@ -160,7 +160,7 @@ def test_arms_stand_beside_the_random_control_of_their_size(tmp_path: Path) -> N
     arms = (
         ArmResult("reference", "starting model", 0, 0, win_rate=half),
         ArmResult("selected", "easiest 50%", 5, 2, win_rate=half),
-        ArmResult("more", "easiest 70%", 7, 3, win_rate=half),
+        ArmResult("more", "easiest 70%", 7, 3, win_rate=half, length_controlled=half._replace(value=0.45)),
         ArmResult("random", "random 50%", 5, 2, win_rate=half),
     )
     write_json(tmp_path / "evaluation" / "results.json", to_json(EvaluationResults("judge", 2, 1, arms)))
@@ -188,6 +188,9 @@ def test_arms_stand_beside_the_random_control_of_their_size(tmp_path: Path) -> N
     # Seven random pairs were not trained on, so nothing is beside "more".
     assert (by_name["more"].control, by_name["random"].control, by_name["reference"].control) == ("",) * 3
     assert "+50.0" in next(line for line in study_text(found).splitlines() if line.startswith("selected"))
+    header, _, *lines = study_text(found).splitlines()
+    assert header.endswith("at equal length")
+    assert "45.0%" in next(line for line in lines if line.startswith("more"))
     assert json.loads(json.dumps(found.as_json()))["arms"][1]["above_control"]["value"] == pytest.approx(0.5)
 
 

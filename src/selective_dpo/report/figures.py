@@ -316,7 +316,7 @@ def _draw_estimates(
 def fractions_svg(content: ReportContent) -> str | None:
     """The arms' main measure by the share of the pairs, easiest first, beside random shares.
 
-    Drawn where there are at least two shares of the easiest pairs.
+    Drawn where there are at least two shares of the easiest pairs; dashed: the win rate at equal length.
     """
     measure = main_measure(content.results) if content.results else None
     if measure is None or not content.config:
@@ -325,14 +325,27 @@ def fractions_svg(content: ReportContent) -> str | None:
     if len(shares["easiest"]) < 2:
         return None
     figure, (axes,) = new_figure(3.4)
+    policies = content.results.policies if content.results else ()
+    controlled = {arm.name: arm.length_controlled for arm in policies if arm.length_controlled}
     # A little apart, so that no interval hides the other.
     for (rule, arms), color, aside in zip(shares.items(), (BLUE, MUTED), (-0.003, 0.003), strict=True):
-        drawn = {share: measure.values[name] for share, name in arms.items() if name in measure.values}
-        values = [each.value for each in drawn.values()]
-        reach = np.array([(each.value - each.low, each.high - each.value) for each in drawn.values()]).T
-        if values:
+        for values, label, line in (
+            (measure.values, rule, "-"),
+            (controlled, f"{rule}, at equal length", "--"),
+        ):
+            drawn = {share: values[name] for share, name in arms.items() if name in values}
+            if not drawn:
+                continue
+            aside += 0.002
+            reach = np.array([(each.value - each.low, each.high - each.value) for each in drawn.values()]).T
             bars = {"yerr": np.nan_to_num(reach), "capsize": 3, "color": color, "marker": "o"}
-            axes.errorbar([share + aside for share in drawn], values, label=rule, **bars)
+            axes.errorbar(
+                [share + aside for share in drawn],
+                [each.value for each in drawn.values()],
+                label=label,
+                linestyle=line,
+                **bars,
+            )
     if measure.name == "win rate":
         axes.axhline(0.5, label="no change", linewidth=1.4, **CHANCE_LINE)
     axes.set_title(f"{measure.name.capitalize()} by share of the pairs")

@@ -42,6 +42,8 @@ class StudyArm(NamedTuple):
     """The random arm that was trained on as many pairs; empty: there is none, or this is it."""
     above_control: Estimate | None
     """Win rate minus that of the control, paired by prompt."""
+    length_controlled: Estimate | None = None
+    """The win rate at equal length, where answers were judged and differ in length."""
 
 
 class Study(NamedTuple):
@@ -90,7 +92,17 @@ def study_findings(run_folder: Path) -> Study:
             above = win_rate_difference(verdicts_of(arm.name), verdicts_of(control))
         fraction = fraction_of(selects[arm.name]) if arm.name in selects else None
         value = values.get(arm.name)
-        return StudyArm(arm.name, arm.label, arm.pairs, arm.updates, fraction, value, control, above)
+        return StudyArm(
+            arm.name,
+            arm.label,
+            arm.pairs,
+            arm.updates,
+            fraction,
+            value,
+            control,
+            above,
+            arm.length_controlled,
+        )
 
     return Study("" if measure is None else measure.name, tuple(map(of, results.arms)), seeds_note(results))
 
@@ -148,9 +160,12 @@ def _control(arm: ArmResult, results: EvaluationResults, selects: Mapping[str, S
 def study_text(found: Study) -> str:
     """The table of the arms, then what its intervals leave out."""
     header = ["arm", "selection", "pairs", "updates", f"{found.measure} (95%)", "minus random of its size"]
+    at_equal_length = any(arm.length_controlled for arm in found.arms)
+    header += ["at equal length"] if at_equal_length else []
     rows = []
     for arm in found.arms:
         trained = ["", ""] if arm.name == REFERENCE else [f"{arm.pairs:,}", f"{arm.updates:,}"]
         measured = [share_with_interval(arm.value), points_with_interval(arm.above_control)]
+        measured += [share_with_interval(arm.length_controlled)] if at_equal_length else []
         rows.append([arm.name, arm.label, *trained, *measured])
     return "\n".join([text_table(header, rows, left=2), "", found.note])
