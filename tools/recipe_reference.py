@@ -48,11 +48,12 @@ def render(schema: dict[str, Any]) -> str:
     blocks = schema["$defs"]
     parts = [HEAD, _section("Top level", schema, schema)]
     order = ["ModelConfig", "DataConfig", "SourceConfig", "ScoreConfig", "SelectConfig", "TrainConfig"]
-    order += ["EvaluateConfig", "GenerationConfig", "StudyConfig", "LaunchConfig"]
+    order += ["EvaluateConfig", "GenerationConfig", "BenchmarkConfig", "StudyConfig", "LaunchConfig"]
     titles = {
         "SourceConfig": "`data.train`, `data.test`: each entry",
         "SelectConfig": "`select`, and each of `evaluate.controls`",
         "GenerationConfig": "`evaluate.generation`",
+        "BenchmarkConfig": "each of `evaluate.benchmarks`",
     }
     for name in [*order, *sorted(set(blocks) - set(order))]:
         title = titles.get(name, f"`{name.removesuffix('Config').lower()}`")

@@ -499,6 +499,53 @@ def _compare(options: argparse.Namespace, overrides: Overrides) -> None:
         write_comparison(found, Path(options.page))
 
 
+# --- read-judgments, table ----------------------------------------------------------------------------------
+
+
+def _judgments_options(parser: argparse.ArgumentParser) -> None:
+    from typing import get_args
+
+    from selective_dpo.config.schema import BenchmarkName
+
+    parser.add_argument("benchmark", choices=get_args(BenchmarkName), metavar="BENCHMARK")
+    meaning = "the official program's judgments: files, or folders of them"
+    parser.add_argument("judgments", type=path, nargs="+", metavar="PATH", help=meaning)
+    meaning = "the models to show, the one that others are compared with first; default: all"
+    parser.add_argument("--models", nargs="+", default=[], metavar="NAME", help=meaning)
+    meaning = "alpaca-eval: a CSV file of the instructions' difficulties, such as AlpacaEval's df_gamed.csv"
+    parser.add_argument("--difficulties", type=path, default="", metavar="FILE", help=meaning)
+    meaning = "alpaca-eval: the question file, where the difficulties go by position"
+    parser.add_argument("--questions", type=path, default="", metavar="FILE", help=meaning)
+    meaning = "arena-hard: answers with their metadata, for style control"
+    parser.add_argument("--answers", type=path, default="", metavar="FOLDER", help=meaning)
+    _json_option(parser)
+    parser.epilog = f"BENCHMARK: {', '.join(get_args(BenchmarkName))}. See docs/evaluation.md."
+
+
+def _judgments(options: argparse.Namespace, overrides: Overrides) -> None:
+    from selective_dpo.evaluation.judgments import read_judgments
+    from selective_dpo.report.judgments import judgments_text
+
+    names = ("models", "difficulties", "questions", "answers")
+    given = {name: getattr(options, name) for name in names}
+    found = read_judgments(options.benchmark, options.judgments, **given)
+    _show(judgments_text(found), found.as_json(), options.json)
+
+
+def _table_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", type=path, nargs="+", metavar="RUN", help="folders of evaluated runs")
+    meaning = "what `read-judgments --json` wrote"
+    parser.add_argument("--judgments", type=path, nargs="+", default=[], metavar="FILE", help=meaning)
+    parser.add_argument("--format", choices=("markdown", "latex"), default="markdown")
+
+
+def _table(options: argparse.Namespace, overrides: Overrides) -> None:
+    from selective_dpo.report.results_table import results_table
+
+    found = results_table([Path(run) for run in options.runs], [Path(each) for each in options.judgments])
+    print(found.text(options.format))
+
+
 # --- the table ----------------------------------------------------------------------------------------------
 
 
@@ -543,6 +590,12 @@ VERBS = {
         _compare_options,
         _compare,
     ),
+    "read-judgments": Verb(
+        "official judgments of AlpacaEval, Arena-Hard or MT-Bench: scores, intervals, differences",
+        _judgments_options,
+        _judgments,
+    ),
+    "table": Verb("results of several runs for a paper, as Markdown or LaTeX", _table_options, _table),
     "verify": Verb(
         "re-check every digest of a run, and every id from input to policy", _verify_options, _verify
     ),

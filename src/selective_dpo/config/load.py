@@ -51,6 +51,7 @@ _PATHS = {
     "data.test.*.path",
     "evaluate.reward_model",
     "evaluate.generation.source",
+    "evaluate.benchmarks.*.source",
     "evaluate.controls.*.from",
     "evaluate.controls.*.source",
     "study.sources.*",

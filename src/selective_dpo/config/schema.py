@@ -473,6 +473,20 @@ class LanguageJudgeConfig(Block):
     """No further questions are asked where they would cost more, in the same currency."""
 
 
+BenchmarkName = Literal["alpaca-eval", "arena-hard", "mt-bench"]
+
+
+class BenchmarkConfig(Block):
+    """Answers to a benchmark's questions, for its official program to judge."""
+
+    source: PathText
+    """A checkout of the official repository, or its question file."""
+    max_new_tokens: Count | None = None
+    """Longest answer, in tokens; null: 2048 for `alpaca-eval`, 4096 for `arena-hard`, 1024 for `mt-bench`."""
+    temperature: Annotated[float, Field(ge=0.0)] | None = None
+    """Null: 0.7 for `alpaca-eval`, 0 (greedy) for `arena-hard`. `mt-bench` has one for each category."""
+
+
 class EvaluateConfig(Block):
     """What the trained policy is measured by."""
 
@@ -489,6 +503,9 @@ class EvaluateConfig(Block):
     """The model of the judges `endpoint` and `local-model`."""
     reward_model: PathText = ""
     """Hub name or folder of the sequence classifier for judge `reward-model`."""
+    benchmarks: dict[BenchmarkName, BenchmarkConfig] = {}
+    """Answer the questions of `alpaca-eval`, `arena-hard` or `mt-bench`, and write the answers as their
+    official programs read them (docs/evaluation.md)."""
     controls: dict[str, SelectConfig] = {}
     """Other selections to train on the same way and evaluate beside the run's own, by name."""
     training_seeds: tuple[Seed, ...] = ()
@@ -496,6 +513,14 @@ class EvaluateConfig(Block):
     apart. A seed decides an adapter's first weights and dropout; the order stays the curriculum's."""
     tokens_per_batch: TokenBudget = "auto"
     """Padded tokens in one forward pass over held-out pairs, per process; `auto` as in `score`."""
+
+    @model_validator(mode="after")
+    def _mt_bench_has_temperatures(self) -> Self:
+        if "mt-bench" in self.benchmarks and self.benchmarks["mt-bench"].temperature is not None:
+            raise ValueError(
+                "benchmarks.mt-bench.temperature has no effect: the benchmark has one for each category"
+            )
+        return self
 
     @model_validator(mode="after")
     def _judge_has_something_to_judge(self) -> Self:

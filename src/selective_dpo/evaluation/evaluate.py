@@ -25,6 +25,7 @@ from numpy.typing import ArrayLike
 from selective_dpo.config import EvaluateConfig, GenerationConfig
 from selective_dpo.config.schema import file_name
 from selective_dpo.errors import ConfigError, DataError, IdentityError, RecordsError, name_some
+from selective_dpo.evaluation.benchmarks import question_file, read_questions
 from selective_dpo.evaluation.generate import (
     Answers,
     Encode,
@@ -138,9 +139,11 @@ def check_evaluation(config: EvaluateConfig, *, has_test: bool) -> None:
 
     Raises:
         ConfigError: a control's name cannot be used, there is nothing to answer, or an option has no effect.
-        DataError: the file of prompts is not there.
+        DataError: the file of prompts is not there, or a benchmark's questions are not.
     """
     check_arm_names(policy_names(config))
+    for name, benchmark in config.benchmarks.items():
+        read_questions(name, question_file(name, benchmark.source))
     generation = config.generation
     if generation.prompts == 0:
         if generation.source:

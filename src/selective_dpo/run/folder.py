@@ -67,6 +67,10 @@ class RunDirectory:
         """A control arm: its `curriculum.parquet` and its `policy` folder."""
         return self.root / "controls" / name
 
+    def benchmark(self, name: str, arm: str) -> Path:
+        """An arm's answers to a benchmark's questions, as the official program reads them."""
+        return self.root / "benchmarks" / name / arm
+
     def repeat(self, seed: int) -> Path:
         """The run's own training with another seed: its `policy` folder."""
         return self.root / "training-seeds" / str(seed)

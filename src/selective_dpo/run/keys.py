@@ -30,7 +30,7 @@ from selective_dpo.config import (
     TrainConfig,
 )
 from selective_dpo.config.load import dump_config
-from selective_dpo.config.schema import PROTOCOLS
+from selective_dpo.config.schema import PROTOCOLS, BenchmarkName
 from selective_dpo.criteria import criterion_source
 from selective_dpo.curriculum.build import rule_of
 from selective_dpo.curriculum.import_ import Outside, read_outside
@@ -45,6 +45,7 @@ from selective_dpo.difficulty.scorer import RECORDS, ScorerJob
 from selective_dpo.difficulty.step_scorers import GradientJob, OneStepJob
 from selective_dpo.distributed.processes import this_process
 from selective_dpo.errors import ArtifactError, RunChangedError, name_some
+from selective_dpo.evaluation.benchmarks import model_name, question_file
 from selective_dpo.evaluation.generate import Prompt
 from selective_dpo.evaluation.judges import judge_for
 from selective_dpo.evaluation.results import SELECTED, repeat_name
@@ -428,9 +429,11 @@ _NAMED_BY_CONTENT: Any = {
     "training_seeds": True,
     "reward_model": True,
     "language_judge": True,
+    "benchmarks": True,
     "generation": {"source"},
 }
-"""Keys of `evaluate` for which something else stands in the evaluation's key: policies, judge, prompts."""
+"""Keys of `evaluate` for which something else stands in the evaluation's key: policies, judge, prompts. The
+answers to benchmarks have keys of their own."""
 
 
 def evaluation_key(run: Run) -> str:
@@ -445,6 +448,24 @@ def evaluation_key(run: Run) -> str:
         evaluate=run.recipe.evaluate.model_dump(mode="json", exclude=_NAMED_BY_CONTENT),
         held_out=read_manifest(run.folder.test_pairs).files[TOKENS] if has_test else "",
         prompts=[prompt.prompt_id for prompt in prompts_to_answer(run)],
+    )
+
+
+def benchmark_key(run: Run, name: BenchmarkName, arm: str) -> str:
+    """Key of the answers of one arm, or of the starting model, to a benchmark's questions."""
+    recipe, policy = run.recipe, trainings(run).get(arm)
+    benchmark = recipe.evaluate.benchmarks[name]
+    return content_key(
+        stage="benchmark",
+        benchmark=name,
+        questions=file_digest(question_file(name, benchmark.source)),
+        settings=benchmark.model_dump(mode="json", exclude={"source"}),
+        generation=recipe.evaluate.generation.model_dump(mode="json", include={"batch_size", "seed"}),
+        called=model_name(recipe.name, arm),
+        weights=run.model_digest,
+        policy=weight_digests(read_manifest(policy.policy).files) if policy else {},
+        tokens=read_manifest(run.folder.pairs).files[TOKENS],  # they tell of tokenizer and template
+        empty_system_message=recipe.data.empty_system_message,
     )
 
 
@@ -507,6 +528,10 @@ def input_digests(run: Run) -> dict[str, str]:
         **{f"{kind} {how}": source for kind, source in criterion_source(how).items()},
         **({f"{JUDGE} {evaluate.reward_model or evaluate.judge}": run.judge_digest} if has_judge else {}),
         **({f"evaluate.generation.source {prompts}": file_digest(Path(prompts))} if prompts else {}),
+        **{
+            f"evaluate.benchmarks.{name}.source {each.source}": file_digest(question_file(name, each.source))
+            for name, each in evaluate.benchmarks.items()
+        },
     }
 
 

@@ -26,6 +26,7 @@ from selective_dpo.curriculum.table import TABLE, Curriculum
 from selective_dpo.data.store import PairsSummary, load_summary, load_tokens
 from selective_dpo.difficulty.protocols import split_pairs
 from selective_dpo.errors import DataError, ModelError, RunChangedError
+from selective_dpo.evaluation.benchmarks import question_file, read_questions
 from selective_dpo.evaluation.evaluate import check_evaluation
 from selective_dpo.identity import positions_of
 from selective_dpo.logprobs.rows import PartLengths, part_lengths
@@ -215,6 +216,10 @@ def _not_counted(recipe: Recipe, jobs: Sequence[Job], *, is_timed: bool) -> Iter
         yield "train: the evaluations of eval_strategy, which are not counted"
     if recipe.evaluate.generation.prompts:
         yield "time of the answers: sampling waits for memory more than for multiplications"
+    for name, benchmark in recipe.evaluate.benchmarks.items():
+        questions = len(read_questions(name, question_file(name, benchmark.source)))
+        policies = 1 + len(recipe.evaluate.controls) + len(recipe.evaluate.training_seeds)
+        yield f"answers of {policies + 1} policies to {questions:,} questions of {name}"
     if options := recipe.evaluate.language_judge:
         generation = recipe.evaluate.generation
         policies = 1 + len(recipe.evaluate.controls) + len(recipe.evaluate.training_seeds)

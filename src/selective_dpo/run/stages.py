@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from trl.trainer.utils import add_fused_lm_head
 
 from selective_dpo.config import Recipe, SelectConfig, SourceConfig
+from selective_dpo.config.schema import BenchmarkName
 from selective_dpo.curriculum.agreement import scorer_check
 from selective_dpo.curriculum.build import build_curriculum
 from selective_dpo.curriculum.import_ import (
@@ -49,6 +50,13 @@ from selective_dpo.distributed.processes import (
 from selective_dpo.distributed.progress import Progress
 from selective_dpo.distributed.workers import run_in_workers
 from selective_dpo.errors import ConfigError, RecordsError, name_some
+from selective_dpo.evaluation.benchmarks import (
+    answer_questions,
+    model_name,
+    question_file,
+    read_questions,
+    write_answers,
+)
 from selective_dpo.evaluation.evaluate import Arm, evaluate_arms, held_out_metrics
 from selective_dpo.evaluation.generate import encode_prompt
 from selective_dpo.evaluation.results import (
@@ -58,7 +66,7 @@ from selective_dpo.evaluation.results import (
     from_json,
     repeat_name,
 )
-from selective_dpo.identity import positions_of
+from selective_dpo.identity import Text, positions_of
 from selective_dpo.logprobs.compute import pair_logps
 from selective_dpo.logprobs.nonfinite import read_quarantine
 from selective_dpo.logprobs.reference import (
@@ -75,6 +83,7 @@ from selective_dpo.report.tables import check_note, displacement_notes, label_fo
 from selective_dpo.run.certified import certificate, scorers_until_stable
 from selective_dpo.run.keys import (
     Run,
+    benchmark_key,
     check_inputs,
     check_run,
     curriculum_key,
@@ -617,14 +626,45 @@ def _evaluation(run: Run) -> Iterator[Sequence[Result]]:
                 prompts=prompts_to_answer(run),
                 config=run.recipe.evaluate,
                 repeats=arms[several:],
-                encode=lambda text: encode_prompt(
-                    run.tokenizer, text, empty_system_message=run.recipe.data.empty_system_message
-                ),
+                encode=partial(_encode, run),
             )
         with publish_from_main(run.folder.evaluation, kind="evaluation", key=key) as folder:
             evaluation.write(folder)
 
     yield [Result("evaluation", run.folder.evaluation, key, make, partial(_evaluated, run))]
+    for name in run.recipe.evaluate.benchmarks:
+        yield [_benchmark(run, name, arm) for arm in (REFERENCE, *trainings(run))]
+
+
+def _benchmark(run: Run, name: BenchmarkName, arm: str) -> Result:
+    """One arm's answers to a benchmark's questions: each arm's are kept as soon as they are there."""
+    benchmark, folder = run.recipe.evaluate.benchmarks[name], run.folder.benchmark(name, arm)
+    model, key = model_name(run.recipe.name, arm), benchmark_key(run, name, arm)
+
+    def make() -> None:
+        questions = read_questions(name, question_file(name, benchmark.source))
+        policy = None if arm == REFERENCE else trainings(run)[arm].policy
+        with whole_on_each_process():
+            answers = answer_questions(
+                load_arm(run, policy),
+                run.tokenizer,
+                name,
+                questions,
+                benchmark,
+                run.recipe.evaluate.generation,
+                stream=arm,
+                encode=partial(_encode, run),
+            )
+        with publish_from_main(folder, kind="benchmark", key=key) as partial_folder:
+            write_answers(partial_folder, name, model, questions, answers)
+
+    return Result(f"{name} {arm}", folder, key, make, lambda: f"{name}: answers of {arm} in {folder}")
+
+
+def _encode(run: Run, text: Text) -> list[int]:
+    """A prompt's token ids, as those of the training pairs."""
+    empty_system_message = run.recipe.data.empty_system_message
+    return encode_prompt(run.tokenizer, text, empty_system_message=empty_system_message)
 
 
 def _evaluated(run: Run) -> str:

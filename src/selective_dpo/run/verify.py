@@ -16,6 +16,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ from selective_dpo.run.keys import (
     JUDGE,
     Run,
     Training,
+    benchmark_key,
     check_inputs,
     curriculum_key,
     evaluation_key,
@@ -80,7 +82,9 @@ from selective_dpo.training.arguments import ORIGINAL_DEFAULTS
 
 TEXTS = ("prompt", "chosen", "rejected")
 
-PUBLISHED = ("*pairs", "*reference", "scores/*", "policy", "*/*/policy", "evaluation", "world")
+_TRAINED = ("scores/*", "policy", "*/*/policy")
+
+PUBLISHED = ("*pairs", "*reference", *_TRAINED, "evaluation", "benchmarks/*/*", "world")
 """Where a run's published folders are."""
 
 LOSS_TOLERANCE = 1e-6
@@ -502,6 +506,11 @@ class _Checks:
                 key_of[training.policy] = lambda name=name: training_job(run, name).key  # type: ignore[misc]
             if not _asks_a_file_that_is_gone(run):
                 key_of[self.folder.evaluation] = lambda: evaluation_key(run)
+            for benchmark, arm in product(run.recipe.evaluate.benchmarks, (REFERENCE, *trainings(run))):
+                if Path(run.recipe.evaluate.benchmarks[benchmark].source).exists():
+                    key_of[self.folder.benchmark(benchmark, arm)] = partial(
+                        benchmark_key, run, benchmark, arm
+                    )
             there = [folder for folder in key_of if (folder / MANIFEST).is_file()]
             check.counted = f"{len(there):,} folders were made from what is here" if there else "absent"
             for folder in there:

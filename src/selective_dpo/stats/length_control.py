@@ -103,7 +103,7 @@ def alpaca_eval_lc(
 
     def fit(weights_N: Floats, start_K: Floats) -> Floats:
         w_R = np.concatenate([weights_N, np.full(len(extra_MK), weight)])
-        return _newton(x_RK, y_R, w_R, start_K, sums_K)
+        return logistic_fit(x_RK, y_R, w_R, start_K, sums_K)
 
     whole_K = fit(np.ones(len(y_N)), np.array([-1.0, 1.0, 0.0]))
 
@@ -181,7 +181,7 @@ def joint_lc(
     ]
 
 
-def _newton(x_RK: Floats, y_R: Floats, w_R: Floats, start_K: Floats, sums_K: Floats) -> Floats:
+def logistic_fit(x_RK: Floats, y_R: Floats, w_R: Floats, start_K: Floats, sums_K: Floats) -> Floats:
     """Maximum of the weighted logistic log-likelihood plus `sums_K` times the coefficients."""
     b_K = start_K.copy()
     for _ in range(_STEPS):
