@@ -513,9 +513,9 @@ def _judgments_options(parser: argparse.ArgumentParser) -> None:
     meaning = "the models to show, the one that others are compared with first; default: all"
     parser.add_argument("--models", nargs="+", default=[], metavar="NAME", help=meaning)
     meaning = "alpaca-eval: a CSV file of the instructions' difficulties, such as AlpacaEval's df_gamed.csv"
-    parser.add_argument("--difficulties", type=path, default="", metavar="FILE", help=meaning)
+    parser.add_argument("--difficulties", type=path, default="", metavar="PATH", help=meaning)
     meaning = "alpaca-eval: the question file, where the difficulties go by position"
-    parser.add_argument("--questions", type=path, default="", metavar="FILE", help=meaning)
+    parser.add_argument("--questions", type=path, default="", metavar="PATH", help=meaning)
     meaning = "arena-hard: answers with their metadata, for style control"
     parser.add_argument("--answers", type=path, default="", metavar="FOLDER", help=meaning)
     _json_option(parser)
