@@ -535,7 +535,7 @@ def _judgments(options: argparse.Namespace, overrides: Overrides) -> None:
 def _table_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", type=path, nargs="+", metavar="RUN", help="folders of evaluated runs")
     meaning = "what `read-judgments --json` wrote"
-    parser.add_argument("--judgments", type=path, nargs="+", default=[], metavar="FILE", help=meaning)
+    parser.add_argument("--judgments", type=path, nargs="+", default=[], metavar="PATH", help=meaning)
     parser.add_argument("--format", choices=("markdown", "latex"), default="markdown")
 
 
