@@ -115,7 +115,8 @@ def _execute(arguments: list[str]) -> int:
     parser.add_argument("--version", action="version", version=f"selective-dpo {__version__}")
     parser.add_argument("verb", choices=VERBS, metavar="VERB", help="see below")
     name = parser.parse_args(arguments[:1] or ["--help"]).verb
-    overrides, others = _split_overrides(arguments[1:])
+    without_a_block = KEYS_WITHOUT_A_BLOCK if VERBS[name].takes_recipe_keys else ()
+    overrides, others = _split_overrides(arguments[1:], without_a_block)
     if overrides and not VERBS[name].takes_recipe_keys:
         raise ConfigError(f"{name} takes no recipe keys, so --{overrides[0][0]} would have no effect")
     options = verb_parser(name).parse_args(others)
@@ -139,13 +140,13 @@ def verb_parser(name: str) -> Parser:
     return parser
 
 
-def _split_overrides(arguments: Sequence[str]) -> tuple[Overrides, list[str]]:
+def _split_overrides(arguments: Sequence[str], without_a_block: Sequence[str]) -> tuple[Overrides, list[str]]:
     """Recipe keys (`--select.fraction 0.6` or `--select.fraction=0.6`), and the other arguments."""
     overrides, others = [], []
     remaining = iter(arguments)
     for argument in remaining:
         key, equals, value = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--") or ("." not in key and key not in KEYS_WITHOUT_A_BLOCK):
+        if not argument.startswith("--") or ("." not in key and key not in without_a_block):
             others.append(argument)
             continue
         if not equals:
@@ -401,20 +402,26 @@ def _read_select(overrides: Overrides) -> SelectConfig:
     return make_recipe(anything, overrides).select
 
 
-FORMATS_WITH_TEXTS = ("jsonl", "datasets")
-"""Export formats that hold the pairs' texts, and not only their ids."""
+LIBRARIES = ("trl", "axolotl", "llama-factory", "openrlhf", "argilla", "cleanlab")
+"""Programs that a curriculum is exported for (`curriculum.handoff`)."""
+
+FORMATS_WITH_TEXTS = ("jsonl", "datasets", *LIBRARIES)
+"""Export formats that need the pairs' texts, and not only their ids."""
 
 
 def _export_options(parser: argparse.ArgumentParser) -> None:
     _curriculum_argument(parser)
     parser.add_argument("--format", required=True, choices=("csv", "parquet", *FORMATS_WITH_TEXTS))
-    parser.add_argument("--out", type=path, required=True, metavar="PATH")
-    _pairs_option(parser, "the run's pairs folder, for jsonl and datasets; default: beside the curriculum")
+    parser.add_argument(
+        "--out", type=path, required=True, metavar="PATH", help="a file; for datasets and programs a folder"
+    )
+    _pairs_option(parser, "the run's pairs folder, but for csv and parquet; default: beside the curriculum")
     parser.add_argument("--overwrite", action="store_true", help="replace what is at PATH")
 
 
 def _export(options: argparse.Namespace, overrides: Overrides) -> None:
     from selective_dpo.curriculum.export import export_curriculum
+    from selective_dpo.curriculum.handoff import hand_on
     from selective_dpo.curriculum.table import Curriculum
     from selective_dpo.data.store import pairs_file
     from selective_dpo.report.tables import printable
@@ -431,11 +438,38 @@ def _export(options: argparse.Namespace, overrides: Overrides) -> None:
     if has_texts and (options.pairs or folder.is_dir()):
         pairs = pairs_file(folder)
         verify_folder(folder)
-    written = export_curriculum(
-        curriculum, Path(options.out), options.format, pairs=pairs, overwrite=options.overwrite
-    )
+    write = hand_on if options.format in LIBRARIES else export_curriculum
+    out = Path(options.out)
+    written = write(curriculum, out, options.format, pairs=pairs, overwrite=options.overwrite)
     counts = f"{len(curriculum.order):,} selected of {len(curriculum.table):,} pairs"
     print(f"{printable(str(written))}: {counts}")
+
+
+def _push_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=path, metavar="RUN", help="a run's folder")
+    parser.add_argument("--to", required=True, metavar="OWNER/NAME", help="the repository on the hub")
+    parser.add_argument(
+        "--curriculum", action="store_true", help="a data set of ids, difficulties and order, not the policy"
+    )
+    parser.add_argument("--with-text", action="store_true", help="with the selected pairs' texts")
+    parser.add_argument("--license", default="", metavar="NAME", help="of the source, such as apache-2.0")
+    parser.add_argument("--public", action="store_true", help="for everyone; else private")
+
+
+def _push(options: argparse.Namespace, overrides: Overrides) -> None:
+    if not options.curriculum and (options.with_text or options.license):
+        raise ConfigError("--with-text and --license have no effect without --curriculum; leave them out")
+    from selective_dpo.run.folder import RunDirectory
+    from selective_dpo.run.hub import push_curriculum, push_policy
+
+    run, private = RunDirectory(Path(options.run)), not options.public
+    if options.curriculum:
+        is_new = push_curriculum(
+            run, options.to, private=private, with_text=options.with_text, licence=options.license
+        )
+    else:
+        is_new = push_policy(run, options.to, private=private)
+    print(f"pushed to {options.to}" if is_new else f"{options.to} has it already")
 
 
 REGIONS = {
@@ -583,7 +617,8 @@ VERBS = {
         "difficulties from a file, another run, or the original repository", _import_options, _import, True
     ),
     "import-records": Verb("the same, by its older name", _import_options, _import, True),
-    "export": Verb("a curriculum as CSV, Parquet, JSON Lines or a datasets folder", _export_options, _export),
+    "export": Verb("a curriculum as a file, or ready for TRL, axolotl and others", _export_options, _export),
+    "push": Verb("a run's policy or curriculum to the Hugging Face hub", _push_options, _push),
     "inspect": Verb("show the easiest, median, hardest or named pairs", _inspect_options, _inspect),
     "compare": Verb(
         "runs, curricula, record folders and released files, side by side; nothing is trained",

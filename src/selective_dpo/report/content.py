@@ -192,7 +192,7 @@ def load_report_content(run_folder: Path) -> ReportContent:
         agreement=curriculum.facts.get("agreement") or {},
         results=from_json(read_json(results_path)) if results_path.is_file() else None,
         training_logs=_read_training_logs(run_folder),
-        drops=_read_drops(pairs_path),
+        drops=read_drops(pairs_path),
         provenance=_provenance(run_folder, curriculum),
         cost=curriculum.facts.get("cost") or {},
         config=config,
@@ -243,7 +243,8 @@ def _provenance(run_folder: Path, curriculum: Curriculum) -> dict[str, Any]:
     return {**facts, **(curriculum.facts.get("provenance") or {}), **({"pairs": pairs} if pairs else {})}
 
 
-def _read_drops(path: Path) -> tuple[DropCount, ...]:
+def read_drops(path: Path) -> tuple[DropCount, ...]:
+    """Rows of `pairs.parquet` by source and status, the kept ones first, then the largest count."""
     table = pq.read_table(path, columns=["source", "status"])
     counted = table.group_by(["source", "status"], use_threads=False).aggregate([([], "count_all")])
     drops = [DropCount(row["source"] or "", row["status"], row["count_all"]) for row in counted.to_pylist()]
