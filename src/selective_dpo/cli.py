@@ -224,6 +224,51 @@ def _quieten_libraries() -> None:
     quieten_libraries()
 
 
+# --- init ---------------------------------------------------------------------------------------------------
+
+
+def _init_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", type=path, metavar="RECIPE", help="the .yaml file to write")
+    parser.add_argument("--model", default="", metavar="MODEL", help="a folder, or a name on the hub")
+    parser.add_argument("--data", default="", metavar="PAIRS", help="a file, a folder, or a name on the hub")
+    parser.add_argument("--split", default="", metavar="NAME", help="of a data set of the hub")
+    shipped = "instead a copy of a recipe that comes with the package; a wrong name lists them"
+    parser.add_argument("--from", dest="source", default="", metavar="NAME", help=shipped)
+    parser.add_argument("--overwrite", action="store_true", help="replace what is at RECIPE")
+
+
+def _init(options: argparse.Namespace, overrides: Overrides) -> None:
+    target = Path(options.recipe)
+    if options.source and (options.model or options.data or options.split):
+        raise ConfigError("--from copies a recipe as it is: leave out --model, --data and --split")
+    if options.source:
+        _copy_shipped(options.source, target, overwrite=options.overwrite)
+    elif not (options.model and options.data):
+        raise ConfigError("init needs --model and --data, or --from NAME for a copy of a shipped recipe")
+    else:
+        _quieten_libraries()
+        from selective_dpo.report.tables import printable
+        from selective_dpo.run.init import write_first_recipe
+
+        found = write_first_recipe(
+            target, options.model, options.data, split=options.split, overwrite=options.overwrite
+        )
+        print(printable(found.describe()))
+    print(f"{target}\nnext: selective-dpo plan {target}")
+
+
+def _copy_shipped(name: str, target: Path, *, overwrite: bool) -> None:
+    from selective_dpo.config.load import SHIPPED
+    from selective_dpo.storage.artifacts import write_atomic
+
+    names = sorted(file.stem for file in SHIPPED.glob("*.yaml"))
+    if name not in names:
+        raise ConfigError(f"there is no shipped recipe {name!r}; there are {', '.join(names)}")
+    if target.exists() and not overwrite:
+        raise ConfigError(f"{target} exists: choose another name, or pass --overwrite to replace it")
+    write_atomic(target, (SHIPPED / f"{name}.yaml").read_bytes())
+
+
 # --- run, score, curriculum, train, evaluate, report --------------------------------------------------------
 
 
@@ -596,6 +641,7 @@ class Verb(NamedTuple):
 
 VERBS = {
     "demo": Verb("the whole method on a small synthetic world, on a CPU, in minutes", _demo_options, _demo),
+    "init": Verb("write a first recipe for a model and a file of pairs", _init_options, _init),
     "run": Verb(
         "all stages of a recipe: score, curriculum, train, evaluate, report", _stage_options, _stage, True
     ),

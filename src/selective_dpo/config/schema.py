@@ -137,8 +137,8 @@ class SourceConfig(Block):
     `{prompt: instruction, chosen: answer_a, rejected: answer_b}`. Columns that are not named keep their
     names."""
     adapter: str = ""
-    """What makes a pair of a row: `my_module:my_function`, or a name given with `@adapter`. Empty: the known
-    shapes are read."""
+    """What makes a pair of a row: `chat` reads texts as a user's and an assistant's messages;
+    `my_module:my_function`, or a name given with `@adapter`, is your own. Empty: the known shapes."""
 
 
 class DataConfig(Block):
