@@ -357,13 +357,26 @@ class SelectConfig(Block):
     """Decides `random` and `shuffled`; 0 when one of them is used and none is given."""
     allow_partial: bool = False
     """Accept pairs with fewer records than the protocol makes; the curriculum says so."""
+    balance: tuple[Literal["length", "source", "score"], ...] = ()
+    """Take the share within strata instead of over all pairs: fifths of the length difference (chosen minus
+    rejected), the data's sources, fifths of the score difference, or several of them crossed. With rule
+    `easiest` or `hardest`."""
+    residual: Literal["", "length"] = ""
+    """`length`: select by what is left of difficulty when its monotone dependence on the length difference is
+    taken out."""
+    quota: dict[Text, Fraction] = {}
+    """Least share of the selected pairs that is of a source, by the source's name in the pairs' table."""
     source: PathText = ""
     """Of a control: take the difficulty from here instead, such as from a run of a weaker model on the same
     pairs; what it may be is said at `curriculum`, which does this for the run's own selection."""
 
     def identity(self) -> dict[str, Any]:
-        """JSON values for keys and facts: without the path of `source`, for which its content stands."""
-        return self.model_dump(mode="json", exclude={"source"})
+        """JSON values for keys and facts: without the path of `source`, for which its content stands.
+
+        Keys that came later are left out where they have no effect, so that older curricula keep their key.
+        """
+        later = {name for name in ("balance", "residual", "quota") if not getattr(self, name)}
+        return self.model_dump(mode="json", exclude={"source", *later})
 
     @property
     def about_records(self) -> list[str]:
@@ -401,6 +414,17 @@ class SelectConfig(Block):
                 self.seed is not None and self.rule != "random" and self.order != "shuffled",
                 "seed has no effect without rule 'random' or order 'shuffled'",
             ),
+            (
+                bool(self.balance or self.quota) and self.rule not in ("easiest", "hardest"),
+                f"balance and quota have no effect with rule '{self.rule}'",
+            ),
+            (bool(self.balance and self.quota), "give balance or quota, not both"),
+            (
+                bool(self.residual) and self.rule in ("random", "below"),
+                f"residual has no effect with rule '{self.rule}'",
+            ),
+            (len(set(self.balance)) < len(self.balance), "balance names one thing twice"),
+            (sum(self.quota.values()) > 1.0, "the quotas are above 1 together"),
             (
                 bool(self.source and self.about_records),
                 f"{', '.join(self.about_records)} has no effect beside from, whose difficulty is one number "
@@ -555,6 +579,10 @@ class StudyConfig(Block):
     sources: tuple[PathText, ...] = ()
     """As many of the easiest pairs by the difficulty that each of these holds, such as a weaker model's run;
     see `select.source`."""
+    balance: tuple[tuple[Literal["length", "source", "score"], ...], ...] = ()
+    """As many of the easiest pairs within these strata, as `select.balance` names them."""
+    residual: tuple[Literal["length"], ...] = ()
+    """As many of the easiest pairs with this taken out of difficulty; see `select.residual`."""
     training_seeds: tuple[Seed, ...] = ()
     """See `evaluate.training_seeds`."""
 
@@ -625,6 +653,16 @@ class Recipe(Block):
             raise ValueError(
                 "select.from is for evaluate.controls; the run's own difficulty comes from elsewhere by "
                 f"curriculum: {self.select.source}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _certified_selects_by_difficulty_alone(self) -> Self:
+        beside = [name for name in ("balance", "residual", "quota") if getattr(self.select, name)]
+        if beside and self.score.protocol == "certified" and not self.curriculum:
+            raise ValueError(
+                f"select.{beside[0]} selects otherwise than what protocol certified certifies: give "
+                "score.protocol one-step, fast or paper"
             )
         return self
 

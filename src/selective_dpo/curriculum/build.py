@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from selective_dpo.config import DEFAULT_FRACTION, SelectConfig
 from selective_dpo.config.messages import explain
 from selective_dpo.criteria import CRITERIA, by_record
 from selective_dpo.curriculum.agreement import agreement
+from selective_dpo.curriculum.balance import (
+    Attributes,
+    needs_attributes,
+    require_attributes,
+    residual,
+    select_with_quota,
+    select_within,
+    strata,
+)
 from selective_dpo.curriculum.records import Difficulty, LossTable, Records, difficulty, loss_table
-from selective_dpo.curriculum.select import Rule, training_positions
+from selective_dpo.curriculum.select import Rule, Selection, training_positions
 from selective_dpo.curriculum.select import select as apply_rule
 from selective_dpo.curriculum.table import COLUMNS, P_WRONG, Curriculum, loss_column
 from selective_dpo.errors import ConfigError, RecordsError, name_some
 from selective_dpo.logprobs.nonfinite import REASON
 from selective_dpo.losses import LN_2, PairLosses, is_dpos_own
 from selective_dpo.stats.calibration import probability_wrong
+
+AttributesOf: TypeAlias = Callable[[Sequence[str]], Attributes]
+"""Pair ids -> their attributes, in this order."""
 
 
 def build_curriculum(
@@ -33,6 +46,7 @@ def build_curriculum(
     key: str = "",
     quarantined: Mapping[str, str] | None = None,
     chance_loss: float | None = None,
+    attributes: AttributesOf | None = None,
 ) -> Curriculum:
     """Aggregate records into difficulties, select and order the pairs, and measure the agreement.
 
@@ -48,6 +62,7 @@ def build_curriculum(
         chance_loss: the loss of a policy that has not moved (`losses.chance_loss` of the scorers'
             settings), above which pairs are counted; default: ln 2, that of DPO's own loss. Of records with
             another loss nothing is counted then.
+        attributes: lengths, sources and scores of pairs given by id, for `balance`, `residual` and `quota`.
 
     Returns:
         One row a pair, sorted by id. The facts hold the selection with its defaults filled in, as
@@ -56,7 +71,7 @@ def build_curriculum(
 
     Raises:
         RecordsError: records are missing (unless `allow_partial`), repeated or not finite.
-        ConfigError: the selection is not valid, or does not fit the number of pairs.
+        ConfigError: the selection is not valid, or does not fit the pairs.
     """
     config = resolved_selection(select)
     losses = records
@@ -74,7 +89,8 @@ def build_curriculum(
         "provenance": dict(provenance or {}),
         "cost": dict(cost or {}),
     }
-    return assemble(losses, measured, config, facts, aside=quarantined or {}, reason=REASON)
+    aside = quarantined or {}
+    return assemble(losses, measured, config, facts, aside=aside, reason=REASON, attributes=attributes)
 
 
 def assemble(
@@ -85,6 +101,7 @@ def assemble(
     *,
     aside: Mapping[str, str],
     reason: str,
+    attributes: AttributesOf | None = None,
 ) -> Curriculum:
     """Select from difficulties and order what was selected: the part that measured ones and others share.
 
@@ -95,7 +112,10 @@ def assemble(
         facts: what is not about the selection.
         aside: pairs without a difficulty (pair id -> prompt id), and `reason`, why they have none.
     """
-    selected = apply_rule(measured.difficulty_P, losses.pair_ids_P, rule_of(config))
+    if needs_attributes(config):
+        measured, selected = _select_by_attributes(losses.pair_ids_P, measured, config, attributes)
+    else:
+        selected = apply_rule(measured.difficulty_P, losses.pair_ids_P, rule_of(config))
     position_P = training_positions(selected, losses.pair_ids_P, config.order, config.seed or 0)
     # Those of `COLUMNS`, without their suffix; what is not a number becomes null.
     given = {
@@ -126,6 +146,27 @@ def assemble(
         "partial": int((measured.count_P < losses.complete).sum()),
     }
     return Curriculum(_with_aside(table, aside, reason), {**own, **facts})
+
+
+def _select_by_attributes(
+    pair_ids_P: NDArray[np.str_], measured: Difficulty, config: SelectConfig, attributes: AttributesOf | None
+) -> tuple[Difficulty, Selection]:
+    """The difficulty that is selected by, and the selection."""
+    if attributes is None:
+        raise ConfigError(
+            "select.balance, residual and quota go by the pairs' lengths, sources and scores, which only a "
+            "run has: give them in its recipe"
+        )
+    known = attributes(pair_ids_P.tolist())
+    require_attributes(config, known)
+    if config.residual:
+        measured = measured._replace(difficulty_P=residual(measured.difficulty_P, known.length_P))
+    rule, difficulty_P = rule_of(config), measured.difficulty_P
+    if config.balance:
+        return measured, select_within(difficulty_P, pair_ids_P, rule, strata(known, config.balance))
+    if config.quota:
+        return measured, select_with_quota(difficulty_P, pair_ids_P, rule, known.source_P, config.quota)
+    return measured, apply_rule(difficulty_P, pair_ids_P, rule)
 
 
 def resolved_selection(select: SelectConfig | Mapping[str, Any] | None) -> SelectConfig:

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from selective_dpo.config import SelectConfig
 from selective_dpo.criteria import CRITERIA
+from selective_dpo.curriculum.audit import Audit, audit
 from selective_dpo.curriculum.import_ import imported_from
 from selective_dpo.curriculum.records import codes, id_positions
 from selective_dpo.curriculum.table import Curriculum
@@ -118,6 +119,8 @@ class ReportContent:
     provenance: Mapping[str, Any]
     cost: Mapping[str, Any]
     config: Mapping[str, Any]
+    audit: Audit | None = None
+    """None where all pairs were selected."""
     findings: tuple[str, ...] = ()
     truth: tuple[TruthRow, ...] = ()
 
@@ -196,6 +199,7 @@ def load_report_content(run_folder: Path) -> ReportContent:
         provenance=_provenance(run_folder, curriculum),
         cost=curriculum.facts.get("cost") or {},
         config=config,
+        audit=audit(curriculum, pairs_path) if 0 < len(curriculum.order) < len(curriculum.table) else None,
         findings=findings,
         truth=truth,
     )

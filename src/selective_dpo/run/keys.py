@@ -32,12 +32,13 @@ from selective_dpo.config import (
 from selective_dpo.config.load import dump_config
 from selective_dpo.config.schema import PROTOCOLS, BenchmarkName
 from selective_dpo.criteria import criterion_source
+from selective_dpo.curriculum.balance import needs_attributes
 from selective_dpo.curriculum.build import rule_of
 from selective_dpo.curriculum.import_ import Outside, read_outside
 from selective_dpo.curriculum.table import TABLE, Curriculum
 from selective_dpo.data.prepare import pairs_key
 from selective_dpo.data.sources import read_prompts, source_digest, source_label
-from selective_dpo.data.store import TOKENS, load_pairs, prompt_keys
+from selective_dpo.data.store import PAIRS, TOKENS, load_pairs, prompt_keys
 from selective_dpo.data.templates import template_digest
 from selective_dpo.data.tokenize import tokenizer_digest
 from selective_dpo.difficulty.protocols import ScorerRun, planned_runs
@@ -325,6 +326,11 @@ def _certified_runs(run: Run, planned: tuple[ScorerRun, ...]) -> tuple[ScorerRun
 def imported_inputs(run: Run, digest: str) -> dict[str, str]:
     """What a curriculum is made from, where its difficulty is imported with this digest of its content."""
     return {"curriculum": digest, "pairs": read_manifest(run.folder.pairs).files[TOKENS]}
+
+
+def attribute_inputs(run: Run, select: SelectConfig) -> dict[str, str]:
+    """SHA-256 of the pairs' table, for a selection that goes by lengths, sources or scores; else nothing."""
+    return {"attributes": read_manifest(run.folder.pairs).files[PAIRS]} if needs_attributes(select) else {}
 
 
 def curriculum_key(records: Mapping[str, str], select: SelectConfig) -> str:

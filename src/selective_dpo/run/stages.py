@@ -25,6 +25,8 @@ from trl.trainer.utils import add_fused_lm_head
 from selective_dpo.config import Recipe, SelectConfig, SourceConfig
 from selective_dpo.config.schema import BenchmarkName
 from selective_dpo.curriculum.agreement import scorer_check
+from selective_dpo.curriculum.audit import audit
+from selective_dpo.curriculum.balance import read_attributes
 from selective_dpo.curriculum.build import build_curriculum
 from selective_dpo.curriculum.import_ import (
     Outside,
@@ -35,7 +37,7 @@ from selective_dpo.curriculum.import_ import (
 from selective_dpo.curriculum.records import LossTable
 from selective_dpo.curriculum.table import TABLE, Curriculum
 from selective_dpo.data.prepare import prepare_pairs
-from selective_dpo.data.store import TOKENS, load_ids, load_summary, load_tokens, require_known
+from selective_dpo.data.store import PAIRS, TOKENS, load_ids, load_summary, load_tokens, require_known
 from selective_dpo.difficulty.held_out import evaluation_steps
 from selective_dpo.difficulty.protocols import ScorerRun, planned_runs, require_fold_sizes, split_pairs
 from selective_dpo.difficulty.scorer import COST, ScorerJob, collect_losses, run_scorer
@@ -79,10 +81,18 @@ from selective_dpo.logprobs.reference import (
 from selective_dpo.logprobs.rows import part_lengths
 from selective_dpo.losses import chance_loss
 from selective_dpo.models import load_policy, loading
-from selective_dpo.report.tables import check_note, displacement_notes, label_for, movement_note, seeds_note
+from selective_dpo.report.tables import (
+    audit_text,
+    check_note,
+    displacement_notes,
+    label_for,
+    movement_note,
+    seeds_note,
+)
 from selective_dpo.run.certified import certificate, scorers_until_stable
 from selective_dpo.run.keys import (
     Run,
+    attribute_inputs,
     benchmark_key,
     check_inputs,
     check_run,
@@ -495,8 +505,8 @@ def _curricula(run: Run) -> Iterator[Sequence[Result]]:
     def losses() -> LossTable:
         # All arms accept partial records, or none does.
         criteria = {select.aggregate for select, _ in run.arms.values()}
-        partial = run.recipe.select.allow_partial
-        return collect_losses(folders, allow_partial=partial, criteria=criteria)
+        is_partial = run.recipe.select.allow_partial
+        return collect_losses(folders, allow_partial=is_partial, criteria=criteria)
 
     def build(select: SelectConfig, origin: dict[str, Any], key: str) -> Curriculum:
         made = build_curriculum(
@@ -507,6 +517,7 @@ def _curricula(run: Run) -> Iterator[Sequence[Result]]:
             key=key,
             quarantined=read_quarantine([run.folder.reference, *folders]),
             chance_loss=chance_loss({**ORIGINAL_DEFAULTS, **run.recipe.score.trainer}),
+            attributes=partial(read_attributes, run.folder.pairs / PAIRS),
         )
         more = {"certificate": certificate(run), "missing_scorers": missing, "check": _checked(run, losses())}
         return replace(made, facts={**made.facts, **more})
@@ -526,7 +537,15 @@ def _imported_curricula(run: Run) -> Iterator[Sequence[Result]]:
 
 def _import(run: Run, outside: Outside, select: SelectConfig, origin: dict[str, Any], key: str) -> Curriculum:
     ids, select = load_ids(run.folder.pairs), select.model_copy(update={"source": ""})
-    return outside_curriculum(outside, ids["pair_id"], ids["prompt_id"], select, provenance=origin, key=key)
+    return outside_curriculum(
+        outside,
+        ids["pair_id"],
+        ids["prompt_id"],
+        select,
+        provenance=origin,
+        key=key,
+        attributes=partial(read_attributes, run.folder.pairs / PAIRS),
+    )
 
 
 def _curriculum_results(
@@ -543,6 +562,7 @@ def _curriculum_results(
         made_from, made_by = inputs, build
         if select.source and (outside := run.outside_of(select)):
             made_from, made_by = imported_inputs(run, outside.digest), partial(_import, run, outside)
+        made_from = {**made_from, **attribute_inputs(run, select)}
         key = curriculum_key(made_from, select)
 
         def make() -> None:
@@ -558,6 +578,8 @@ def _curriculum_results(
             facts = Curriculum.load(folder).facts
             notes = [movement_note(facts.get("agreement") or {}), check_note(facts.get("check"))]
             lines += filter(None, notes)
+            if 0 < facts["selected"] < facts["pairs"]:
+                lines += audit_text(audit(Curriculum.load(folder), run.folder.pairs / PAIRS)).splitlines()
             return "\n  ".join(lines)
 
         return Result(name, folder / TABLE, key, make, describe)
