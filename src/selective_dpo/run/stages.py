@@ -24,6 +24,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from selective_dpo.config import GuardConfig, Recipe, SelectConfig, SourceConfig
 from selective_dpo.config.schema import BenchmarkName
+from selective_dpo.config.trainer_options import PAIRS_PER_UPDATE
 from selective_dpo.curriculum.agreement import scorer_check
 from selective_dpo.curriculum.audit import audit
 from selective_dpo.curriculum.balance import read_attributes
@@ -215,7 +216,7 @@ def complete(run: Run, results: Sequence[Result]) -> None:
             if text := result.describe():
                 run.tell(text)
         return
-    _require_same_processes(there)
+    _require_same_processes(run, there)
     if missing[0].label:
         run.tell(f"training: {'; '.join(result.label for result in missing)}")
     else:
@@ -238,22 +239,26 @@ def _make(result: Result) -> None:
             result.make()
 
 
-def _require_same_processes(complete: Sequence[Result]) -> None:
+def _require_same_processes(run: Run, complete: Sequence[Result]) -> None:
     """Refuse to train beside results that another number of processes has trained.
 
     The same settings on more processes are more pairs in an update: the results would not be of one kind.
+    With `pairs_per_update` they are as many.
 
     Raises:
         ConfigError: the numbers are named.
     """
     now = this_process().num_processes
     for result in complete:
+        is_scorer = result.path.is_relative_to(run.folder.root / "scores")
+        if PAIRS_PER_UPDATE in (run.recipe.score if is_scorer else run.recipe.train).trainer:
+            continue
         then = read_json(result.path / "cost.json")["processes"]
         if then != now:
             raise ConfigError(
                 f"{result.path} was trained by {then} process(es), and now there are {now}, which with the "
                 "same settings makes another number of pairs in an update: start as many as before, or set "
-                "per_device_train_batch_size or gradient_accumulation_steps to match and pass --fresh"
+                "pairs_per_update, which keeps it, and pass --fresh"
             )
 
 
@@ -334,7 +339,7 @@ def scorer_steps(recipe: Recipe, scorer: ScorerRun, pairs: int, processes: int) 
     Raises:
         ConfigError: it makes fewer steps than it is to be measured.
     """
-    settings = training_settings(recipe.score.trainer, recipe.model)
+    settings = training_settings(recipe.score.trainer, recipe.model, processes)
     updates = optimizer_steps(pairs, settings, processes)
     try:
         return ScorerSteps(updates, evaluation_steps(updates, recipe.score.evaluations))
