@@ -245,7 +245,6 @@ def test_wait_goes_on_when_the_other_command_has_finished(
     recipe = recipe_with(tmp_path, None)
     root = tmp_path / "runs" / "tiny"
     root.mkdir(parents=True)
-    monkeypatch.setattr("selective_dpo.cli.SECONDS_BETWEEN_TRIES", 0.05)
     held, is_done = threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -258,8 +257,12 @@ def test_wait_goes_on_when_the_other_command_has_finished(
     held.wait(30)
     assert main(["prepare", str(recipe)]) == 2
     assert "in use" in capsys.readouterr().err
-    threading.Timer(0.5, is_done.set).start()
+
+    def instead_of_sleeping(seconds: float) -> None:
+        is_done.set()
+        other.join()
+
+    monkeypatch.setattr("selective_dpo.cli.time.sleep", instead_of_sleeping)
     assert main(["prepare", str(recipe), "--wait"]) == 0
-    other.join()
     out = capsys.readouterr().out
     assert "waiting: " in out and (root / "reference" / "manifest.json").is_file()
