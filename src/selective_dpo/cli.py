@@ -34,6 +34,7 @@ from selective_dpo.errors import (
 
 if TYPE_CHECKING:
     from selective_dpo.config import Recipe, SelectConfig
+    from selective_dpo.report.inspect import Wanted
     from selective_dpo.run.folder import RunDirectory
 
 Overrides = Sequence[tuple[str, str]]
@@ -610,6 +611,9 @@ def _inspect_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pair", nargs="+", action="extend", default=[], metavar="ID", help=shown)
     _pairs_option(parser, "the run's pairs folder; default: beside the curriculum")
     parser.add_argument("--full", action="store_true", help="whole texts, not only their beginnings")
+    parser.add_argument(
+        "--web", action="store_true", help="open the run's report, at the pair of --pair, in a browser"
+    )
     parser.epilog = "Without any of these: three of the easiest, three of the median, three of the hardest."
 
 
@@ -617,10 +621,32 @@ def _inspect(options: argparse.Namespace, overrides: Overrides) -> None:
     from selective_dpo.report.inspect import DEFAULT, LONGEST, Wanted, group_text, look_at
 
     asked = Wanted(**{name: getattr(options, name) for name in REGIONS}, pair_ids=tuple(options.pair))
+    if options.web:
+        print(_open_report(options, asked))
+        return
     pairs = Path(options.pairs) if options.pairs else None
     groups, total = look_at(Path(options.curriculum), DEFAULT if asked == Wanted() else asked, pairs)
     longest = None if options.full else LONGEST
     print("\n\n\n".join(group_text(group, total, longest=longest) for group in groups))
+
+
+def _open_report(options: argparse.Namespace, asked: Wanted) -> str:
+    """The address of the report's file, at the first named pair; a browser is told to open it."""
+    import webbrowser
+
+    from selective_dpo.curriculum.table import Curriculum
+    from selective_dpo.report.inspect import find_ids
+
+    if any(asked[:4]) or options.pairs or options.full or len(asked.pair_ids) > 1:
+        raise ConfigError("--web opens the whole report: of the other options only one --pair has an effect")
+    source = Path(options.curriculum)
+    report = (source.parent if source.suffix == ".parquet" else source) / "report.html"
+    if not report.is_file():
+        raise ArtifactError(f"there is no {report}: write it with `selective-dpo report RECIPE`")
+    (pair,) = find_ids(asked.pair_ids, Curriculum.load(source).pair_ids) or [""]
+    address = report.absolute().as_uri() + (f"#pair={pair}" if pair else "")
+    webbrowser.open(address)
+    return address
 
 
 # --- compare ------------------------------------------------------------------------------------------------

@@ -135,7 +135,21 @@ def test_no_script_runs_and_nothing_is_fetched(
     foreign = (
         "script, img, iframe, link, base, form, a, button, object, embed, math, meta[http-equiv=refresh i]"
     )
-    assert opened.page.locator(foreign).count() == 0
+    own = opened.page.locator("body > script")
+    assert (
+        own.count() == 2 and opened.page.locator("script").count() == 2
+    )  # the browser of pairs, and its data
+    assert opened.page.locator(f":is({foreign}):not(#browser *, body > script)").count() == 0
+    assert (
+        opened.page.locator("#browser :is(script, img, iframe, link, base, a, object, embed, math)").count()
+        == 0
+    )
+    # Each pair, opened: its texts are text there, too.
+    for place in range(min(20, opened.page.locator("td.start button").count())):
+        opened.page.locator("td.start button").nth(place).click()
+        assert opened.page.locator("dialog :is(script, img, iframe, svg, style, a, object)").count() == 0
+        opened.page.keyboard.press("Escape")
+    assert opened.page.evaluate("typeof window.hit") == "undefined" and opened.said == []
     handlers = (
         "[...document.querySelectorAll('*')].flatMap(e => e.getAttributeNames()).filter(n => /^on/i.test(n))"
     )

@@ -32,6 +32,7 @@ from selective_dpo.evaluation.results import (
 )
 from selective_dpo.evaluation.side_effects import task_scores
 from selective_dpo.losses import LN_2
+from selective_dpo.report.browser import Packed, pack_pairs
 from selective_dpo.report.inspect import OF_A_REPORT, ExampleGroup, example_groups
 from selective_dpo.stats.estimates import Estimate
 from selective_dpo.stats.rank_correlation import clustered_spearman
@@ -122,6 +123,8 @@ class ReportContent:
     provenance: Mapping[str, Any]
     cost: Mapping[str, Any]
     config: Mapping[str, Any]
+    packed: Packed | None = None
+    """The pairs of the page's browser."""
     guard: tuple[tuple[str, TaskScore], ...] = ()
     """Arm and score of each task of `evaluate.guard`."""
     audit: Audit | None = None
@@ -204,6 +207,7 @@ def load_report_content(run_folder: Path) -> ReportContent:
         provenance=_provenance(run_folder, curriculum),
         cost=curriculum.facts.get("cost") or {},
         config=config,
+        packed=pack_pairs(curriculum, run_folder),
         guard=_read_guard(run_folder / "guard"),
         audit=audit(curriculum, pairs_path) if 0 < len(curriculum.order) < len(curriculum.table) else None,
         findings=findings,

@@ -116,13 +116,17 @@ def render_report(content: ReportContent) -> str:
         agreement_note=_agreement_note(content.agreement),
         preview=preview,
         turns=turns,
+        script_data=content.packed.data if content.packed else "",
     )
 
 
-def render_page(template: str, *, kicker: str, title: str, subtitle: str, **values: Any) -> str:
-    """A page of this package as the text of one HTML file, whose policy allows it to load and run nothing.
+def render_page(
+    template: str, *, kicker: str, title: str, subtitle: str, script_data: str = "", **values: Any
+) -> str:
+    """A page of this package as the text of one HTML file, whose policy allows it to load nothing.
 
-    `template` extends `base.html.j2`; `values` are what it shows, in which only `Markup` is not escaped.
+    `template` extends `base.html.j2`; `values` are what it shows, in which only `Markup` is not escaped. With
+    `script_data`, base64 that `browser.js` reads, that script may run, and no other; else none may.
     """
     folder = resources.files("selective_dpo.report")
     environment = jinja2.Environment(
@@ -136,16 +140,24 @@ def render_page(template: str, *, kicker: str, title: str, subtitle: str, **valu
         lstrip_blocks=True,
     )
     style = folder.joinpath("report.css").read_text("utf-8")
-    style_digest = base64.b64encode(hashlib.sha256(style.encode("utf-8")).digest()).decode("ascii")
+    script = folder.joinpath("browser.js").read_text("utf-8") if script_data else ""
     return environment.get_template(template).render(
         kicker=kicker,
         title=title,
         subtitle=subtitle,
         # Our own style sheet and drawings are the only markup that is not escaped.
         style=Markup(style),
-        style_hash=Markup(f"sha256-{style_digest}"),
+        style_hash=Markup(f"sha256-{_sha256(style)}"),
+        script=Markup(script),
+        script_hash=Markup(f"sha256-{_sha256(script)}"),
+        script_data=script_data,
         **values,
     )
+
+
+def _sha256(text: str) -> str:
+    """As a content security policy wants it."""
+    return base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")
 
 
 def _arms_table(results: EvaluationResults) -> Table:
