@@ -22,7 +22,9 @@ def test_auroc_and_precision_are_those_counted_by_hand() -> None:
     # The first planted pair is above all 3 others; the second is above one, equal to one, below one.
     assert found.auroc.value == pytest.approx((3 + 1.5) / 6)
     # Of the two with equal scores, half a planted one falls into the first three.
-    assert [each.value for each in found.precision.values()] == pytest.approx([1, 1 / 2, 1.5 / 3, 2 / 4, 2 / 5])
+    assert [each.value for each in found.precision.values()] == pytest.approx(
+        [1, 1 / 2, 1.5 / 3, 2 / 4, 2 / 5]
+    )
     for each in (found.auroc, *found.precision.values()):
         assert 0.0 <= each.low <= each.value <= each.high <= 1.0
 
@@ -41,7 +43,9 @@ def test_pairs_of_one_prompt_widen_the_interval() -> None:
     prompts = np.repeat(np.arange(200), 4)
     together = measure_spike_in(np.repeat(score, 4), np.repeat(planted, 4), prompts, sizes=[200])
     assert together.auroc.value == pytest.approx(alone.auroc.value)
-    assert together.auroc.high - together.auroc.low == pytest.approx(alone.auroc.high - alone.auroc.low, rel=0.1)
+    assert together.auroc.high - together.auroc.low == pytest.approx(
+        alone.auroc.high - alone.auroc.low, rel=0.1
+    )
     assert together.precision[200].value == pytest.approx(alone.precision[50].value)
 
 
@@ -84,7 +88,9 @@ def test_the_limit_is_clopper_and_pearsons() -> None:
 
 
 def test_equal_scores_are_flagged_together() -> None:
-    found = limit_false_alarms([1.0] * 50 + [0.0] * 50, [True] * 50 + [False] * 50, range(100), 0.2, shares=[0.1])
+    found = limit_false_alarms(
+        [1.0] * 50 + [0.0] * 50, [True] * 50 + [False] * 50, range(100), 0.2, shares=[0.1]
+    )
     assert found is not None
     assert found.flagged == 50
 

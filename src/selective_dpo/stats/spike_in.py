@@ -1,10 +1,10 @@
 """How well a score finds labels that were turned round on purpose, and where false alarms stay rare.
 
-Some pairs are *planted*: measured with chosen and rejected exchanged. All others keep their label. Planted pairs
-are known to differ from the data's own labels, so finding them can be counted. What the counts are relative to
-is the data's own labels: a pair whose own label is wrong counts as a false alarm here when it is flagged. So
-precision and the bound on false alarms are pessimistic about flags, while planted errors, which strike clear pairs
-and close ones alike, are easier to find than annotators' errors, which strike close ones.
+Some pairs are *planted*: measured with chosen and rejected exchanged. All others keep their label. Planted
+pairs are known to differ from the data's own labels, so finding them can be counted. What the counts are
+relative to is the data's own labels: a pair whose own label is wrong counts as a false alarm here when it is
+flagged. So precision and the bound on false alarms are pessimistic about flags, while planted errors, which
+strike clear pairs and close ones alike, are easier to find than annotators' errors, which strike close ones.
 
 Dimension suffixes: P pairs, V distinct scores from the largest to the smallest, K sizes.
 """
