@@ -389,11 +389,11 @@ class SelectConfig(Block):
     allow_partial: bool = False
     """Accept pairs with fewer records than the protocol makes; the curriculum says so."""
     action: dict[Flag, Action] = {}
-    """What becomes of flagged pairs (docs/issues.md), such as `{suspected_flip: flip, degenerate: drop}`; of a
-    pair with several of these flags, by the first one here. `drop`: not selected. `flip`: chosen and rejected
-    change places before difficulties are compared. `sft`: not selected, and its chosen answer goes to
-    `sft.jsonl`. `down-weight`: weighs 1 - `p_wrong` in training, if it is selected. `rule` chooses among the
-    pairs that are left."""
+    """What becomes of flagged pairs (docs/issues.md), such as `{suspected_flip: flip, degenerate: drop}`; of
+    a pair with several of these flags, by the first one here. `drop`: not selected. `flip`: chosen and
+    rejected change places before difficulties are compared. `sft`: not selected, and its chosen answer goes
+    to `sft.jsonl`. `down-weight`: weighs 1 - `p_wrong` in training, if it is selected. `rule` chooses among
+    the pairs that are left."""
     source: PathText = ""
     """Of a control: take the difficulty from here instead, such as from a run of a weaker model on the same
     pairs; what it may be is said at `curriculum`, which does this for the run's own selection."""

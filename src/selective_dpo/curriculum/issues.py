@@ -24,7 +24,7 @@ from selective_dpo.data.adapters import KEPT
 from selective_dpo.data.text_checks import COLUMNS as TEXTS
 from selective_dpo.data.text_checks import check_texts
 from selective_dpo.errors import ArtifactError, ConfigError
-from selective_dpo.identity import positions_of
+from selective_dpo.identity import ids_digest, positions_of
 from selective_dpo.storage.artifacts import SCHEMA_VERSION, file_digest, read_json, replacing, write_json
 
 TABLE, FACTS = "issues.parquet", "issues.json"
@@ -38,11 +38,11 @@ MEANINGS: Mapping[Flag, str] = {
     "suspected_flip": "p_wrong of {suspected_flip:g} or more: the scorers are sure of the other answer",
     "tie": "p_wrong within {tie:g} of one half, or equal scores in the data: no preference to learn",
     "too_hard": "in between: the scorers lean to the other answer; wrong, or beyond this model",
-    "contradicting": "on a cycle of preferences under one prompt (common words: {similar_prompts:.0%} or more)",
+    "contradicting": "on a cycle of preferences under one prompt ({similar_prompts:.0%} of the words common)",
     "length_driven": "without the part of its margin that goes with length, the verdict would turn",
     "truncated": "cut to data.max_length",
-    "degenerate": "an answer is blank or repeats itself ({repetition:g} times shorter when compressed), or both "
-    "are the same but for case and space",
+    "degenerate": "an answer is blank or repeats itself ({repetition:g} times shorter when compressed), or "
+    "both are the same but for case and space",
 }
 
 _LEAST = 1e-12
@@ -70,8 +70,8 @@ def find_issues(
     table = curriculum.measured.table
     if P_WRONG not in table.column_names:
         raise ArtifactError(
-            "the curriculum has no p_wrong, which needs margins: its difficulties were imported, or are from a "
-            "version before it; score the pairs, or build it again with `selective-dpo curriculum`"
+            "the curriculum has no p_wrong, which needs margins: its difficulties were imported; score the "
+            "pairs with this package"
         )
     return flag_pairs(table, table[P_WRONG].to_numpy(), pairs, config)
 
@@ -120,8 +120,8 @@ def length_driven(
 ) -> NDArray[np.bool_]:
     """Whether the scorers' verdict would turn without the part of the margin that goes with length. [P]
 
-    That part is slope x log(chosen tokens / rejected tokens), with the slope of a regression of the margins on
-    these without intercept. So a pair with its answers exchanged is driven by length as it was before.
+    That part is slope x log(chosen tokens / rejected tokens), with the slope of a regression of the margins
+    on these without intercept. So a pair with its answers exchanged is driven by length as it was before.
     """
     certain_P = np.clip(p_wrong_P, _LEAST, 1.0 - _LEAST)
     margin_P = np.log1p(-certain_P) - np.log(certain_P)
@@ -190,7 +190,8 @@ def cleanlab_inputs(issues: pa.Table) -> CleanlabInputs:
     cleanlab's label quality ("self confidence") of a pair is then 1 - `p_wrong`.
     """
     p_wrong_P = issues[P_WRONG].to_numpy()
-    labels_P = np.array([int(name[-1], 16) % 2 for name in issues[PAIR_ID].to_pylist()], dtype=np.int64)
+    last_digits = (ids_digest([name])[-1] for name in issues[PAIR_ID].to_pylist())
+    labels_P = np.array([int(digit, 16) % 2 for digit in last_digits], dtype=np.int64)
     given_P, other_P = 1.0 - p_wrong_P, p_wrong_P
     first_P = np.where(labels_P == 0, given_P, other_P)
     return CleanlabInputs(labels_P, np.stack([first_P, 1.0 - first_P], axis=1))
