@@ -11,7 +11,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -27,7 +27,7 @@ from selective_dpo.errors import (
 )
 
 if TYPE_CHECKING:
-    from selective_dpo.config import Recipe, SelectConfig
+    from selective_dpo.config import Recipe
 
 Overrides = Sequence[tuple[str, str]]
 """Recipe keys given as options, with their values as text."""
@@ -376,7 +376,7 @@ def _import(options: argparse.Namespace, overrides: Overrides) -> None:
     )
     from selective_dpo.report.tables import printable
 
-    select = _read_select(overrides)
+    select = _read_block("select", overrides).select
     columns = {name: getattr(options, name) for name in ("id_column", "difficulty_column", "names")}
     if is_records(Path(options.source)) and not options.pairs and not any(columns.values()):
         imported = import_records(options.source, select)
@@ -390,15 +390,15 @@ def _import(options: argparse.Namespace, overrides: Overrides) -> None:
     print(printable(str(saved)))
 
 
-def _read_select(overrides: Overrides) -> SelectConfig:
+def _read_block(block: str, overrides: Overrides, known: Mapping[str, Any] | None = None) -> Recipe:
+    """A recipe of which only `block` means something, so that values are read as in any recipe."""
     from selective_dpo.config.load import make_recipe
 
     for key, _ in overrides:
-        if not key.startswith("select."):
-            raise ConfigError(f"unknown option --{key}; only --select.* keys work here")
-    # A recipe around the block, so that values are read and errors are named as in any recipe.
+        if not key.startswith(f"{block}."):
+            raise ConfigError(f"unknown option --{key}; only --{block}.* keys work here")
     anything = {"name": "selection", "model": {"path": "-"}, "data": {"train": [{"path": "-"}]}}
-    return make_recipe(anything, overrides).select
+    return make_recipe({**anything, **(known or {})}, overrides)
 
 
 FORMATS_WITH_TEXTS = ("jsonl", "datasets")
@@ -466,6 +466,35 @@ def _inspect(options: argparse.Namespace, overrides: Overrides) -> None:
     groups, total = look_at(Path(options.curriculum), DEFAULT if asked == Wanted() else asked, pairs)
     longest = None if options.full else LONGEST
     print("\n\n\n".join(group_text(group, total, longest=longest) for group in groups))
+
+
+# --- issues -------------------------------------------------------------------------------------------------
+
+
+def _issues_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=path, metavar="RUN", help="a run's folder, with a curriculum")
+    meaning = "turn this share of the labels round on purpose, and count how well they are found"
+    parser.add_argument("--plant", type=float, default=0.0, metavar="SHARE", help=meaning)
+    meaning = "decides which labels are planted (default 0)"
+    parser.add_argument("--seed", type=int, default=None, help=meaning)
+    meaning = "bound on the share of false alarms among flagged pairs (default 0.2); with --plant"
+    parser.add_argument("--false-alarms", type=float, default=None, metavar="SHARE", help=meaning)
+    _json_option(parser)
+    parser.epilog = "Thresholds: --issues.suspected_flip 0.9, --issues.tie 0.02 ... (docs/issues.md)."
+
+
+def _issues(options: argparse.Namespace, overrides: Overrides) -> None:
+    given = {"seed": options.seed, "false_alarms": options.false_alarms}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given and not options.plant:
+        raise ConfigError(f"--{min(given).replace('_', '-')} has no effect without --plant: leave it out")
+    from selective_dpo.report.issues import issues_text
+    from selective_dpo.run.issues import find_issues, recipe_issues
+
+    known = recipe_issues(Path(options.run)).model_dump(mode="json")
+    config = _read_block("issues", overrides, {"issues": known}).issues
+    found = find_issues(options.run, config=config, plant=options.plant, **given)
+    _show(issues_text(found.facts, Path(options.run)), found.facts, options.json)
 
 
 # --- compare ------------------------------------------------------------------------------------------------
@@ -585,6 +614,12 @@ VERBS = {
     "import-records": Verb("the same, by its older name", _import_options, _import, True),
     "export": Verb("a curriculum as CSV, Parquet, JSON Lines or a datasets folder", _export_options, _export),
     "inspect": Verb("show the easiest, median, hardest or named pairs", _inspect_options, _inspect),
+    "issues": Verb(
+        "which pairs look wrong, with flags and p_wrong; writes issues.parquet",
+        _issues_options,
+        _issues,
+        True,
+    ),
     "compare": Verb(
         "runs, curricula, record folders and released files, side by side; nothing is trained",
         _compare_options,

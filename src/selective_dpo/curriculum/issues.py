@@ -23,7 +23,7 @@ from selective_dpo.curriculum.table import P_WRONG, PAIR_ID, PROMPT_ID, Curricul
 from selective_dpo.data.adapters import KEPT
 from selective_dpo.data.text_checks import COLUMNS as TEXTS
 from selective_dpo.data.text_checks import check_texts
-from selective_dpo.errors import ArtifactError, ConfigError
+from selective_dpo.errors import ArtifactError
 from selective_dpo.identity import ids_digest, positions_of
 from selective_dpo.storage.artifacts import SCHEMA_VERSION, file_digest, read_json, replacing, write_json
 
@@ -53,7 +53,7 @@ _NUMBERS = ("chosen_tokens", "rejected_tokens", "truncated", "score_chosen", "sc
 _ROWS_AT_ONCE = 10_000
 
 
-def find_issues(
+def issues_of(
     curriculum: Curriculum, pairs: Path, config: IssuesConfig | Mapping[str, Any] | None = None
 ) -> pa.Table:
     """A table of `SCHEMA` for the pairs of `curriculum` that were measured, in its order.
@@ -135,12 +135,14 @@ def length_driven(
 
 
 def save_issues(folder: Path, issues: pa.Table, facts: Mapping[str, Any]) -> Path:
-    """Write `issues.parquet` and `issues.json`, each whole, and return the table's path."""
+    """Write `issues.parquet` and `issues.json`, each whole, and return the table's path.
+
+    The facts hold the SHA-256 of the curriculum's table as `curriculum_sha256`.
+    """
     path = folder / TABLE
     with replacing(folder / FACTS) as partial_facts, replacing(path) as partial:
         pq.write_table(issues, partial)
         head = {"schema_version": SCHEMA_VERSION, "table_sha256": file_digest(partial)}
-        head["curriculum_sha256"] = file_digest(paths_of(folder)[0])
         write_json(partial_facts, {**head, **facts})
     return path
 
@@ -223,15 +225,3 @@ def prompts_of(issues: pa.Table) -> NDArray[np.str_]:
 def meaning(flag: Flag, config: IssuesConfig) -> str:
     """What the flag means, with the threshold that was used."""
     return MEANINGS[flag].format(**config.model_dump())
-
-
-def require_share(share: float) -> None:
-    """Refuse a share of planted labels that leaves none, or nearly all pairs.
-
-    Raises:
-        ConfigError: it is not above 0 and at most one half.
-    """
-    if not 0.0 < share <= 0.5:
-        raise ConfigError(
-            f"--plant {share:g}: give a share of the pairs above 0 and at most 0.5, such as 0.05"
-        )
