@@ -340,7 +340,7 @@ Action = Literal["drop", "flip", "sft", "down-weight"]
 class IssuesConfig(Block):
     """Where pairs are flagged, by `selective-dpo issues` and for `select.action`."""
 
-    suspected_flip: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.8
+    suspected_flip: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.65
     """`p_wrong` from which on a label is a `suspected_flip`."""
     tie: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.05
     """Largest distance of `p_wrong` from one half of a `tie`. Between that and `suspected_flip` a pair is

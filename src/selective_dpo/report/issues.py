@@ -12,7 +12,7 @@ from selective_dpo.report.tables import number_with_interval, printable, share_w
 
 
 def flag_rows(facts: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """For each flag: its name, the pairs that have it, their share, how many are selected, and its meaning."""
+    """For each flag: its name, how many pairs have it, their share, how many are selected, its meaning."""
     return [
         (
             flag.replace("_", " "),
@@ -54,13 +54,13 @@ def planted_lines(plant: Mapping[str, Any]) -> list[str]:
         where = (
             f"flagging p_wrong of {limit['threshold']:.3g} and more keeps false alarms at {bound} or less of "
             f"the flagged, with a confidence of {confidence}: {limit['flagged']:,} pairs, "
-            f"{limit['false_alarms']:.0%} of them not planted; {limit['own_flagged']:,} pairs by their own label"
+            f"{limit['false_alarms']:.0%} of them not planted; {limit['own_flagged']:,} pairs by their label"
         )
     auroc = number_with_interval(estimate_from_json(plant["auroc"]))
     return [
         f"planted: {plant['planted']:,} labels ({plant['share']:.3g} of the pairs), turned round on purpose",
         f"  AUROC {auroc}; planted are {precision}, by p_wrong (95% intervals over prompts)",
         f"  {where}",
-        "  All other labels count as right here, so one that is wrong counts as a false alarm. Planted errors "
+        "  All other labels count as right here: one that is wrong counts as a false alarm. Planted errors "
         "are easier to find than real ones, which crowd where answers are nearly as good as each other.",
     ]

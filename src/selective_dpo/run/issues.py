@@ -118,8 +118,8 @@ def plant_in(issues: pa.Table, share: float, *, seed: int, bound: float) -> dict
     count = int(planted_P.sum())
     if count < _FEWEST_PLANTED:
         raise ConfigError(
-            f"{share:.3g} of {len(issues):,} pairs are {count} planted labels, too few to say anything: plant "
-            f"a larger share, of {_FEWEST_PLANTED} pairs at least"
+            f"{share:.3g} of {len(issues):,} pairs are {count} planted labels, too few to say anything: "
+            f"plant a larger share, of {_FEWEST_PLANTED} pairs at least"
         )
     score_P = np.where(planted_P, 1.0 - p_wrong_P, p_wrong_P)
     sizes = sorted({-(-count // 4), -(-count // 2), count})
