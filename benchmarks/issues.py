@@ -3,14 +3,15 @@
     python benchmarks/issues.py --json benchmarks/results/issues.json [--records DIR]
 
 In embedded worlds the truth is known: whether a label contradicts the gold reward, and how likely a fresh
-label of the same annotator contradicts it. Each world is scored by `one-step`, with its own labels. Then labels
-are planted in 20 draws, by exchanging chosen and rejected in the records; and in the first world a second time
-by really turning them round in the data and scoring again, so that the scorers learn from the other planted
-labels. A draw sets the threshold with one half of the prompts, and the other half says what the share of false
-alarms there really is. DIR holds the original authors' records of real pairs, a folder a model: nothing is
-trained there.
+label of the same annotator contradicts it. Each world is scored by `one-step`, with its own labels. Then
+labels are planted in 20 draws, by exchanging chosen and rejected in the records; and in the first world a
+second time by really turning them round in the data and scoring again, so that the scorers learn from the
+other planted labels. A draw sets the threshold with one half of the prompts, and the other half says what
+the share of false alarms there really is. DIR holds the original authors' records of real pairs, a folder a
+model: nothing is trained there.
 
-Finished worlds are kept in --work, so an interrupted run continues. Eight worlds take some ten minutes on a core.
+Finished worlds are kept in --work, so an interrupted run continues. Eight worlds take some ten minutes on a
+core.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from selective_dpo.worlds.world import PairsConfig, World, WorldConfig, build_wo
 
 DRAWS = 20
 SETTINGS = ((0.05, 0.8), (0.2, 0.5), (0.2, 0.7))
-"""Shares of planted labels, and bounds on false alarms: no small one is reached where many labels are wrong."""
+"""Shares of planted labels, and bounds on false alarms. With many wrong labels no small one is reached."""
 SUSPECTED = 0.65
 BINS = 10
 ANNOTATORS = {"noisy": 1.2, "careful": 0.3}
