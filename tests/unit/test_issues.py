@@ -112,8 +112,8 @@ def test_equal_scores_are_a_tie_and_texts_and_lengths_are_looked_at(tmp_path: Pa
 
 
 def test_a_verdict_that_length_alone_makes_is_driven_by_length() -> None:
-    # In units of log(2), answers are longer by 1, 1, -1, 1, 1 and have margins of 2, 2, -2, 2 and 0.1: the slope
-    # is 8.1 / 5 = 1.62. Without 1.62 of its 0.1 the last verdict turns; the others keep 0.38.
+    # In units of log(2), answers are longer by 1, 1, -1, 1, 1 and have margins of 2, 2, -2, 2 and 0.1: the
+    # slope is 8.1 / 5 = 1.62. Without 1.62 of its 0.1 the last verdict turns; the others keep 0.38.
     margin = np.log(2) * np.array([2.0, 2.0, -2.0, 2.0, 0.1])
     p_wrong = 1 / (1 + np.exp(margin))
     chosen, rejected = np.array([20, 40, 10, 20, 20]), np.array([10, 20, 20, 10, 10])

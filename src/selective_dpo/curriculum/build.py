@@ -8,14 +8,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from selective_dpo.config import DEFAULT_FRACTION, SelectConfig
 from selective_dpo.config.messages import explain
 from selective_dpo.criteria import CRITERIA, by_record
+from selective_dpo.curriculum.actions import Treatment, treat
 from selective_dpo.curriculum.agreement import agreement
 from selective_dpo.curriculum.records import Difficulty, LossTable, Records, difficulty, loss_table
-from selective_dpo.curriculum.select import Rule, training_positions
+from selective_dpo.curriculum.select import Rule, Selection, ranks, training_positions
 from selective_dpo.curriculum.select import select as apply_rule
 from selective_dpo.curriculum.table import COLUMNS, P_WRONG, Curriculum, loss_column
 from selective_dpo.errors import ConfigError, RecordsError, name_some
@@ -33,6 +35,7 @@ def build_curriculum(
     key: str = "",
     quarantined: Mapping[str, str] | None = None,
     chance_loss: float | None = None,
+    issues: pa.Table | None = None,
 ) -> Curriculum:
     """Aggregate records into difficulties, select and order the pairs, and measure the agreement.
 
@@ -48,6 +51,8 @@ def build_curriculum(
         chance_loss: the loss of a policy that has not moved (`losses.chance_loss` of the scorers'
             settings), above which pairs are counted; default: ln 2, that of DPO's own loss. Of records with
             another loss nothing is counted then.
+        issues: the pairs' flags, which `action` of the selection needs (`curriculum.issues`). Agreement is
+            then that of the pairs that the rule chooses among.
 
     Returns:
         One row a pair, sorted by id. The facts hold the selection with its defaults filled in, as
@@ -56,7 +61,8 @@ def build_curriculum(
 
     Raises:
         RecordsError: records are missing (unless `allow_partial`), repeated or not finite.
-        ConfigError: the selection is not valid, or does not fit the number of pairs.
+        ConfigError: the selection is not valid, or does not fit the number of pairs; it has an `action` and
+            there are no `issues`.
     """
     config = resolved_selection(select)
     losses = records
@@ -67,14 +73,24 @@ def build_curriculum(
         losses = loss_table(losses, allow_partial=config.allow_partial, columns=reads)
     if chance_loss is None and is_dpo:
         chance_loss = LN_2
+    treatment = None
+    if config.action:
+        if issues is None:
+            raise ConfigError(
+                "select.action needs the pairs' flags: pass issues=find_issues(RUN).table, or let a run do it"
+            )
+        treatment = treat(losses, issues, config.action)
+        losses = treatment.losses
     measured = difficulty(losses, config.aggregate, allow_partial=config.allow_partial)
+    chosen_among = losses if treatment is None else losses.of_pairs(treatment.stays_P)
     facts = {
         "key": key,
-        "agreement": agreement(losses, config.aggregate, rule_of(config), chance_loss=chance_loss),
+        "agreement": agreement(chosen_among, config.aggregate, rule_of(config), chance_loss=chance_loss),
         "provenance": dict(provenance or {}),
         "cost": dict(cost or {}),
     }
-    return assemble(losses, measured, config, facts, aside=quarantined or {}, reason=REASON)
+    aside = quarantined or {}
+    return assemble(losses, measured, config, facts, aside=aside, reason=REASON, treatment=treatment)
 
 
 def assemble(
@@ -85,6 +101,7 @@ def assemble(
     *,
     aside: Mapping[str, str],
     reason: str,
+    treatment: Treatment | None = None,
 ) -> Curriculum:
     """Select from difficulties and order what was selected: the part that measured ones and others share.
 
@@ -94,8 +111,9 @@ def assemble(
         config: the selection, resolved.
         facts: what is not about the selection.
         aside: pairs without a difficulty (pair id -> prompt id), and `reason`, why they have none.
+        treatment: what `action` does to the pairs; `losses` are its.
     """
-    selected = apply_rule(measured.difficulty_P, losses.pair_ids_P, rule_of(config))
+    selected = _selected(measured.difficulty_P, losses.pair_ids_P, rule_of(config), treatment)
     position_P = training_positions(selected, losses.pair_ids_P, config.order, config.seed or 0)
     # Those of `COLUMNS`, without their suffix; what is not a number becomes null.
     given = {
@@ -113,7 +131,10 @@ def assemble(
     ):
         losses_P = pa.array(losses.losses_PSE[:, s, e], from_pandas=True)
         table = table.append_column(loss_column(seed, evaluation), losses_P)
-    if "margin" in losses.others:
+    if treatment is not None:
+        for name, column in treatment.columns.items():
+            table = table.append_column(name, column)
+    elif "margin" in losses.others:
         margin_P = np.nanmean(by_record(losses.others["margin"]), axis=1)
         table = table.append_column(P_WRONG, pa.array(probability_wrong(margin_P)))
     own = {
@@ -126,6 +147,24 @@ def assemble(
         "partial": int((measured.count_P < losses.complete).sum()),
     }
     return Curriculum(_with_aside(table, aside, reason), {**own, **facts})
+
+
+def _selected(
+    difficulty_P: NDArray[np.float64],
+    pair_ids_P: NDArray[np.str_],
+    rule: Rule,
+    treatment: Treatment | None,
+) -> Selection:
+    """What the rule selects; with a treatment, of the pairs that stay. Ranks are those among all pairs."""
+    if treatment is None:
+        return apply_rule(difficulty_P, pair_ids_P, rule)
+    stays_P = treatment.stays_P
+    among = apply_rule(difficulty_P[stays_P], pair_ids_P[stays_P], rule)
+    selected_P = np.zeros(len(stays_P), dtype=np.bool_)
+    selected_P[stays_P] = among.selected_P
+    reason_P = np.array(treatment.reason_P, dtype=object)
+    reason_P[stays_P] = among.reason_P
+    return Selection(ranks(difficulty_P, pair_ids_P), selected_P, reason_P.astype(np.str_))
 
 
 def resolved_selection(select: SelectConfig | Mapping[str, Any] | None) -> SelectConfig:

@@ -18,13 +18,15 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from selective_dpo.config import FLAGS, Flag, IssuesConfig
-from selective_dpo.curriculum.records import text_array
+from selective_dpo.criteria import by_record
+from selective_dpo.curriculum.records import LossTable, text_array
 from selective_dpo.curriculum.table import P_WRONG, PAIR_ID, PROMPT_ID, Curriculum, paths_of
 from selective_dpo.data.adapters import KEPT
 from selective_dpo.data.text_checks import COLUMNS as TEXTS
 from selective_dpo.data.text_checks import check_texts
 from selective_dpo.errors import ArtifactError
 from selective_dpo.identity import ids_digest, positions_of
+from selective_dpo.stats.calibration import probability_wrong
 from selective_dpo.storage.artifacts import SCHEMA_VERSION, file_digest, read_json, replacing, write_json
 
 TABLE, FACTS = "issues.parquet", "issues.json"
@@ -74,6 +76,13 @@ def issues_of(
             "pairs with this package"
         )
     return flag_pairs(table, table[P_WRONG].to_numpy(), pairs, config)
+
+
+def issues_of_losses(losses: LossTable, pairs: Path, config: IssuesConfig) -> pa.Table:
+    """The same for the pairs of `losses`, which come with their margins."""
+    ids = {PAIR_ID: pa.array(losses.pair_ids_P), PROMPT_ID: pa.array(losses.prompt_ids_P)}
+    margin_P = np.nanmean(by_record(losses.others["margin"]), axis=1)
+    return flag_pairs(pa.table(ids), probability_wrong(margin_P), pairs, config)
 
 
 def flag_pairs(

@@ -55,6 +55,12 @@ P_WRONG = "p_wrong"
 """Name of the column of `stats.calibration.probability_wrong`."""
 
 
+ACTION, FLIPPED, WEIGHT = "action", "flipped", "weight"
+"""Columns of a curriculum that was made with `select.action`, beside the flags': what was done to the pair
+(empty: nothing), whether its chosen and rejected answers changed places, and what it weighs in training. The
+numbers of a flipped pair are those of its new label; its id stays that of the pair in the data."""
+
+
 PAIR_ID = "pair_id"
 
 PROMPT_ID = "prompt_id"
