@@ -37,7 +37,7 @@ from selective_dpo.curriculum.import_ import Outside, read_outside
 from selective_dpo.curriculum.table import TABLE, Curriculum
 from selective_dpo.data.prepare import pairs_key
 from selective_dpo.data.sources import read_prompts, source_digest, source_label
-from selective_dpo.data.store import TOKENS, load_pairs, prompt_keys
+from selective_dpo.data.store import PAIRS, TOKENS, load_pairs, prompt_keys
 from selective_dpo.data.templates import template_digest
 from selective_dpo.data.tokenize import tokenizer_digest
 from selective_dpo.difficulty.protocols import ScorerRun, planned_runs
@@ -325,6 +325,14 @@ def _certified_runs(run: Run, planned: tuple[ScorerRun, ...]) -> tuple[ScorerRun
 def imported_inputs(run: Run, digest: str) -> dict[str, str]:
     """What a curriculum is made from, where its difficulty is imported with this digest of its content."""
     return {"curriculum": digest, "pairs": read_manifest(run.folder.pairs).files[TOKENS]}
+
+
+def action_inputs(run: Run, select: SelectConfig) -> dict[str, str]:
+    """What a curriculum with an `action` is made from besides records: texts, and where pairs are flagged."""
+    if not select.action:
+        return {}
+    thresholds = digest(run.recipe.issues.model_dump(mode="json"))
+    return {"texts": read_manifest(run.folder.pairs).files[PAIRS], "issues": thresholds}
 
 
 def curriculum_key(records: Mapping[str, str], select: SelectConfig) -> str:
