@@ -4,7 +4,7 @@
 
 In embedded worlds the truth is known: whether a label contradicts the gold reward, and how likely a fresh
 label of the same annotator contradicts it. Each world is scored by `one-step`, with its own labels. Then
-labels are planted in 20 draws, by exchanging chosen and rejected in the records; and in the first world a
+labels are planted in 20 draws, by exchanging chosen and rejected in the records; and in one world a
 second time by really turning them round in the data and scoring again, so that the scorers learn from the
 other planted labels. A draw sets the threshold with one half of the prompts, and the other half says what
 the share of false alarms there really is. DIR holds the original authors' records of real pairs, a folder a
@@ -48,6 +48,8 @@ from selective_dpo.worlds.world import PairsConfig, World, WorldConfig, build_wo
 DRAWS = 20
 SETTINGS = ((0.05, 0.8), (0.2, 0.5), (0.2, 0.7))
 """Shares of planted labels, and bounds on false alarms. With many wrong labels no small one is reached."""
+SCORED = (SETTINGS[0], SETTINGS[2])
+"""Those with which labels are really turned round in the data as well."""
 SUSPECTED = 0.65
 BINS = 10
 ANNOTATORS = {"noisy": 1.2, "careful": 0.3}
@@ -74,7 +76,7 @@ class Job(NamedTuple):
 def main() -> None:
     options = _options()
     jobs = [
-        Job(seed, name, options.work / f"{name}{seed}", scores_planted=seed == 0 and name == "noisy")
+        Job(seed, name, options.work / f"{name}{seed}", scores_planted=seed == 0 and name == "careful")
         for name in ANNOTATORS
         for seed in range(options.worlds)
     ]
@@ -95,7 +97,7 @@ def main() -> None:
 
 def measure_world(job: Job) -> None:
     """Build and score the world, and write the numbers; a complete result is kept."""
-    key = content_key(seed=job.seed, annotator=job.annotator, scored=job.scores_planted, version=1)
+    key = content_key(seed=job.seed, annotator=job.annotator, scored=job.scores_planted, version=2)
     if job.result.is_file() and read_json(job.result)["key"] == key:
         return
     quieten_libraries()
@@ -122,7 +124,9 @@ def measure_world(job: Job) -> None:
             ),
             "found": found_wrong(p_wrong_P, gap_P),
             "planted": [draws(p_wrong_P, np.array(ids), *each) for each in SETTINGS],
-            "scored": _scored_draws(job, world, p_wrong_P, ids) if job.scores_planted else None,
+            "scored": [_scored_draws(job, world, p_wrong_P, ids, *each) for each in SCORED]
+            if job.scores_planted
+            else [],
         },
     )
 
@@ -205,11 +209,13 @@ def draws(
     }
 
 
-def _scored_draws(job: Job, world: World, p_P: Floats, ids: Sequence[str]) -> dict[str, Any]:
-    """The draws at the first share, with the labels turned round in the data and all pairs scored again."""
+def _scored_draws(
+    job: Job, world: World, p_P: Floats, ids: Sequence[str], share: float, bound: float
+) -> dict[str, Any]:
+    """Draws with the labels turned round in the data and all pairs scored again, beside exchanged records."""
     rows = [json.loads(line) for line in world.pairs.read_text("utf-8").splitlines()]
     names = {name: place for place, name in enumerate(ids)}
-    (share, bound), p_by_draw = SETTINGS[0], []
+    p_by_draw: list[Floats] = []
 
     def scores(seed: int, planted_P: NDArray[np.bool_]) -> Floats:
         turned, place_of = [], {}
@@ -219,9 +225,9 @@ def _scored_draws(job: Job, world: World, p_P: Floats, ids: Sequence[str]) -> di
                 row = {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
             turned.append(json.dumps(row) + "\n")
             place_of[pair_id(row["prompt"], row["chosen"], row["rejected"])] = place
-        path = job.folder / f"planted{seed}.jsonl"
+        path = job.folder / f"planted{share}-{seed}.jsonl"
         path.write_text("".join(turned), "utf-8")
-        margins = scored_margins(world, job.folder, f"planted{seed}", path)
+        margins = scored_margins(world, job.folder, path.stem, path)
         margin_P = np.empty(len(ids))
         margin_P[[place_of[name] for name in margins]] = list(margins.values())
         p_by_draw.append(probability_wrong(margin_P))

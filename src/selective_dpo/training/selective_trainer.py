@@ -277,7 +277,8 @@ class OrderLog:
     def add(self, positions: Sequence[int], weights: Sequence[float] | None = None) -> list[int]:
         """One global batch: positions in the curriculum's order, over all processes, rank by rank.
 
-        With them the weights that the pairs have in training, where the curriculum has any. Returns those of them that do not merely fill the batch.
+        With them the weights that the pairs have in training, where the curriculum has any. Returns those
+        positions that do not merely fill the batch.
         """
         own = list(positions[: len(self._order) - len(self._consumed) % len(self._order)])
         self._repeated += len(positions) - len(own)
