@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from selective_dpo.config import FLAGS, Flag, IssuesConfig
 from selective_dpo.criteria import by_record
 from selective_dpo.curriculum.records import LossTable, text_array
-from selective_dpo.curriculum.table import P_WRONG, PAIR_ID, PROMPT_ID, Curriculum, paths_of
+from selective_dpo.curriculum.table import FLIPPED, P_WRONG, PAIR_ID, PROMPT_ID, Curriculum, paths_of
 from selective_dpo.data.adapters import KEPT
 from selective_dpo.data.text_checks import COLUMNS as TEXTS
 from selective_dpo.data.text_checks import check_texts
@@ -60,6 +60,8 @@ def issues_of(
 ) -> pa.Table:
     """A table of `SCHEMA` for the pairs of `curriculum` that were measured, in its order.
 
+    They are about the labels that the data have, whatever `select.action` made of them.
+
     Args:
         curriculum: made from records; it need not select anything.
         pairs: the `pairs.parquet` that it was made from, for lengths and texts.
@@ -75,7 +77,10 @@ def issues_of(
             "the curriculum has no p_wrong, which needs margins: its difficulties were imported; score the "
             "pairs with this package"
         )
-    return flag_pairs(table, table[P_WRONG].to_numpy(), pairs, config)
+    p_wrong_P = table[P_WRONG].to_numpy()
+    if FLIPPED in table.column_names:  # there it is that of the new label
+        p_wrong_P = np.where(np.asarray(table[FLIPPED], dtype=np.bool_), 1.0 - p_wrong_P, p_wrong_P)
+    return flag_pairs(table, p_wrong_P, pairs, config)
 
 
 def issues_of_losses(losses: LossTable, pairs: Path, config: IssuesConfig) -> pa.Table:
