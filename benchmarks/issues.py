@@ -97,7 +97,7 @@ def main() -> None:
 
 def measure_world(job: Job) -> None:
     """Build and score the world, and write the numbers; a complete result is kept."""
-    key = content_key(seed=job.seed, annotator=job.annotator, scored=job.scores_planted, version=2)
+    key = content_key(seed=job.seed, annotator=job.annotator, scored=job.scores_planted, version=3)
     if job.result.is_file() and read_json(job.result)["key"] == key:
         return
     quieten_libraries()
@@ -183,7 +183,9 @@ def draws(
 ) -> dict[str, Any]:
     """Draws of planted labels: AUROC, thresholds, and how often the bound on false alarms is broken.
 
-    `planted_score` gives the scores of a draw; default: those of the exchanged records.
+    `planted_score` gives the scores of a draw; default: those of the exchanged records. With these the share
+    of false alarms in the other half is that of all its pairs, each planted with probability `share`; else
+    that of the draw, which is of few pairs.
     """
     auroc, rates, reached = [], [], 0
     for seed in range(DRAWS):
@@ -198,7 +200,10 @@ def draws(
         if limit is None:
             continue
         reached += 1
-        rates.append(false_discovery_rate(p_P[~first_P], share, limit.threshold))
+        if planted_score is None:
+            rates.append(false_discovery_rate(p_P[~first_P], share, limit.threshold))
+        elif (flagged_P := ~first_P & (score_P >= limit.threshold)).any():
+            rates.append(float((~planted_P[flagged_P]).mean()))
     return {
         "share": share,
         "bound": bound,
