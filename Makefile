@@ -6,7 +6,7 @@ READY  := $(VENV)/.installed
 AUDIT  := $(VENV)-audit
 PIP_AUDIT_VERSION := 2.10.1
 
-.PHONY: demo demo-real test test-fast lint bench audit setup clean
+.PHONY: demo demo-real test test-fast lint build bench audit setup clean
 
 setup: $(READY)
 
@@ -43,6 +43,10 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+# The wheel and the source archive, in dist/.
+build: setup
+	$(BIN)/python -m build
 
 # All of the README's measurements, with their results as JSON: hours, most of them of `findings`.
 BENCHMARKS := scoring training protocol tables findings

@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from selective_dpo.curriculum.table import Curriculum
     from selective_dpo.run.issues import find_issues
     from selective_dpo.run.run import score_difficulty
+    from selective_dpo.training.difficulty_callback import DifficultyCallback
     from selective_dpo.training.selective_trainer import SelectiveDPOTrainer
 
 _HOMES = {
     "Curriculum": "selective_dpo.curriculum.table",
+    "DifficultyCallback": "selective_dpo.training.difficulty_callback",
     "Recipe": "selective_dpo.config",
     "ScoreConfig": "selective_dpo.config",
     "SelectConfig": "selective_dpo.config",
@@ -33,6 +35,7 @@ _HOMES = {
 
 __all__ = [
     "Curriculum",
+    "DifficultyCallback",
     "Recipe",
     "ScoreConfig",
     "SelectConfig",

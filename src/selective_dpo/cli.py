@@ -115,7 +115,8 @@ def _execute(arguments: list[str]) -> int:
     parser.add_argument("--version", action="version", version=f"selective-dpo {__version__}")
     parser.add_argument("verb", choices=VERBS, metavar="VERB", help="see below")
     name = parser.parse_args(arguments[:1] or ["--help"]).verb
-    overrides, others = _split_overrides(arguments[1:])
+    without_a_block = KEYS_WITHOUT_A_BLOCK if VERBS[name].takes_recipe_keys else ()
+    overrides, others = _split_overrides(arguments[1:], without_a_block)
     if overrides and not VERBS[name].takes_recipe_keys:
         raise ConfigError(f"{name} takes no recipe keys, so --{overrides[0][0]} would have no effect")
     options = verb_parser(name).parse_args(others)
@@ -139,13 +140,13 @@ def verb_parser(name: str) -> Parser:
     return parser
 
 
-def _split_overrides(arguments: Sequence[str]) -> tuple[Overrides, list[str]]:
+def _split_overrides(arguments: Sequence[str], without_a_block: Sequence[str]) -> tuple[Overrides, list[str]]:
     """Recipe keys (`--select.fraction 0.6` or `--select.fraction=0.6`), and the other arguments."""
     overrides, others = [], []
     remaining = iter(arguments)
     for argument in remaining:
         key, equals, value = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--") or ("." not in key and key not in KEYS_WITHOUT_A_BLOCK):
+        if not argument.startswith("--") or ("." not in key and key not in without_a_block):
             others.append(argument)
             continue
         if not equals:
@@ -221,6 +222,51 @@ def _quieten_libraries() -> None:
     from selective_dpo.distributed.progress import quieten_libraries
 
     quieten_libraries()
+
+
+# --- init ---------------------------------------------------------------------------------------------------
+
+
+def _init_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", type=path, metavar="RECIPE", help="the .yaml file to write")
+    parser.add_argument("--model", default="", metavar="MODEL", help="a folder, or a name on the hub")
+    parser.add_argument("--data", default="", metavar="PAIRS", help="a file, a folder, or a name on the hub")
+    parser.add_argument("--split", default="", metavar="NAME", help="of a data set of the hub")
+    shipped = "instead a copy of a recipe that comes with the package; a wrong name lists them"
+    parser.add_argument("--from", dest="source", default="", metavar="NAME", help=shipped)
+    parser.add_argument("--overwrite", action="store_true", help="replace what is at RECIPE")
+
+
+def _init(options: argparse.Namespace, overrides: Overrides) -> None:
+    target = Path(options.recipe)
+    if options.source and (options.model or options.data or options.split):
+        raise ConfigError("--from copies a recipe as it is: leave out --model, --data and --split")
+    if options.source:
+        _copy_shipped(options.source, target, overwrite=options.overwrite)
+    elif not (options.model and options.data):
+        raise ConfigError("init needs --model and --data, or --from NAME for a copy of a shipped recipe")
+    else:
+        _quieten_libraries()
+        from selective_dpo.report.tables import printable
+        from selective_dpo.run.init import write_first_recipe
+
+        found = write_first_recipe(
+            target, options.model, options.data, split=options.split, overwrite=options.overwrite
+        )
+        print(printable(found.describe()))
+    print(f"{target}\nnext: selective-dpo plan {target}")
+
+
+def _copy_shipped(name: str, target: Path, *, overwrite: bool) -> None:
+    from selective_dpo.config.load import SHIPPED
+    from selective_dpo.storage.artifacts import write_atomic
+
+    names = sorted(file.stem for file in SHIPPED.glob("*.yaml"))
+    if name not in names:
+        raise ConfigError(f"there is no shipped recipe {name!r}; there are {', '.join(names)}")
+    if target.exists() and not overwrite:
+        raise ConfigError(f"{target} exists: choose another name, or pass --overwrite to replace it")
+    write_atomic(target, (SHIPPED / f"{name}.yaml").read_bytes())
 
 
 # --- run, score, curriculum, train, evaluate, report --------------------------------------------------------
@@ -401,20 +447,26 @@ def _read_block(block: str, overrides: Overrides, known: Mapping[str, Any] | Non
     return make_recipe({**anything, **(known or {})}, overrides)
 
 
-FORMATS_WITH_TEXTS = ("jsonl", "datasets")
-"""Export formats that hold the pairs' texts, and not only their ids."""
+LIBRARIES = ("trl", "axolotl", "llama-factory", "openrlhf", "argilla", "cleanlab")
+"""Programs that a curriculum is exported for (`curriculum.handoff`)."""
+
+FORMATS_WITH_TEXTS = ("jsonl", "datasets", *LIBRARIES)
+"""Export formats that need the pairs' texts, and not only their ids."""
 
 
 def _export_options(parser: argparse.ArgumentParser) -> None:
     _curriculum_argument(parser)
     parser.add_argument("--format", required=True, choices=("csv", "parquet", *FORMATS_WITH_TEXTS))
-    parser.add_argument("--out", type=path, required=True, metavar="PATH")
-    _pairs_option(parser, "the run's pairs folder, for jsonl and datasets; default: beside the curriculum")
+    parser.add_argument(
+        "--out", type=path, required=True, metavar="PATH", help="a file; for datasets and programs a folder"
+    )
+    _pairs_option(parser, "the run's pairs folder, but for csv and parquet; default: beside the curriculum")
     parser.add_argument("--overwrite", action="store_true", help="replace what is at PATH")
 
 
 def _export(options: argparse.Namespace, overrides: Overrides) -> None:
     from selective_dpo.curriculum.export import export_curriculum
+    from selective_dpo.curriculum.handoff import hand_on
     from selective_dpo.curriculum.table import Curriculum
     from selective_dpo.data.store import pairs_file
     from selective_dpo.report.tables import printable
@@ -431,11 +483,38 @@ def _export(options: argparse.Namespace, overrides: Overrides) -> None:
     if has_texts and (options.pairs or folder.is_dir()):
         pairs = pairs_file(folder)
         verify_folder(folder)
-    written = export_curriculum(
-        curriculum, Path(options.out), options.format, pairs=pairs, overwrite=options.overwrite
-    )
+    write = hand_on if options.format in LIBRARIES else export_curriculum
+    out = Path(options.out)
+    written = write(curriculum, out, options.format, pairs=pairs, overwrite=options.overwrite)
     counts = f"{len(curriculum.order):,} selected of {len(curriculum.table):,} pairs"
     print(f"{printable(str(written))}: {counts}")
+
+
+def _push_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=path, metavar="RUN", help="a run's folder")
+    parser.add_argument("--to", required=True, metavar="OWNER/NAME", help="the repository on the hub")
+    parser.add_argument(
+        "--curriculum", action="store_true", help="a data set of ids, difficulties and order, not the policy"
+    )
+    parser.add_argument("--with-text", action="store_true", help="with the selected pairs' texts")
+    parser.add_argument("--license", default="", metavar="NAME", help="of the source, such as apache-2.0")
+    parser.add_argument("--public", action="store_true", help="for everyone; else private")
+
+
+def _push(options: argparse.Namespace, overrides: Overrides) -> None:
+    if not options.curriculum and (options.with_text or options.license):
+        raise ConfigError("--with-text and --license have no effect without --curriculum; leave them out")
+    from selective_dpo.run.folder import RunDirectory
+    from selective_dpo.run.hub import push_curriculum, push_policy
+
+    run, private = RunDirectory(Path(options.run)), not options.public
+    if options.curriculum:
+        is_new = push_curriculum(
+            run, options.to, private=private, with_text=options.with_text, licence=options.license
+        )
+    else:
+        is_new = push_policy(run, options.to, private=private)
+    print(f"pushed to {options.to}" if is_new else f"{options.to} has it already")
 
 
 REGIONS = {
@@ -591,6 +670,7 @@ class Verb(NamedTuple):
 
 VERBS = {
     "demo": Verb("the whole method on a small synthetic world, on a CPU, in minutes", _demo_options, _demo),
+    "init": Verb("write a first recipe for a model and a file of pairs", _init_options, _init),
     "run": Verb(
         "all stages of a recipe: score, curriculum, train, evaluate, report", _stage_options, _stage, True
     ),
@@ -612,7 +692,8 @@ VERBS = {
         "difficulties from a file, another run, or the original repository", _import_options, _import, True
     ),
     "import-records": Verb("the same, by its older name", _import_options, _import, True),
-    "export": Verb("a curriculum as CSV, Parquet, JSON Lines or a datasets folder", _export_options, _export),
+    "export": Verb("a curriculum as a file, or ready for TRL, axolotl and others", _export_options, _export),
+    "push": Verb("a run's policy or curriculum to the Hugging Face hub", _push_options, _push),
     "inspect": Verb("show the easiest, median, hardest or named pairs", _inspect_options, _inspect),
     "issues": Verb(
         "which pairs look wrong, with flags and p_wrong; writes issues.parquet",

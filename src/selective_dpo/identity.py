@@ -42,6 +42,11 @@ def prompt_id(prompt: Text) -> str:
     return digest(canonical_text(prompt))[:ID_HEX_DIGITS]
 
 
+def swaps_answers(pair_id: str) -> bool:
+    """Whether a reader is shown the rejected answer first: a fair coin, drawn by the id."""
+    return int(digest(pair_id)[0], 16) % 2 == 1
+
+
 def ids_digest(ids: Sequence[str]) -> str:
     """SHA-256 of a sequence of ids *in this order*, as 64 hex digits; what `order.json` compares."""
     running = hashlib.sha256()

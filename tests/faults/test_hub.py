@@ -18,9 +18,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pyarrow.parquet as pq
 import pytest
+import yaml
+from datasets import Dataset
 from huggingface_hub import close_session
 
+from selective_dpo import Curriculum
 from selective_dpo.cli import main
 from selective_dpo.storage.artifacts import folder_digests, read_json, verify_folder
 from tests.fixtures.models import recipe_file, tiny_recipe
@@ -258,3 +262,102 @@ def test_no_hub_at_all_is_one_line(trained: Path, place: Path, hub: Hub) -> None
     assert failed.code == 2 and "Traceback" not in failed.err
     assert "but was not pushed to someone/policy" in failed.err.strip().splitlines()[-1]
     verify_folder(place / "tiny" / "policy")
+
+
+# --- `push RUN`: the policy or the curriculum of a run that is there ---------------------------------------
+
+DATASET = "someone/difficulty"
+
+
+@pytest.fixture
+def say(push: Push, capsys: pytest.CaptureFixture[str]) -> Callable[..., Pushed]:
+    """`selective-dpo push` with these words, against the server."""
+
+    def say(*words: object) -> Pushed:
+        capsys.readouterr()
+        code = main(["push", *map(str, words)])
+        return Pushed(code, *capsys.readouterr())
+
+    return say
+
+
+def header_of(card: bytes) -> dict[str, Any]:
+    _, header, _ = card.decode().split("---\n", 2)
+    return dict(yaml.safe_load(header))
+
+
+def test_a_curriculum_is_pushed_as_ids_and_numbers_and_can_be_applied_by_others(
+    place: Path, hub: Hub, say: Callable[..., Pushed], tmp_path: Path
+) -> None:
+    run = place / "tiny"
+    done = say(run, "--curriculum", "--to", DATASET)
+    assert (done.code, done.out) == (0, f"pushed to {DATASET}\n"), done.err
+    assert set(hub.files) == {"README.md", "curriculum.json", "curriculum.parquet"}
+    got = tmp_path / "got"
+    got.mkdir()
+    for name, content in hub.files.items():
+        (got / name).write_bytes(content)
+    assert header_of(hub.files["README.md"])["configs"][0]["data_files"] == "curriculum.parquet"
+    mine, theirs = Curriculum.load(run), Curriculum.load(got)
+    assert theirs.order == mine.order and theirs.table.equals(mine.table)
+
+    kept = pq.read_table(run / "pairs" / "pairs.parquet", filters=[("status", "=", "kept")]).to_pylist()
+    texts = [{name: json.loads(row[name]) for name in ("prompt", "chosen", "rejected")} for row in kept]
+    rows = theirs.apply(Dataset.from_list(texts))
+    assert rows["pair_id"][:] == mine.order
+    everything = b"".join(hub.files.values())
+    assert not any(str(row["chosen"]).encode() in everything for row in texts)
+    assert str(place).encode() not in everything  # no path of this machine
+
+    hub.seen.clear()
+    assert say(run, "--curriculum", "--to", DATASET).out == f"{DATASET} has it already\n"
+    assert hub.seen == []
+
+
+def test_texts_go_along_only_with_their_licence(
+    place: Path, hub: Hub, say: Callable[..., Pushed], tmp_path: Path
+) -> None:
+    run = place / "tiny"
+    refused = say(run, "--curriculum", "--to", DATASET, "--with-text")
+    assert refused.code == 2 and "name their licence with --license" in refused.err and not hub.seen
+    assert say(run, "--curriculum", "--to", DATASET, "--with-text", "--license", "mit").code == 0
+    header = header_of(hub.files["README.md"])
+    assert header["license"] == "mit" and header["configs"][0]["data_files"] == "selected.parquet"
+    (tmp_path / "selected.parquet").write_bytes(hub.files["selected.parquet"])
+    table = pq.read_table(tmp_path / "selected.parquet")
+    assert table["pair_id"].to_pylist() == Curriculum.load(run).order
+    assert {"prompt", "chosen", "rejected", "difficulty"} <= set(table.column_names)
+
+
+def test_the_policys_card_names_the_curriculum_whichever_was_pushed_first(
+    place: Path, hub: Hub, say: Callable[..., Pushed]
+) -> None:
+    run = place / "tiny"
+    assert say(run, "--to", REPOSITORY).code == 0
+    assert "datasets" not in header_of(hub.files["README.md"])
+    plain = hub.files["README.md"]
+    assert say(run, "--curriculum", "--to", DATASET).code == 0
+    card = hub.files["README.md"]  # the server keeps a file a name: the policy's was sent last
+    assert header_of(card)["datasets"] == [DATASET]
+    assert f"https://huggingface.co/datasets/{DATASET}".encode() in card
+    assert header_of(card) == {**header_of(plain), "datasets": [DATASET]}
+    verify_folder(run / "policy")  # here it stays as it was published
+    hub.seen.clear()
+    assert say(run, "--to", REPOSITORY).out == f"{REPOSITORY} has it already\n" and hub.seen == []
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_curriculum_that_was_not_pushed_is_one_line(
+    place: Path, hub: Hub, say: Callable[..., Pushed], step: str
+) -> None:
+    hub.breaks_at = step
+    failed = say(place / "tiny", "--curriculum", "--to", DATASET)
+    assert failed.code == 2 and "Traceback" not in failed.err
+    line = failed.err.strip().splitlines()[-1]
+    assert f"the curriculum is complete in {place / 'tiny'}, but was not pushed to {DATASET}" in line
+    assert not (place / "tiny" / "hub-curriculum.json").exists()
+
+
+def test_options_without_effect_are_refused(place: Path, say: Callable[..., Pushed]) -> None:
+    refused = say(place / "tiny", "--to", REPOSITORY, "--with-text")
+    assert refused.code == 2 and "have no effect without --curriculum" in refused.err

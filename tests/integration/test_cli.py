@@ -473,7 +473,7 @@ def test_a_curriculum_for_other_data_is_refused(
         trained / "runs" / "other" / "pairs",
     ]
     message = one_line(capsys, export)
-    assert message.startswith("12 of 12 selected pairs are not among these pairs: ")
+    assert message.startswith("12 of 12 pairs of the curriculum are not among these pairs: ")
     assert message.endswith("pass the pairs that the curriculum was made from")
     # Laid into the other run, it is not taken for that run's own, and no page is made of the two.
     for name in ("curriculum.parquet", "curriculum.json"):

@@ -21,7 +21,7 @@ from selective_dpo.run.plan import Job, Plan, make_plan, plan_text
 from selective_dpo.storage.artifacts import folder_digests, read_json
 from tests.fixtures.models import TRAINER, recipe_file, tiny_pairs_file, tiny_recipe
 
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+RECIPES = Path(__file__).resolve().parents[2] / "src" / "selective_dpo" / "recipes"
 NAMES = sorted(file.stem for file in RECIPES.glob("*.yaml"))
 
 

@@ -291,13 +291,14 @@ class FakeHub:
     created: tuple[tuple[str, bool], ...] = ()
     is_down = False
 
-    def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> None:
-        assert exist_ok
+    def create_repo(self, repo_id: str, *, repo_type: str, private: bool, exist_ok: bool) -> None:
+        assert exist_ok and repo_type == "model"
         if FakeHub.is_down:
             raise ConnectionError("the hub cannot be reached\nmore of it")
         FakeHub.created += ((repo_id, private),)
 
-    def upload_folder(self, *, repo_id: str, folder_path: Path) -> None:
+    def upload_folder(self, *, repo_id: str, folder_path: Path, repo_type: str) -> None:
+        assert repo_type == "model"
         names = tuple(sorted(path.name for path in Path(folder_path).iterdir()))
         FakeHub.uploads += ((repo_id, names),)
 

@@ -141,7 +141,10 @@ def test_without_an_action_nothing_about_a_selection_changes() -> None:
 @pytest.mark.parametrize(
     ("blocks", "message"),
     [
-        ({"score": {"protocol": "certified"}}, "works with every protocol but 'certified'"),
+        (
+            {"score": {"protocol": "certified"}},
+            "select.action selects otherwise than what protocol certified certifies",
+        ),
         ({"curriculum": "there.csv"}, "select.action has no effect on the difficulty of curriculum"),
     ],
 )

@@ -186,7 +186,7 @@ def test_texts_are_needed_and_must_be_the_right_ones(tmp_path, format) -> None:
         export_curriculum(curriculum, tmp_path / "x", format)
     table = pairs_table(rows)
     lacking = table.filter(pc.not_equal(pc.fill_null(table["pair_id"], ""), id_of(rows[4])))
-    with pytest.raises(IdentityError, match=f"1 of 3 selected .* {id_of(rows[4])}"):
+    with pytest.raises(IdentityError, match=f"1 of 3 pairs of the curriculum .* {id_of(rows[4])}"):
         export_curriculum(curriculum, tmp_path / "x", format, pairs=lacking)
     assert list(tmp_path.iterdir()) == []
 

@@ -30,7 +30,7 @@ from selective_dpo.run.keys import Run
 from tests.fixtures.models import TRAINER, recipe_file, tiny_model_folder, tiny_pairs_file, tiny_recipe
 
 CPU = Device("cpu", "CPU", 1, 1 << 30)
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+RECIPES = Path(__file__).resolve().parents[2] / "src" / "selective_dpo" / "recipes"
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from selective_dpo.config import Recipe
 from selective_dpo.config.load import load_recipe
 from selective_dpo.config.trainer_options import check_recipe_options
 
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+RECIPES = Path(__file__).resolve().parents[2] / "src" / "selective_dpo" / "recipes"
 GPUS = 8
 
 

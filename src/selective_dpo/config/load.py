@@ -73,14 +73,27 @@ def load_recipe(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> 
         ConfigError: the file cannot be read, is not UTF-8 or not YAML (with the line), holds a key
             twice; or a key or value is not one that a recipe can have. One line, with the remedy.
     """
-    file = Path(path)
+    file = find_recipe(path)
     raw = _parse_yaml(_read_text(file), str(file))
     if not isinstance(raw, dict):
-        raise ConfigError(f"{file} holds {_kind_of(raw)}, not a recipe's keys; see recipes/local-small.yaml")
+        raise ConfigError(
+            f"{file} holds {_kind_of(raw)}, not a recipe's keys; `selective-dpo init` writes one"
+        )
     try:
         return make_recipe(raw, overrides, folder=file.resolve().parent)
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from error.__cause__
+
+
+SHIPPED = Path(__file__).parents[1] / "recipes"
+"""The recipes that come with the package; each can be named without a path."""
+
+
+def find_recipe(path: str | Path) -> Path:
+    """The file at `path`; where there is none, the shipped recipe of this name."""
+    file, shipped = Path(path), SHIPPED / f"{path}.yaml"
+    is_name = file.name == str(path) and file.suffix != ".yaml"
+    return shipped if is_name and not file.exists() and shipped.is_file() else file
 
 
 def make_recipe(

@@ -137,8 +137,8 @@ class SourceConfig(Block):
     `{prompt: instruction, chosen: answer_a, rejected: answer_b}`. Columns that are not named keep their
     names."""
     adapter: str = ""
-    """What makes a pair of a row: `my_module:my_function`, or a name given with `@adapter`. Empty: the known
-    shapes are read."""
+    """What makes a pair of a row: `chat` reads texts as a user's and an assistant's messages;
+    `my_module:my_function`, or a name given with `@adapter`, is your own. Empty: the known shapes."""
 
 
 class DataConfig(Block):
@@ -394,14 +394,26 @@ class SelectConfig(Block):
     rejected change places before difficulties are compared. `sft`: not selected, and its chosen answer goes
     to `sft.jsonl`. `down-weight`: weighs 1 - `p_wrong` in training, if it is selected. `rule` chooses among
     the pairs that are left."""
+    balance: tuple[Literal["length", "source", "score"], ...] = ()
+    """Take the share within strata instead of over all pairs: fifths of the length difference (chosen minus
+    rejected), the data's sources, fifths of the score difference, or several of them crossed. With rule
+    `easiest` or `hardest`."""
+    residual: Literal["", "length"] = ""
+    """`length`: select by what is left of difficulty when its monotone dependence on the length difference is
+    taken out."""
+    quota: dict[Text, Fraction] = {}
+    """Least share of the selected pairs that is of a source, by the source's name in the pairs' table."""
     source: PathText = ""
     """Of a control: take the difficulty from here instead, such as from a run of a weaker model on the same
     pairs; what it may be is said at `curriculum`, which does this for the run's own selection."""
 
     def identity(self) -> dict[str, Any]:
-        """JSON values for keys and facts: without the path of `source`, for which its content stands."""
-        # Without `action` where there is none: curricula made before it came stay complete.
-        return self.model_dump(mode="json", exclude={"source"} | ({"action"} if not self.action else set()))
+        """JSON values for keys and facts: without the path of `source`, for which its content stands.
+
+        Keys that came later are left out where they have no effect, so that older curricula keep their key.
+        """
+        later = {name for name in ("action", "balance", "residual", "quota") if not getattr(self, name)}
+        return self.model_dump(mode="json", exclude={"source", *later})
 
     @property
     def about_records(self) -> list[str]:
@@ -439,6 +451,17 @@ class SelectConfig(Block):
                 self.seed is not None and self.rule != "random" and self.order != "shuffled",
                 "seed has no effect without rule 'random' or order 'shuffled'",
             ),
+            (
+                bool(self.balance or self.quota) and self.rule not in ("easiest", "hardest"),
+                f"balance and quota have no effect with rule '{self.rule}'",
+            ),
+            (bool(self.balance and self.quota), "give balance or quota, not both"),
+            (
+                bool(self.residual) and self.rule in ("random", "below"),
+                f"residual has no effect with rule '{self.rule}'",
+            ),
+            (len(set(self.balance)) < len(self.balance), "balance names one thing twice"),
+            (sum(self.quota.values()) > 1.0, "the quotas are above 1 together"),
             (
                 bool(self.source and self.about_records),
                 f"{', '.join(self.about_records)} has no effect beside from, whose difficulty is one number "
@@ -593,6 +616,10 @@ class StudyConfig(Block):
     sources: tuple[PathText, ...] = ()
     """As many of the easiest pairs by the difficulty that each of these holds, such as a weaker model's run;
     see `select.source`."""
+    balance: tuple[tuple[Literal["length", "source", "score"], ...], ...] = ()
+    """As many of the easiest pairs within these strata, as `select.balance` names them."""
+    residual: tuple[Literal["length"], ...] = ()
+    """As many of the easiest pairs with this taken out of difficulty; see `select.residual`."""
     training_seeds: tuple[Seed, ...] = ()
     """See `evaluate.training_seeds`."""
 
@@ -669,11 +696,12 @@ class Recipe(Block):
         return self
 
     @model_validator(mode="after")
-    def _certificate_is_of_the_rule(self) -> Self:
-        if self.score.protocol == "certified" and self.select.action and not self.curriculum:
+    def _certified_selects_by_difficulty_alone(self) -> Self:
+        beside = [name for name in ("action", "balance", "residual", "quota") if getattr(self.select, name)]
+        if beside and self.score.protocol == "certified" and not self.curriculum:
             raise ValueError(
-                "select.action works with every protocol but 'certified', which predicts what the rule alone "
-                "would select: leave one of them out"
+                f"select.{beside[0]} selects otherwise than what protocol certified certifies: give "
+                "score.protocol one-step, fast or paper"
             )
         return self
 

@@ -16,7 +16,8 @@ def with_arms(recipe: Recipe) -> dict[str, Any]:
     Arms and their names:
 
     - `easiest-30` for each of the fractions, in the run's own order and by its criterion;
-    - the order's name, `by-CRITERION` and `from-NAME` for the others, as large as the run's own selection;
+    - the order's name, `by-CRITERION`, `from-NAME`, `balanced-length` and `less-length` for the others, as
+      large as the run's own selection;
     - `random-30`, shuffled, for each size among them and the run's own, unless that is all pairs.
 
     An arm that would be the run's own selection, or a control that is there, is left out.
@@ -48,6 +49,8 @@ def with_arms(recipe: Recipe) -> dict[str, Any]:
         _named("from", Path(each).name): own.model_copy(update={**measured, "source": each})
         for each in study.sources
     }
+    arms |= {"balanced-" + "-".join(by): own.model_copy(update={"balance": by}) for by in study.balance}
+    arms |= {f"less-{each}": own.model_copy(update={"residual": each}) for each in study.residual}
     arms |= {
         _sized("random", each): SelectConfig(rule="random", fraction=each, order="shuffled")
         for each in sorted({fraction, *study.fractions})

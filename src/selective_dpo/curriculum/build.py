@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +16,15 @@ from selective_dpo.config.messages import explain
 from selective_dpo.criteria import CRITERIA, by_record
 from selective_dpo.curriculum.actions import Treatment, treat
 from selective_dpo.curriculum.agreement import agreement
+from selective_dpo.curriculum.balance import (
+    Attributes,
+    needs_attributes,
+    require_attributes,
+    residual,
+    select_with_quota,
+    select_within,
+    strata,
+)
 from selective_dpo.curriculum.records import Difficulty, LossTable, Records, difficulty, loss_table
 from selective_dpo.curriculum.select import Rule, Selection, ranks, training_positions
 from selective_dpo.curriculum.select import select as apply_rule
@@ -24,6 +33,9 @@ from selective_dpo.errors import ConfigError, RecordsError, name_some
 from selective_dpo.logprobs.nonfinite import REASON
 from selective_dpo.losses import LN_2, PairLosses, is_dpos_own
 from selective_dpo.stats.calibration import probability_wrong
+
+AttributesOf: TypeAlias = Callable[[Sequence[str]], Attributes]
+"""Pair ids -> their attributes, in this order."""
 
 
 def build_curriculum(
@@ -36,6 +48,7 @@ def build_curriculum(
     quarantined: Mapping[str, str] | None = None,
     chance_loss: float | None = None,
     issues: pa.Table | None = None,
+    attributes: AttributesOf | None = None,
 ) -> Curriculum:
     """Aggregate records into difficulties, select and order the pairs, and measure the agreement.
 
@@ -53,6 +66,7 @@ def build_curriculum(
             another loss nothing is counted then.
         issues: the pairs' flags, which `action` of the selection needs (`curriculum.issues`). Agreement is
             then that of the pairs that the rule chooses among.
+        attributes: lengths, sources and scores of pairs given by id, for `balance`, `residual` and `quota`.
 
     Returns:
         One row a pair, sorted by id. The facts hold the selection with its defaults filled in, as
@@ -61,8 +75,8 @@ def build_curriculum(
 
     Raises:
         RecordsError: records are missing (unless `allow_partial`), repeated or not finite.
-        ConfigError: the selection is not valid, or does not fit the number of pairs; it has an `action` and
-            there are no `issues`.
+        ConfigError: the selection is not valid, or does not fit the pairs; or it has an `action` and there
+            are no `issues`.
     """
     config = resolved_selection(select)
     losses = records
@@ -90,7 +104,16 @@ def build_curriculum(
         "cost": dict(cost or {}),
     }
     aside = quarantined or {}
-    return assemble(losses, measured, config, facts, aside=aside, reason=REASON, treatment=treatment)
+    return assemble(
+        losses,
+        measured,
+        config,
+        facts,
+        aside=aside,
+        reason=REASON,
+        attributes=attributes,
+        treatment=treatment,
+    )
 
 
 def assemble(
@@ -102,6 +125,7 @@ def assemble(
     aside: Mapping[str, str],
     reason: str,
     treatment: Treatment | None = None,
+    attributes: AttributesOf | None = None,
 ) -> Curriculum:
     """Select from difficulties and order what was selected: the part that measured ones and others share.
 
@@ -111,9 +135,10 @@ def assemble(
         config: the selection, resolved.
         facts: what is not about the selection.
         aside: pairs without a difficulty (pair id -> prompt id), and `reason`, why they have none.
+        attributes: lengths, sources and scores of pairs given by id, for `balance`, `residual` and `quota`.
         treatment: what `action` does to the pairs; `losses` are its.
     """
-    selected = _selected(measured.difficulty_P, losses.pair_ids_P, rule_of(config), treatment)
+    measured, selected = _selected(losses.pair_ids_P, measured, config, attributes, treatment)
     position_P = training_positions(selected, losses.pair_ids_P, config.order, config.seed or 0)
     # Those of `COLUMNS`, without their suffix; what is not a number becomes null.
     given = {
@@ -150,21 +175,66 @@ def assemble(
 
 
 def _selected(
-    difficulty_P: NDArray[np.float64],
     pair_ids_P: NDArray[np.str_],
-    rule: Rule,
+    measured: Difficulty,
+    config: SelectConfig,
+    attributes: AttributesOf | None,
     treatment: Treatment | None,
-) -> Selection:
-    """What the rule selects; with a treatment, of the pairs that stay. Ranks are those among all pairs."""
+) -> tuple[Difficulty, Selection]:
+    """The difficulty that is selected by, and the selection: with a treatment, of the pairs that stay. Ranks
+    are those among all pairs."""
+    known = None
+    if needs_attributes(config):
+        known = _attributes(pair_ids_P, config, attributes, treatment)
+        if config.residual:
+            measured = measured._replace(difficulty_P=residual(measured.difficulty_P, known.length_P))
     if treatment is None:
-        return apply_rule(difficulty_P, pair_ids_P, rule)
+        return measured, _by_rule(measured.difficulty_P, pair_ids_P, config, known)
     stays_P = treatment.stays_P
-    among = apply_rule(difficulty_P[stays_P], pair_ids_P[stays_P], rule)
+    of_stays = known
+    if known is not None:
+        of_stays = Attributes(known.length_P[stays_P], known.source_P[stays_P], known.score_P[stays_P])
+    among = _by_rule(measured.difficulty_P[stays_P], pair_ids_P[stays_P], config, of_stays)
     selected_P = np.zeros(len(stays_P), dtype=np.bool_)
     selected_P[stays_P] = among.selected_P
     reason_P = np.array(treatment.reason_P, dtype=object)
     reason_P[stays_P] = among.reason_P
-    return Selection(ranks(difficulty_P, pair_ids_P), selected_P, reason_P.astype(np.str_))
+    rank_P = ranks(measured.difficulty_P, pair_ids_P)
+    return measured, Selection(rank_P, selected_P, reason_P.astype(np.str_))
+
+
+def _attributes(
+    pair_ids_P: NDArray[np.str_],
+    config: SelectConfig,
+    attributes: AttributesOf | None,
+    treatment: Treatment | None,
+) -> Attributes:
+    """Those of the labels that pairs are trained on with."""
+    if attributes is None:
+        raise ConfigError(
+            "select.balance, residual and quota go by the pairs' lengths, sources and scores, which only a "
+            "run has: give them in its recipe"
+        )
+    known = attributes(pair_ids_P.tolist())
+    require_attributes(config, known)
+    if treatment is None:
+        return known
+    sign_P = np.where(treatment.action_P == "flip", -1, 1)
+    return known._replace(length_P=sign_P * known.length_P, score_P=sign_P * known.score_P)
+
+
+def _by_rule(
+    difficulty_P: NDArray[np.float64],
+    pair_ids_P: NDArray[np.str_],
+    config: SelectConfig,
+    known: Attributes | None,
+) -> Selection:
+    rule = rule_of(config)
+    if known is not None and config.balance:
+        return select_within(difficulty_P, pair_ids_P, rule, strata(known, config.balance))
+    if known is not None and config.quota:
+        return select_with_quota(difficulty_P, pair_ids_P, rule, known.source_P, config.quota)
+    return apply_rule(difficulty_P, pair_ids_P, rule)
 
 
 def resolved_selection(select: SelectConfig | Mapping[str, Any] | None) -> SelectConfig:

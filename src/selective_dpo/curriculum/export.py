@@ -25,12 +25,13 @@ from selective_dpo.curriculum.table import (
     loss_column,
 )
 from selective_dpo.errors import ConfigError, DataError, IdentityError, name_some
-from selective_dpo.storage.artifacts import publish_folder, replacing
+from selective_dpo.storage.artifacts import MANIFEST, publish_folder, read_manifest, replacing
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 Format = Literal["csv", "parquet", "jsonl", "datasets"]
+"""Of one file or data set; `handoff.LIBRARIES` has those of other programs."""
 
 _MESSAGES = pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
 
@@ -65,7 +66,7 @@ def export_curriculum(
     path = Path(path)
     if format not in ("csv", "parquet", "jsonl", "datasets"):
         raise ConfigError(f"unknown format '{format}': use csv, parquet, jsonl or datasets")
-    _require_free(path, overwrite=overwrite, is_folder=format == "datasets")
+    require_free(path, overwrite=overwrite, kind="dataset" if format == "datasets" else None)
     if format == "csv":
         _write_csv(_original_columns(curriculum), path)
     elif format == "parquet":
@@ -84,23 +85,29 @@ def _write_texts(curriculum: Curriculum, path: Path, format: str, pairs: Pairs |
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".partial-texts-", dir=path.parent) as scratch:
-        rows = selected_rows(curriculum, pairs, Path(scratch))
+        rows = rows_with_texts(curriculum, pairs, Path(scratch))
         if format == "jsonl":
-            _write_jsonl(rows, path)
+            write_rows(rows, path)
         else:
             _write_dataset(rows, path, Path(scratch), key=curriculum.order_digest)
 
 
-def _require_free(path: Path, *, overwrite: bool, is_folder: bool) -> None:
+def require_free(path: Path, *, overwrite: bool, kind: str | None) -> None:
+    """Refuse a path that something is at, unless it may be replaced: a file, or a folder of this kind.
+
+    Raises:
+        ConfigError: `path` exists and `overwrite` is off, or something else is there.
+    """
     if not path.exists():
         return
     if not overwrite:
         raise ConfigError(f"{path} exists: choose another path, or pass --overwrite to replace it")
     # A folder is replaced with all it holds, so only one that an export made may be.
-    is_ours = (path / "dataset_info.json").is_file() if is_folder else path.is_file()
+    has_manifest = (path / MANIFEST).is_file()
+    is_ours = path.is_file() if kind is None else has_manifest and read_manifest(path).kind == kind
     if not is_ours:
         raise ConfigError(
-            f"{path} is not an exported {'data set' if is_folder else 'file'}: choose another path"
+            f"{path} is not an exported {'file' if kind is None else 'folder'}: choose another path"
         )
 
 
@@ -141,7 +148,8 @@ def _write_csv(table: pa.Table, path: Path) -> None:
         pyarrow.csv.write_csv(table, stream, options)
 
 
-def _write_jsonl(rows: Dataset, path: Path) -> None:
+def write_rows(rows: Dataset, path: Path) -> None:
+    """Write rows of `rows_with_texts` as JSON Lines."""
     with replacing(path) as partial, partial.open("w", encoding="ascii", newline="\n") as stream:
         for table in rows.with_format("arrow").iter(batch_size=_ROWS_AT_ONCE):
             for row in table.to_pylist():
@@ -185,7 +193,7 @@ def _decoded(batch: dict[str, list[Any]], sign: str) -> dict[str, list[Any]]:
     return {name: [json.loads(text) for text in batch[name]] for name in TEXTS}
 
 
-# --- The texts of the selected pairs in training order, looked up on disk ---------------------------------
+# --- The texts of pairs in a given order, looked up on disk -------------------------------------------------
 
 
 TEXTS = ("prompt", "chosen", "rejected")
@@ -196,22 +204,27 @@ Pairs: TypeAlias = pa.Table | Path
 """Rows as in `pairs.parquet`: as a table, or the file."""
 
 
-def selected_rows(curriculum: Curriculum, pairs: Pairs, scratch: Path) -> Dataset:
-    """Rows of ids, `difficulty`, `p_wrong` if known, and the texts (as JSON), in training order.
+def rows_with_texts(
+    curriculum: Curriculum, pairs: Pairs, scratch: Path, wanted: pa.Table | None = None
+) -> Dataset:
+    """Rows of ids, `difficulty`, `p_wrong` if known, and the texts (as JSON): the selected in training order.
 
     Of a curriculum with an `action` also `flipped` and `weight`; the answers of flipped pairs are exchanged.
 
-    The texts are copied once to a file in the folder `scratch`, from which rows are read when needed.
+    `wanted`: other rows of the curriculum's table, in their order. The texts are copied once to a file in the
+    folder `scratch`, from which rows are read when needed.
 
     Raises:
-        IdentityError: selected pairs are not in `pairs`.
+        IdentityError: wanted pairs are not in `pairs`.
     """
     from datasets import Dataset
 
     columns = ["pair_id", "prompt_id", "difficulty"]
     columns += [name for name in (P_WRONG, FLIPPED, WEIGHT) if name in curriculum.table.column_names]
-    chosen = curriculum.table.filter(pc.greater_equal(curriculum.table["position"], 0)).sort_by("position")
-    ordered = pa.record_batch([chosen[name].combine_chunks() for name in columns], names=columns)
+    if wanted is None:
+        wanted = curriculum.table.filter(pc.greater_equal(curriculum.table["position"], 0))
+        wanted = wanted.sort_by("position")
+    ordered = pa.record_batch([wanted[name].combine_chunks() for name in columns], names=columns)
     schema = pa.schema([*ordered.schema, *((name, pa.string()) for name in TEXTS)])
     file, places = scratch / "texts.arrow", [np.empty(0, dtype=np.int64)]
     with pa.ipc.new_stream(str(file), schema) as writer:
@@ -235,8 +248,8 @@ def selected_rows(curriculum: Curriculum, pairs: Pairs, scratch: Path) -> Datase
     if len(absent):
         named = name_some(ordered["pair_id"].take(pa.array(absent)).to_pylist())
         raise IdentityError(
-            f"{len(absent):,} of {len(ordered):,} selected pairs are not among these pairs: {named}; pass "
-            "the pairs that the curriculum was made from"
+            f"{len(absent):,} of {len(ordered):,} pairs of the curriculum are not among these pairs: "
+            f"{named}; pass the pairs that it was made from"
         )
     return Dataset.from_file(str(file)).select(np.argsort(place_R))
 

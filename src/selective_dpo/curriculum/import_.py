@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from selective_dpo.config import SelectConfig
 from selective_dpo.criteria import CRITERIA, criterion_source
-from selective_dpo.curriculum.build import assemble, build_curriculum, resolved_selection
+from selective_dpo.curriculum.build import AttributesOf, assemble, build_curriculum, resolved_selection
 from selective_dpo.curriculum.records import (
     MAX_LOSS,
     Difficulty,
@@ -210,6 +210,7 @@ def outside_curriculum(
     *,
     provenance: Mapping[str, Any] | None = None,
     key: str = "",
+    attributes: AttributesOf | None = None,
 ) -> Curriculum:
     """The curriculum of these pairs by their outside difficulty; pairs without one are not selected.
 
@@ -242,7 +243,7 @@ def outside_curriculum(
         "cost": {},
     }
     without = dict(zip(ids_P[aside].tolist(), prompt_ids_P[aside].tolist(), strict=True))
-    return assemble(losses, measured, config, facts, aside=without, reason=REASON)
+    return assemble(losses, measured, config, facts, aside=without, reason=REASON, attributes=attributes)
 
 
 def import_curriculum(

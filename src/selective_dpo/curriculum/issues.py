@@ -25,7 +25,7 @@ from selective_dpo.data.adapters import KEPT
 from selective_dpo.data.text_checks import COLUMNS as TEXTS
 from selective_dpo.data.text_checks import check_texts
 from selective_dpo.errors import ArtifactError
-from selective_dpo.identity import ids_digest, positions_of
+from selective_dpo.identity import positions_of, swaps_answers
 from selective_dpo.stats.calibration import probability_wrong
 from selective_dpo.storage.artifacts import SCHEMA_VERSION, file_digest, read_json, replacing, write_json
 
@@ -206,8 +206,7 @@ def cleanlab_inputs(issues: pa.Table) -> CleanlabInputs:
     cleanlab's label quality ("self confidence") of a pair is then 1 - `p_wrong`.
     """
     p_wrong_P = issues[P_WRONG].to_numpy()
-    last_digits = (ids_digest([name])[-1] for name in issues[PAIR_ID].to_pylist())
-    labels_P = np.array([int(digit, 16) % 2 for digit in last_digits], dtype=np.int64)
+    labels_P = np.array([swaps_answers(name) for name in issues[PAIR_ID].to_pylist()], dtype=np.int64)
     given_P, other_P = 1.0 - p_wrong_P, p_wrong_P
     first_P = np.where(labels_P == 0, given_P, other_P)
     return CleanlabInputs(labels_P, np.stack([first_P, 1.0 - first_P], axis=1))

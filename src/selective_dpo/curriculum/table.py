@@ -153,7 +153,7 @@ class Curriculum:
             DataError: `dataset` has neither a `pair_id` column nor preference columns.
         """
         require_dataset(dataset)
-        ids = _pair_ids(dataset)
+        ids = row_pair_ids(dataset)
         scored_row = pc.index_in(ids, value_set=self.table[PAIR_ID].combine_chunks(), skip_nulls=True)
         unscored = ids.filter(pc.is_null(scored_row))
         if len(unscored):
@@ -332,7 +332,7 @@ def dataset_ids(dataset: Dataset) -> pa.Table:
     return pa.table([list(prompt_of), list(prompt_of.values())], schema=_IDS)
 
 
-def _pair_ids(dataset: Dataset) -> pa.Array:
+def row_pair_ids(dataset: Dataset) -> pa.Array:
     """Each row's pair id; null where the row is not a usable pair."""
     names = set(dataset.column_names)
     if PAIR_ID in names:

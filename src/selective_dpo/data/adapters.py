@@ -205,6 +205,29 @@ def read_pair(raw: Mapping[str, Any]) -> Pair | DropReason:
     )
 
 
+CHAT = "chat"
+"""The adapter of texts that are meant as messages, such as a CSV file's for a model with a chat template."""
+
+
+def as_chat(pair: Pair) -> Pair:
+    """A pair of texts as a user's message and two of the assistant's; one of messages as it is."""
+    if pair.is_conversational:
+        return pair
+    user, *answers = (
+        [{"role": role, "content": text}]
+        for role, text in (("user", pair.prompt), ("assistant", pair.chosen), ("assistant", pair.rejected))
+    )
+    raw = {**pair._asdict(), "prompt": user, "chosen": answers[0], "rejected": answers[1]}
+    made = read_pair(raw)
+    return made if isinstance(made, Pair) else pair
+
+
+@adapter(CHAT)
+def _read_chat(raw: Mapping[str, Any]) -> Pair | DropReason:
+    pair = read_pair(raw)
+    return pair if isinstance(pair, DropReason) else as_chat(pair)
+
+
 def fault_of(pair: Pair) -> DropReason | None:
     """What is wrong with a pair's content, if anything; lengths are another matter (see `tokenize`)."""
     chosen_texts, rejected_texts = contents_of(pair.chosen), contents_of(pair.rejected)

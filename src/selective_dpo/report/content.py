@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from selective_dpo.config import SelectConfig
 from selective_dpo.criteria import CRITERIA
+from selective_dpo.curriculum.audit import Audit, audit
 from selective_dpo.curriculum.import_ import imported_from
 from selective_dpo.curriculum.records import codes, id_positions
 from selective_dpo.curriculum.table import Curriculum
@@ -118,6 +119,8 @@ class ReportContent:
     provenance: Mapping[str, Any]
     cost: Mapping[str, Any]
     config: Mapping[str, Any]
+    audit: Audit | None = None
+    """None where all pairs were selected."""
     findings: tuple[str, ...] = ()
     truth: tuple[TruthRow, ...] = ()
 
@@ -192,10 +195,11 @@ def load_report_content(run_folder: Path) -> ReportContent:
         agreement=curriculum.facts.get("agreement") or {},
         results=from_json(read_json(results_path)) if results_path.is_file() else None,
         training_logs=_read_training_logs(run_folder),
-        drops=_read_drops(pairs_path),
+        drops=read_drops(pairs_path),
         provenance=_provenance(run_folder, curriculum),
         cost=curriculum.facts.get("cost") or {},
         config=config,
+        audit=audit(curriculum, pairs_path) if 0 < len(curriculum.order) < len(curriculum.table) else None,
         findings=findings,
         truth=truth,
     )
@@ -243,7 +247,8 @@ def _provenance(run_folder: Path, curriculum: Curriculum) -> dict[str, Any]:
     return {**facts, **(curriculum.facts.get("provenance") or {}), **({"pairs": pairs} if pairs else {})}
 
 
-def _read_drops(path: Path) -> tuple[DropCount, ...]:
+def read_drops(path: Path) -> tuple[DropCount, ...]:
+    """Rows of `pairs.parquet` by source and status, the kept ones first, then the largest count."""
     table = pq.read_table(path, columns=["source", "status"])
     counted = table.group_by(["source", "status"], use_threads=False).aggregate([([], "count_all")])
     drops = [DropCount(row["source"] or "", row["status"], row["count_all"]) for row in counted.to_pylist()]

@@ -17,6 +17,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
+from selective_dpo.curriculum.audit import Audit
 from selective_dpo.curriculum.import_ import imported_in_words
 from selective_dpo.data.adapters import KEPT
 from selective_dpo.evaluation.results import (
@@ -31,6 +32,7 @@ from selective_dpo.report.content import CURVES, DropCount, ReportContent, load_
 from selective_dpo.report.figures import FIGURES, spearman_in_words
 from selective_dpo.report.tables import (
     agreement_rows,
+    audit_rows,
     check_note,
     describe_chance,
     displacement_notes,
@@ -100,6 +102,7 @@ def render_report(content: ReportContent) -> str:
         arms=_arms_table(content.results) if content.results else None,
         seeds=Table(("Seeds", "Spearman", "Overlap of the selected", "Jaccard"), seeds) if seeds else None,
         drops=_drops_table(content.drops),
+        audit=_audit_table(content.audit) if content.audit else None,
         truth=Table(("Share of the pairs", "Selected", "Not selected"), truth) if truth else None,
         provenance=_facts(content.provenance),
         cost=_facts(content.cost),
@@ -180,6 +183,10 @@ def _single_points(content: ReportContent) -> str:
         if len((curve := getattr(log, name)).steps) == 1
     ]
     return f"Logged once only, so not drawn as a curve: {'; '.join(points)}." if points else ""
+
+
+def _audit_table(found: Audit) -> Table:
+    return Table(("", "Kept", "Dropped"), tuple(audit_rows(found)))
 
 
 def _drops_table(drops: tuple[DropCount, ...]) -> Table:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from selective_dpo.config import DEFAULT_FRACTION, SelectConfig
 from selective_dpo.criteria import CRITERIA
 from selective_dpo.curriculum.agreement import MIN_CHECK, MIN_MOVEMENT
+from selective_dpo.curriculum.audit import Audit
 from selective_dpo.evaluation.results import (
     REFERENCE,
     SELECTED,
@@ -57,7 +58,10 @@ def label_for(select: SelectConfig) -> str:
         "all": "all pairs",
     }.get(select.rule, f"{select.rule} {size}")
     by = f"by {Path(select.source).name}" if select.source else CRITERIA[select.aggregate].label
-    return ", ".join(filter(None, (which, select.order.replace("-", " "), by)))
+    held = f"balanced by {' and '.join(select.balance)}" if select.balance else ""
+    shares = ", ".join(f"{name} at least {100 * share:g}%" for name, share in select.quota.items())
+    less = "length taken out" if select.residual else ""
+    return ", ".join(filter(None, (which, select.order.replace("-", " "), by, held, shares, less)))
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
@@ -162,6 +166,27 @@ def agreement_table(agreement: Mapping[str, Any]) -> str:
         name, meaning = describe_chance(agreement.get("chance_loss", LN_2))
         parts.append(f"pairs above {name} ({meaning}): {above}")
     return "\n".join(parts)
+
+
+def audit_rows(found: Audit) -> list[tuple[str, str, str]]:
+    """Of a selection: what is compared, its kept side, its dropped side."""
+    rows = [
+        (f"{group.what} {group.name}, {group.pairs:,} pairs", share_with_interval(group.kept), "")
+        for group in found.groups
+    ]
+    return rows + [
+        (mean.what, number_with_interval(mean.kept, 1), number_with_interval(mean.dropped, 1))
+        for mean in found.means
+    ]
+
+
+def audit_text(found: Audit) -> str:
+    """The same as lines, and a warning for each group that loses more than twice the average."""
+    lines = [
+        f"{what}: {kept} kept" + (f", {dropped} dropped" if dropped else "")
+        for what, kept, dropped in audit_rows(found)
+    ]
+    return "\n".join([*lines, *(f"Warning: {warning}" for warning in found.warnings)])
 
 
 def movement_note(agreement: Mapping[str, Any]) -> str:

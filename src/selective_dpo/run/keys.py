@@ -32,6 +32,7 @@ from selective_dpo.config import (
 from selective_dpo.config.load import dump_config
 from selective_dpo.config.schema import PROTOCOLS, BenchmarkName
 from selective_dpo.criteria import criterion_source
+from selective_dpo.curriculum.balance import needs_attributes
 from selective_dpo.curriculum.build import rule_of
 from selective_dpo.curriculum.import_ import Outside, read_outside
 from selective_dpo.curriculum.table import TABLE, Curriculum
@@ -333,6 +334,11 @@ def action_inputs(run: Run, select: SelectConfig) -> dict[str, str]:
         return {}
     thresholds = digest(run.recipe.issues.model_dump(mode="json"))
     return {"texts": read_manifest(run.folder.pairs).files[PAIRS], "issues": thresholds}
+
+
+def attribute_inputs(run: Run, select: SelectConfig) -> dict[str, str]:
+    """SHA-256 of the pairs' table, for a selection that goes by lengths, sources or scores; else nothing."""
+    return {"attributes": read_manifest(run.folder.pairs).files[PAIRS]} if needs_attributes(select) else {}
 
 
 def curriculum_key(records: Mapping[str, str], select: SelectConfig) -> str:

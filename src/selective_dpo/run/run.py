@@ -25,6 +25,7 @@ from selective_dpo.report.page import write_report
 from selective_dpo.report.study import STUDY, study_findings, study_text
 from selective_dpo.run.doctor import require_sound
 from selective_dpo.run.folder import RunDirectory, alone
+from selective_dpo.run.hub import push_policy
 from selective_dpo.run.keys import Run
 from selective_dpo.run.stages import bring_up, build_curricula, complete, scorer_results
 from selective_dpo.storage.artifacts import replacing, write_json
@@ -153,10 +154,9 @@ def study(run: Run) -> Path:
 def push(run: Run) -> None:
     """Send the finished policy to the hub, where the recipe asks for it and it was not done yet."""
     if run.recipe.train.hub_id and this_process().is_main_process:
-        from selective_dpo.training.train import push_policy
-
-        if push_policy(run.folder.policy, run.folder.root / "hub.json", run.recipe.train):
-            run.tell(f"policy: pushed to {run.recipe.train.hub_id}")
+        config = run.recipe.train
+        if push_policy(run.folder, config.hub_id, private=config.hub_private):
+            run.tell(f"policy: pushed to {config.hub_id}")
 
 
 def run_verb(

@@ -26,6 +26,8 @@ from trl.trainer.utils import add_fused_lm_head
 from selective_dpo.config import Recipe, SelectConfig, SourceConfig
 from selective_dpo.config.schema import BenchmarkName
 from selective_dpo.curriculum.agreement import scorer_check
+from selective_dpo.curriculum.audit import audit
+from selective_dpo.curriculum.balance import read_attributes
 from selective_dpo.curriculum.build import build_curriculum
 from selective_dpo.curriculum.export import SFT, write_sft
 from selective_dpo.curriculum.import_ import (
@@ -39,6 +41,7 @@ from selective_dpo.curriculum.records import LossTable
 from selective_dpo.curriculum.table import ACTION, TABLE, Curriculum
 from selective_dpo.data.prepare import prepare_pairs
 from selective_dpo.data.store import (
+    PAIRS,
     TOKENS,
     load_ids,
     load_summary,
@@ -89,11 +92,19 @@ from selective_dpo.logprobs.reference import (
 from selective_dpo.logprobs.rows import part_lengths
 from selective_dpo.losses import chance_loss
 from selective_dpo.models import load_policy, loading
-from selective_dpo.report.tables import check_note, displacement_notes, label_for, movement_note, seeds_note
+from selective_dpo.report.tables import (
+    audit_text,
+    check_note,
+    displacement_notes,
+    label_for,
+    movement_note,
+    seeds_note,
+)
 from selective_dpo.run.certified import certificate, scorers_until_stable
 from selective_dpo.run.keys import (
     Run,
     action_inputs,
+    attribute_inputs,
     benchmark_key,
     check_inputs,
     check_run,
@@ -506,8 +517,8 @@ def _curricula(run: Run) -> Iterator[Sequence[Result]]:
     def losses() -> LossTable:
         # All arms accept partial records, or none does.
         criteria = {select.aggregate for select, _ in run.arms.values()}
-        partial = run.recipe.select.allow_partial
-        return collect_losses(folders, allow_partial=partial, criteria=criteria)
+        is_partial = run.recipe.select.allow_partial
+        return collect_losses(folders, allow_partial=is_partial, criteria=criteria)
 
     @cache
     def issues() -> Table:
@@ -523,6 +534,7 @@ def _curricula(run: Run) -> Iterator[Sequence[Result]]:
             quarantined=read_quarantine([run.folder.reference, *folders]),
             chance_loss=chance_loss({**ORIGINAL_DEFAULTS, **run.recipe.score.trainer}),
             issues=issues() if select.action else None,
+            attributes=partial(read_attributes, run.folder.pairs / PAIRS),
         )
         more = {"certificate": certificate(run), "missing_scorers": missing, "check": _checked(run, losses())}
         return replace(made, facts={**made.facts, **more})
@@ -542,7 +554,15 @@ def _imported_curricula(run: Run) -> Iterator[Sequence[Result]]:
 
 def _import(run: Run, outside: Outside, select: SelectConfig, origin: dict[str, Any], key: str) -> Curriculum:
     ids, select = load_ids(run.folder.pairs), select.model_copy(update={"source": ""})
-    return outside_curriculum(outside, ids["pair_id"], ids["prompt_id"], select, provenance=origin, key=key)
+    return outside_curriculum(
+        outside,
+        ids["pair_id"],
+        ids["prompt_id"],
+        select,
+        provenance=origin,
+        key=key,
+        attributes=partial(read_attributes, run.folder.pairs / PAIRS),
+    )
 
 
 def _curriculum_results(
@@ -559,7 +579,7 @@ def _curriculum_results(
         made_from, made_by = inputs, build
         if select.source and (outside := run.outside_of(select)):
             made_from, made_by = imported_inputs(run, outside.digest), partial(_import, run, outside)
-        made_from = {**made_from, **action_inputs(run, select)}
+        made_from = {**made_from, **action_inputs(run, select), **attribute_inputs(run, select)}
         key = curriculum_key(made_from, select)
 
         def make() -> None:
@@ -579,6 +599,8 @@ def _curriculum_results(
             notes = [_actions_note(folder) if select.action else ""]
             notes += [movement_note(facts.get("agreement") or {}), check_note(facts.get("check"))]
             lines += filter(None, notes)
+            if 0 < facts["selected"] < facts["pairs"]:
+                lines += audit_text(audit(Curriculum.load(folder), run.folder.pairs / PAIRS)).splitlines()
             return "\n  ".join(lines)
 
         return Result(name, folder / TABLE, key, make, describe)

@@ -31,6 +31,7 @@ from numpy.typing import ArrayLike
 from selective_dpo.config import SelectConfig
 from selective_dpo.config.load import diff_config, dump_config, make_recipe
 from selective_dpo.curriculum.actions import treat
+from selective_dpo.curriculum.balance import read_attributes
 from selective_dpo.curriculum.build import assemble, resolved_selection
 from selective_dpo.curriculum.import_ import Outside, imported_from, outside_curriculum
 from selective_dpo.curriculum.issues import issues_of_losses
@@ -75,6 +76,7 @@ from selective_dpo.run.keys import (
     Run,
     Training,
     action_inputs,
+    attribute_inputs,
     benchmark_key,
     check_inputs,
     curriculum_key,
@@ -393,9 +395,12 @@ class _Checks:
                 outside = self._outside(check, run, select, found)
                 select = select.model_copy(update={"source": ""})
                 wanted = imported_inputs(run, outside.digest)
-                again = outside_curriculum(outside, kept["pair_id"], kept["prompt_id"], select)
+                attributes = partial(read_attributes, self.folder.pairs / PAIRS)
+                ids = (kept["pair_id"], kept["prompt_id"])
+                again = outside_curriculum(outside, *ids, select, attributes=attributes)
             else:
                 wanted, again = self._select_again(run, select, inputs)
+            wanted = {**wanted, **attribute_inputs(run, select)}
             check.equal(place, "inputs", inputs, wanted)
             check.equal(place, "key", found.facts["key"], curriculum_key(wanted, select))
             for key in ("select", "seeds", "evaluations", "pairs", "selected", "quarantined", "partial"):
@@ -424,7 +429,16 @@ class _Checks:
             losses = treatment.losses
         measured = difficulty(losses, config.aggregate, allow_partial=select.allow_partial)
         aside = read_quarantine([self.folder.reference, *folders])
-        made = assemble(losses, measured, config, {}, aside=aside, reason=REASON, treatment=treatment)
+        made = assemble(
+            losses,
+            measured,
+            config,
+            {},
+            aside=aside,
+            reason=REASON,
+            attributes=partial(read_attributes, self.folder.pairs / PAIRS),
+            treatment=treatment,
+        )
         return inputs | action_inputs(run, select), made
 
     def _outside(self, check: Check, run: Run, select: SelectConfig, found: Curriculum) -> Outside:

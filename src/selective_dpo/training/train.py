@@ -13,17 +13,16 @@ from typing import Any, NamedTuple
 from transformers import TrainerCallback
 from typing_extensions import override
 
-from selective_dpo.config import TRAINING_SEED, Recipe, Settings, TrainConfig
+from selective_dpo.config import TRAINING_SEED, Recipe, Settings
 from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.data.store import load_tokens
 from selective_dpo.distributed.processes import publish_from_main, this_process
 from selective_dpo.distributed.progress import Progress
-from selective_dpo.errors import IdentityError, PublishError, name_some
+from selective_dpo.errors import IdentityError, name_some
 from selective_dpo.identity import positions_of
 from selective_dpo.logprobs.reference import load_reference, with_reference, without_quarantined
 from selective_dpo.models import load_policy, load_tokenizer
-from selective_dpo.storage.artifacts import read_json, read_manifest, write_atomic, write_json
-from selective_dpo.storage.digests import digest
+from selective_dpo.storage.artifacts import write_atomic, write_json
 from selective_dpo.training.arguments import dpo_arguments, hold_for_training, lora_config, weights_dtype
 from selective_dpo.training.card import model_card
 from selective_dpo.training.checkpointing import (
@@ -146,37 +145,6 @@ def _held_out(job: TrainingJob) -> Any:
         return None
     tokens = without_quarantined(load_tokens(job.test_pairs), job.test_reference)
     return with_reference(tokens, load_reference(job.test_reference))
-
-
-# --- the hub ------------------------------------------------------------------------------------------------
-
-
-def push_policy(policy: Path, receipt: Path, config: TrainConfig) -> bool:
-    """Upload the folder `policy` to `config.hub_id`, unless `receipt` says that was done with these files.
-
-    The local result is complete before, and stays whatever happens. Returns whether it was uploaded now.
-
-    Raises:
-        PublishError: the hub refused or could not be reached; running the command again tries again.
-    """
-    content = {"hub_id": config.hub_id, "files": digest(read_manifest(policy).files)}
-    if receipt.is_file() and read_json(receipt) == content:
-        return False
-    from huggingface_hub import HfApi
-
-    try:
-        api = HfApi()
-        api.create_repo(config.hub_id, private=config.hub_private, exist_ok=True)
-        api.upload_folder(repo_id=config.hub_id, folder_path=policy)
-    except Exception as error:
-        # The hub's client raises many kinds (network, authorization, names): all mean "not sent".
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise PublishError(
-            f"the policy is complete in {policy}, but was not pushed to {config.hub_id} ({reason[:200]}); "
-            "run the same command again to push it"
-        ) from error
-    write_json(receipt, content)
-    return True
 
 
 # --- experiment trackers ------------------------------------------------------------------------------------
