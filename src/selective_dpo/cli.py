@@ -467,6 +467,7 @@ def _export_options(parser: argparse.ArgumentParser) -> None:
 def _export(options: argparse.Namespace, overrides: Overrides) -> None:
     from selective_dpo.curriculum.export import export_curriculum
     from selective_dpo.curriculum.handoff import hand_on
+    from selective_dpo.curriculum.issues import load_issues, with_flags
     from selective_dpo.curriculum.table import Curriculum
     from selective_dpo.data.store import pairs_file
     from selective_dpo.report.tables import printable
@@ -476,9 +477,10 @@ def _export(options: argparse.Namespace, overrides: Overrides) -> None:
     if options.pairs and not has_texts:
         raise ConfigError(f"--pairs has no effect with --format {options.format}; leave it out")
     source = Path(options.curriculum)
-    curriculum = Curriculum.load(source)
-    beside = (source.parent if source.suffix == ".parquet" else source) / "pairs"
-    folder = Path(options.pairs) if options.pairs else beside
+    curriculum, run = Curriculum.load(source), source.parent if source.suffix == ".parquet" else source
+    if source in (run, run / "curriculum.parquet") and (issues := load_issues(run)):
+        curriculum = with_flags(curriculum, issues.table)
+    folder = Path(options.pairs) if options.pairs else run / "pairs"
     pairs = None
     if has_texts and (options.pairs or folder.is_dir()):
         pairs = pairs_file(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ from pydantic import ValidationError
 
 from selective_dpo.config import FLAGS, Recipe, SelectConfig
 from selective_dpo.curriculum.actions import exchanged, treat
+from selective_dpo.curriculum.balance import Attributes, residual
 from selective_dpo.curriculum.build import build_curriculum
 from selective_dpo.curriculum.export import export_curriculum, write_sft
 from selective_dpo.curriculum.issues import SCHEMA
 from selective_dpo.curriculum.records import LossTable
 from selective_dpo.errors import ConfigError, IdentityError
 from selective_dpo.losses import LN_2
+from selective_dpo.report.tables import label_for
 from tests.unit.test_issues import pair_row, pairs_file
 
 NAMES = list("abcdef")
@@ -129,6 +132,29 @@ def test_what_cannot_be_done_is_refused() -> None:
         treat(losses_of(), issues.slice(0, 5), {"tie": "drop"})
     with pytest.raises(ConfigError, match=r"select.action needs the pairs' flags"):
         build_curriculum(losses_of(), {"action": {"tie": "drop"}})
+
+
+def test_a_flipped_pair_is_balanced_by_the_length_of_its_new_label() -> None:
+    # Chosen answers are longer by 1 to 5 tokens, and that of f is shorter by 6: flipped, it is longer by 6.
+    lengths = np.array([1, 2, 3, 4, 5, -6])
+
+    def attributes(ids: Sequence[str]) -> Attributes:
+        assert list(ids) == NAMES
+        return Attributes(lengths, np.array(["x"] * 6), np.full(6, np.nan))
+
+    issues = issues_of(P_WRONG, suspected_flip="f", degenerate="a")
+    action = {"suspected_flip": "flip", "degenerate": "drop"}
+    select = {"action": action, "residual": "length", "rule": "all"}
+    made = build_curriculum(losses_of(), select, issues=issues, attributes=attributes)
+    difficulty = np.logaddexp(0.0, -np.array([*MARGINS[:-1], 3.0]))
+    expected = residual(difficulty, np.array([1, 2, 3, 4, 5, 6]))
+    np.testing.assert_allclose(made.difficulty_P, expected)
+    assert [row["selected"] for row in made.table.to_pylist()] == [False] + [True] * 5
+
+
+def test_the_label_of_a_selection_names_its_actions() -> None:
+    label = label_for(SelectConfig(action={"suspected_flip": "flip", "tie": "drop"}))
+    assert label == "easiest 50%, easy to hard, suspected flip: flip, tie: drop"
 
 
 def test_without_an_action_nothing_about_a_selection_changes() -> None:

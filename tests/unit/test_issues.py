@@ -29,6 +29,7 @@ from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.data.store import PAIRS, PAIRS_SCHEMA
 from selective_dpo.errors import ArtifactError, ConfigError, IdentityError
 from selective_dpo.losses import negative_log_sigmoid
+from selective_dpo.report.page import write_report
 from selective_dpo.run.issues import plant_in
 from selective_dpo.storage.artifacts import publish_folder
 
@@ -240,6 +241,26 @@ def test_options_that_would_say_nothing_are_refused(
 ) -> None:
     assert main(["issues", str(run), *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_report_and_exports_show_the_flags(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run", pairs=60)
+    assert "Which pairs look wrong" not in write_report(folder).read_text("utf-8")
+    table = find_issues(folder, plant=0.2).table
+    html = write_report(folder).read_text("utf-8")
+    assert "Which pairs look wrong" in html
+    assert "p_wrong of 0.65 or more" in html
+    assert "easier to find than real ones" in html
+    for form in ("csv", "jsonl"):
+        out = tmp_path / f"out.{form}"
+        assert main(["export", str(folder), "--format", form, "--out", str(out)]) == 0
+    header, *lines = (tmp_path / "out.csv").read_text("utf-8").splitlines()
+    assert header.split(",")[-len(FLAGS) - 1 :] == ["p_wrong", *FLAGS]
+    assert len(lines) == 60
+    flags = {row["pair_id"]: row for row in table.to_pylist()}
+    for line in (tmp_path / "out.jsonl").read_text("utf-8").splitlines():
+        row = json.loads(line)
+        assert {flag: row[flag] for flag in FLAGS} == {flag: flags[row["pair_id"]][flag] for flag in FLAGS}
 
 
 # --- cleanlab ----------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
+from selective_dpo.config import FLAGS
 from selective_dpo.curriculum.records import difficulty
 from selective_dpo.curriculum.table import (
     ACTION,
@@ -131,8 +132,7 @@ def _original_columns(curriculum: Curriculum) -> pa.Table:
         columns["difficulty"] = table["difficulty"]
     if table["pair_id"] != table["prompt_id"]:
         columns["pair_id"] = table["pair_id"]
-    if P_WRONG in table.column_names:
-        columns[P_WRONG] = table[P_WRONG]
+    columns |= {name: table[name] for name in (P_WRONG, *FLAGS) if name in table.column_names}
     return pa.table(columns)
 
 
@@ -210,6 +210,7 @@ def rows_with_texts(
     """Rows of ids, `difficulty`, `p_wrong` if known, and the texts (as JSON): the selected in training order.
 
     Of a curriculum with an `action` also `flipped` and `weight`; the answers of flipped pairs are exchanged.
+    Flags come along where the curriculum has them.
 
     `wanted`: other rows of the curriculum's table, in their order. The texts are copied once to a file in the
     folder `scratch`, from which rows are read when needed.
@@ -220,7 +221,8 @@ def rows_with_texts(
     from datasets import Dataset
 
     columns = ["pair_id", "prompt_id", "difficulty"]
-    columns += [name for name in (P_WRONG, FLIPPED, WEIGHT) if name in curriculum.table.column_names]
+    known = (P_WRONG, FLIPPED, WEIGHT, *FLAGS)
+    columns += [name for name in known if name in curriculum.table.column_names]
     if wanted is None:
         wanted = curriculum.table.filter(pc.greater_equal(curriculum.table["position"], 0))
         wanted = wanted.sort_by("position")

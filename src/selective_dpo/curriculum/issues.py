@@ -187,6 +187,18 @@ def load_issues(folder: Path) -> Issues | None:
     return Issues(pq.read_table(path), facts)
 
 
+def with_flags(curriculum: Curriculum, issues: pa.Table) -> Curriculum:
+    """The curriculum with a column for each flag, null where a pair was not measured; as it is, if it has
+    them."""
+    table = curriculum.table
+    if FLAGS[0] in table.column_names:
+        return curriculum
+    at = pc.index_in(table[PAIR_ID], value_set=issues[PAIR_ID].combine_chunks())
+    for flag in FLAGS:
+        table = table.append_column(flag, issues[flag].combine_chunks().take(at))
+    return Curriculum(table, curriculum.facts)
+
+
 # --- as cleanlab has it -----------------------------------------------------------------------------------
 
 

@@ -19,6 +19,7 @@ from selective_dpo.config import SelectConfig
 from selective_dpo.criteria import CRITERIA
 from selective_dpo.curriculum.audit import Audit, audit
 from selective_dpo.curriculum.import_ import imported_from
+from selective_dpo.curriculum.issues import load_issues
 from selective_dpo.curriculum.records import codes, id_positions
 from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.data.adapters import KEPT
@@ -120,6 +121,8 @@ class ReportContent:
     cost: Mapping[str, Any]
     config: Mapping[str, Any]
     audit: Audit | None = None
+    issues: Mapping[str, Any] | None = None
+    """What `selective-dpo issues` found, where it was run on this curriculum."""
     """None where all pairs were selected."""
     findings: tuple[str, ...] = ()
     truth: tuple[TruthRow, ...] = ()
@@ -199,6 +202,7 @@ def load_report_content(run_folder: Path) -> ReportContent:
         provenance=_provenance(run_folder, curriculum),
         cost=curriculum.facts.get("cost") or {},
         config=config,
+        issues=issues.facts if (issues := load_issues(run_folder)) else None,
         audit=audit(curriculum, pairs_path) if 0 < len(curriculum.order) < len(curriculum.table) else None,
         findings=findings,
         truth=truth,
