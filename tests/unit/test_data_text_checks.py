@@ -44,7 +44,9 @@ def batch(*rows: tuple[str, str, str]) -> pa.RecordBatch:
 
 
 def found(*rows: tuple[str, str, str], similar: float = 0.8) -> list[bool]:
-    return check_texts([batch(*rows)], repetition=4.0, similar_prompts=similar).contradicting_P.tolist()
+    return check_texts(
+        lambda: [batch(*rows)], repetition=4.0, similar_prompts=similar
+    ).contradicting_P.tolist()
 
 
 def test_the_same_answers_in_the_other_order_contradict_under_nearly_the_same_prompt() -> None:

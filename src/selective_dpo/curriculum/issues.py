@@ -7,7 +7,8 @@ pair has seen its prompt. The flags are named and explained in `MEANINGS`; their
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,13 +104,9 @@ def flag_pairs(
     known = pq.read_table(pairs, columns=[PAIR_ID, *_NUMBERS], filters=kept)
     at = positions_of(pair_ids, known[PAIR_ID].to_pylist(), what="flagged pairs")
     numbers = {name: known[name].take(pa.array(at)).to_numpy() for name in _NUMBERS}
-    with pq.ParquetFile(pairs) as file:
-        batches = file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=[*TEXTS, "status"])
-        found = check_texts(
-            (batch.filter(pc.equal(batch["status"], KEPT)) for batch in batches),
-            repetition=given.repetition,
-            similar_prompts=given.similar_prompts,
-        )
+    found = check_texts(
+        partial(_kept_texts, pairs), repetition=given.repetition, similar_prompts=given.similar_prompts
+    )
     text_at = positions_of(pair_ids, found.pair_ids, what="flagged pairs")
     from_half_P = p_wrong_P - 0.5
     is_tie_P = (np.abs(from_half_P) <= given.tie) | (numbers["score_chosen"] == numbers["score_rejected"])
@@ -125,6 +122,12 @@ def flag_pairs(
     }
     columns = [ids[PAIR_ID], ids[PROMPT_ID], pa.array(p_wrong_P), *(pa.array(flags[flag]) for flag in FLAGS)]
     return pa.table(columns, schema=SCHEMA)
+
+
+def _kept_texts(pairs: Path) -> Iterator[pa.RecordBatch]:
+    with pq.ParquetFile(pairs) as file:
+        for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=[*TEXTS, "status"]):
+            yield batch.filter(pc.equal(batch["status"], KEPT))
 
 
 def length_driven(

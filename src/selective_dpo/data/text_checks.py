@@ -10,7 +10,8 @@ import json
 import re
 import unicodedata
 import zlib
-from collections.abc import Iterable, Iterator
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import combinations
 from typing import NamedTuple
 
@@ -67,37 +68,55 @@ def is_degenerate(chosen: str, rejected: str, repetition: float) -> bool:
 
 
 def check_texts(
-    batches: Iterable[pa.RecordBatch], *, repetition: float, similar_prompts: float
+    read: Callable[[], Iterable[pa.RecordBatch]], *, repetition: float, similar_prompts: float
 ) -> TextChecks:
-    """Look at the texts of pairs, which come in batches with the columns `COLUMNS`.
+    """Look at the texts of pairs; `read` gives them in batches with the columns `COLUMNS`, and does so again.
 
     Prompts are the same where their words are, in order, but for case; and where two pairs have the same two
     answers (but for case and white space), at `similar_prompts` shared words of all words of both prompts
     (Jaccard). Of the texts only digests are kept, but for the prompts of answers that come again.
     """
-    ids: list[str] = []
-    degenerate: list[bool] = []
-    digests: list[tuple[bytes, bytes, bytes]] = []
-    seen: dict[tuple[bytes, ...], dict[bytes, frozenset[str]]] = {}
-    for pair_id, prompt, chosen, rejected in _texts(batches):
+    ids, degenerate = list[str](), list[bool]()
+    digests_P3 = array("Q")
+    for pair_id, prompt, chosen, rejected in _texts(read()):
         ids.append(pair_id)
         degenerate.append(is_degenerate(chosen, rejected, repetition))
-        words = _WORDS.findall(_folded(prompt))
-        row = _digest(" ".join(words) or prompt), _digest(_folded(chosen)), _digest(_folded(rejected))
-        digests.append(row)
-        seen.setdefault(tuple(sorted(row[1:])), {})[row[0]] = frozenset(words)
-    prompts = sorted({row[0] for row in digests})
-    place = {prompt: number for number, prompt in enumerate(prompts)}
+        texts = " ".join(_words(prompt)) or prompt, _folded(chosen), _folded(rejected)
+        digests_P3.extend(map(_digest, texts))
+    prompt_P, chosen_P, rejected_P = np.array(digests_P3, dtype=np.uint64).reshape(-1, 3).T
+    prompts, group_P = np.unique(prompt_P, return_inverse=True)
+    answers_P2 = np.sort(np.stack([chosen_P, rejected_P], axis=1), axis=1)
+    candidates = _again(answers_P2, group_P)
     links = [
-        (place[one], place[other])
-        for alike in seen.values()
+        (one, other)
+        for alike in _prompts_of(read, candidates, group_P)
         for (one, words), (other, others) in combinations(alike.items(), 2)
         if len(words & others) >= similar_prompts * max(1, len(words | others))
     ]
     first, second = zip(*links, strict=True) if links else ((), ())
-    group_P = joined([place[row[0]] for row in digests], first, second)
-    chosen_P, rejected_P = (np.array([row[side] for row in digests], dtype="S16") for side in (1, 2))
-    return TextChecks(ids, np.array(degenerate, dtype=np.bool_), contradicting(group_P, chosen_P, rejected_P))
+    labels = joined(np.arange(len(prompts)), first, second)
+    is_contradicting_P = contradicting(labels[group_P], chosen_P, rejected_P)
+    return TextChecks(ids, np.array(degenerate, dtype=np.bool_), is_contradicting_P)
+
+
+def _again(answers_P2: NDArray[np.uint64], group_P: NDArray[np.intp]) -> dict[int, int]:
+    """Rows whose two answers come under several prompts, with a number for the answers."""
+    _, answers_P = np.unique(answers_P2, axis=0, return_inverse=True)
+    pairs = np.unique(np.stack([answers_P.ravel(), group_P], axis=1), axis=0)[:, 0]
+    several = np.flatnonzero(np.bincount(pairs, minlength=1) > 1)
+    rows = np.flatnonzero(np.isin(answers_P.ravel(), several))
+    return dict(zip(rows.tolist(), answers_P.ravel()[rows].tolist(), strict=True))
+
+
+def _prompts_of(
+    read: Callable[[], Iterable[pa.RecordBatch]], rows: Mapping[int, int], group_P: NDArray[np.intp]
+) -> Iterable[dict[int, frozenset[str]]]:
+    """For each two answers the words of the prompts that they come under."""
+    found: dict[int, dict[int, frozenset[str]]] = {}
+    for row, (_, prompt, _, _) in enumerate(_texts(read()) if rows else ()):
+        if row in rows:
+            found.setdefault(rows[row], {})[int(group_P[row])] = frozenset(_words(prompt))
+    return found.values()
 
 
 def _texts(batches: Iterable[pa.RecordBatch]) -> Iterator[tuple[str, str, str, str]]:
@@ -112,6 +131,9 @@ def _folded(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
-def _digest(text: str) -> bytes:
-    # Hex, since NumPy's byte strings lose zeros at their ends.
-    return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).hexdigest().encode("ascii")
+def _words(prompt: str) -> list[str]:
+    return _WORDS.findall(_folded(prompt))
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "big")

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from selective_dpo.config import FLAGS, IssuesConfig
+from selective_dpo.config.messages import explain
 from selective_dpo.curriculum.issues import (
     TABLE,
     Issues,
@@ -87,7 +89,11 @@ def find_issues(
 def recipe_issues(folder: Path) -> IssuesConfig:
     """The thresholds of the recipe that a run was made with; the defaults where it does not say."""
     path = folder / CONFIG
-    return IssuesConfig(**(read_json(path).get("issues") or {})) if path.is_file() else IssuesConfig()
+    given = read_json(path).get("issues") if path.is_file() else None
+    try:
+        return IssuesConfig.model_validate(given or {})
+    except ValidationError as error:
+        raise ConfigError(f"{path}: issues: {explain(error, IssuesConfig)}") from None
 
 
 def _flag_counts(

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import beta
 
-from selective_dpo.stats.bootstrap import cluster_bootstrap, estimates
+from selective_dpo.stats.bootstrap import cluster_bootstrap, estimates, rows_for
 from selective_dpo.stats.estimates import Estimate
 
 Floats = NDArray[np.float64]
@@ -95,13 +95,16 @@ def measure_spike_in(
             np.bincount(place_P, weights_P * which, minlength=len(values)) for which in (planted, ~planted)
         )
         found_V, flagged_V = np.cumsum(planted_V), np.cumsum(planted_V + others_V)
-        precision_K = np.interp(sizes, [0.0, *flagged_V], [0.0, *found_V]) / np.asarray(sizes)
+        # Of a resample the same share, since it need not hold as many pairs.
+        sizes_K = np.asarray(sizes) * (flagged_V[-1] / len(planted))
+        precision_K = np.interp(sizes_K, [0.0, *flagged_V], [0.0, *found_V]) / sizes_K
         below_V = others_V.sum() - np.cumsum(others_V)
         with np.errstate(invalid="ignore"):  # a resample may lack one kind: NaN
             auroc = (planted_V * (below_V + 0.5 * others_V)).sum() / (planted_V.sum() * others_V.sum())
         return np.asarray([auroc, *precision_K])
 
-    auroc, *precision = estimates(cluster_bootstrap(statistic, clusters_P, seed=seed))
+    most = rows_for(1 + len(sizes))
+    auroc, *precision = estimates(cluster_bootstrap(statistic, clusters_P, seed=seed, max_rows=most))
     return SpikeIn(auroc, dict(zip(sizes, precision, strict=True)))
 
 
