@@ -4,11 +4,11 @@
 
 In embedded worlds the truth is known: whether a label contradicts the gold reward, and how likely a fresh
 label of the same annotator contradicts it. Each world is scored by `one-step`, with its own labels. Then
-labels are planted in 20 draws, by exchanging chosen and rejected in the records; and in one world a
-second time by really turning them round in the data and scoring again, so that the scorers learn from the
-other planted labels. A draw sets the threshold with one half of the prompts, and the other half says what
-the share of false alarms there really is. DIR holds the original authors' records of real pairs, a folder a
-model: nothing is trained there.
+labels are planted in 20 draws, by exchanging chosen and rejected in the records; and in one world a second
+time by really turning them round in the data and scoring again, so that the scorers learn from the other
+planted labels. A draw sets the threshold with one half of the prompts, and the other half says what the
+share of false alarms there really is. Policies are trained on the pairs with each of the actions. DIR holds
+the original authors' records of real pairs, a folder a model: nothing is trained there.
 
 Finished worlds are kept in --work, so an interrupted run continues. Eight worlds take some ten minutes on a
 core.
@@ -37,8 +37,11 @@ from selective_dpo.curriculum.import_ import import_records
 from selective_dpo.curriculum.table import curriculum_losses
 from selective_dpo.difficulty.scorer import collect_records
 from selective_dpo.distributed.progress import quieten_libraries
+from selective_dpo.evaluation.results import SELECTED, from_json
 from selective_dpo.identity import pair_id
+from selective_dpo.run.keys import Run
 from selective_dpo.run.run import open_run, score
+from selective_dpo.run.stages import bring_up
 from selective_dpo.stats.calibration import probability_wrong
 from selective_dpo.stats.spike_in import false_discovery_rate, limit_false_alarms, plant
 from selective_dpo.storage.artifacts import content_key, read_json, write_json
@@ -52,6 +55,18 @@ SCORED = (SETTINGS[0], SETTINGS[2])
 """Those with which labels are really turned round in the data as well."""
 SUSPECTED = 0.65
 BINS = 10
+ARMS: dict[str, dict[str, Any]] = {
+    "all pairs": {},
+    "suspected flips dropped": {"action": {"suspected_flip": "drop"}},
+    "suspected flips flipped": {"action": {"suspected_flip": "flip"}},
+    "suspected flips weighted down": {"action": {"suspected_flip": "down-weight"}},
+    "suspected flips and too hard dropped": {"action": {"suspected_flip": "drop", "too_hard": "drop"}},
+    "suspected flips and too hard flipped": {"action": {"suspected_flip": "flip", "too_hard": "flip"}},
+    "those and ties weighted down": {
+        "action": {"suspected_flip": "down-weight", "too_hard": "down-weight", "tie": "down-weight"}
+    },
+}
+"""What policies are trained on in shuffled order, beside the easiest half from easy to hard."""
 ANNOTATORS = {"noisy": 1.2, "careful": 0.3}
 """Temperatures of the worlds' annotators."""
 
@@ -97,7 +112,7 @@ def main() -> None:
 
 def measure_world(job: Job) -> None:
     """Build and score the world, and write the numbers; a complete result is kept."""
-    key = content_key(seed=job.seed, annotator=job.annotator, scored=job.scores_planted, version=3)
+    key = content_key(seed=job.seed, annotator=job.annotator, scored=job.scores_planted, version=4)
     if job.result.is_file() and read_json(job.result)["key"] == key:
         return
     quieten_libraries()
@@ -123,6 +138,7 @@ def measure_world(job: Job) -> None:
                 np.array([margins[name] for name in ids]), expit(-gap_P / temperature)
             ),
             "found": found_wrong(p_wrong_P, gap_P),
+            "win_rates": win_rates(world, job.folder),
             "planted": [draws(p_wrong_P, np.array(ids), *each) for each in SETTINGS],
             "scored": [_scored_draws(job, world, p_wrong_P, ids, *each) for each in SCORED]
             if job.scores_planted
@@ -133,14 +149,29 @@ def measure_world(job: Job) -> None:
 
 def scored_margins(world: World, folder: Path, name: str, pairs: Path) -> dict[str, float]:
     """The margin of each pair under one-step scorers, by id."""
-    base = world_recipe(world, name=name, output_dir=folder, controls={}).model_dump(mode="json")
-    trainer = {"beta": SCORE_TRAINER["beta"], "bf16": False, "activation_checkpointing": False}
-    base["score"] = {"protocol": "one-step", "lora": None, "trainer": trainer}
-    base["data"] |= {"train": [{"path": str(pairs)}], "test": []}
-    run = open_run(Recipe.model_validate(base), fresh=True, say=lambda line: None)
+    run = _run(world, folder, name, pairs, {})
     score(run)
     records = collect_records([run.folder.scores(scorer) for scorer in run.scorer_runs])
     return dict(zip(records.pair_id.tolist(), records.margin.tolist(), strict=True))
+
+
+def _run(world: World, folder: Path, name: str, pairs: Path, controls: dict[str, dict[str, Any]]) -> Run:
+    base = world_recipe(world, name=name, output_dir=folder, controls=controls).model_dump(mode="json")
+    trainer = {"beta": SCORE_TRAINER["beta"], "bf16": False, "activation_checkpointing": False}
+    base["score"] = {"protocol": "one-step", "lora": None, "trainer": trainer}
+    base["data"] |= {"train": [{"path": str(pairs)}], "test": []}
+    return open_run(Recipe.model_validate(base), fresh=True, say=lambda line: None)
+
+
+def win_rates(world: World, folder: Path) -> dict[str, float]:
+    """Sampled win rate against the starting model of policies trained on each of `ARMS`."""
+    names = {f"arm-{number}": name for number, name in enumerate(ARMS)}
+    controls = {arm: {"rule": "all", "order": "shuffled", **ARMS[name]} for arm, name in names.items()}
+    run = _run(world, folder, "own", world.pairs, controls)
+    bring_up(run, "evaluation")
+    results = from_json(read_json(run.folder.evaluation / "results.json"))
+    names |= {SELECTED: "easiest half, easy to hard"}
+    return {names[arm.name]: arm.win_rate.value for arm in results.policies if arm.win_rate is not None}
 
 
 def calibration(p_P: Floats, fresh_P: Floats) -> dict[str, Any]:
@@ -279,6 +310,15 @@ def summarize(worlds: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "logistic_squared_error": mean_over_worlds([each["logistic_squared_error"] for each in worlds]),
         "found": {
             name: mean_over_worlds([each["found"][name] for each in worlds]) for name in worlds[0]["found"]
+        },
+        "win_rates": {
+            name: {
+                **mean_over_worlds([each["win_rates"][name] for each in worlds]),
+                "minus_all_pairs": mean_over_worlds(
+                    [each["win_rates"][name] - each["win_rates"]["all pairs"] for each in worlds]
+                ),
+            }
+            for name in worlds[0]["win_rates"]
         },
         "planted": [
             {
