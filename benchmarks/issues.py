@@ -37,7 +37,7 @@ from selective_dpo.curriculum.import_ import import_records
 from selective_dpo.curriculum.table import curriculum_losses
 from selective_dpo.difficulty.scorer import collect_records
 from selective_dpo.distributed.progress import quieten_libraries
-from selective_dpo.evaluation.results import SELECTED, from_json
+from selective_dpo.evaluation.results import REFERENCE, SELECTED, from_json
 from selective_dpo.identity import pair_id
 from selective_dpo.run.keys import Run
 from selective_dpo.run.run import open_run, score
@@ -170,8 +170,8 @@ def win_rates(world: World, folder: Path) -> dict[str, float]:
     run = _run(world, folder, "own", world.pairs, controls)
     bring_up(run, "evaluation")
     results = from_json(read_json(run.folder.evaluation / "results.json"))
-    names |= {SELECTED: "easiest half, easy to hard"}
-    return {names[arm.name]: arm.win_rate.value for arm in results.policies if arm.win_rate is not None}
+    names |= {SELECTED: "easiest half, easy to hard", REFERENCE: "starting model"}
+    return {names[arm.name]: arm.win_rate.value for arm in results.arms if arm.win_rate is not None}
 
 
 def calibration(p_P: Floats, fresh_P: Floats) -> dict[str, Any]:

@@ -163,7 +163,7 @@ def test_tokens_are_counted_to_the_end_token_which_is_not_part(tokenizer: Any) -
 def test_an_answer_that_does_not_end_is_cut_at_the_longest(tokenizer: Any) -> None:
     model = saying("ab", tokenizer, then=ord("!"))
     answers = generate_answers(model, tokenizer, PROMPTS[:1], greedy(), stream="a")
-    assert answers["p0"] == (Answer("ab!!!!", 6),)
+    assert answers["p0"] == (Answer("ab!!!!", 6, ended=False),)
 
 
 def test_a_chat_turn_ends_with_the_templates_token(tokenizer: Any) -> None:

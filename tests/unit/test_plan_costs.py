@@ -55,7 +55,7 @@ def padded_counter(tmp_path: Path, **blocks: Any) -> RowCounter:
 
 def training(**given: Any) -> Any:
     return training_settings(
-        {"per_device_train_batch_size": 2, **given}, ModelConfig.model_validate({"path": "m"})
+        {"per_device_train_batch_size": 2, **given}, ModelConfig.model_validate({"path": "m"}), 1
     )
 
 

@@ -54,7 +54,11 @@ COMMON = {
     "activation_checkpointing": True,
     "activation_checkpointing_kwargs": {"use_reentrant": False},
 }
-BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
+
+
+def batch_of(per_gpu: int, accumulation: int) -> dict[str, int]:
+    pairs = per_gpu * accumulation * GPUS
+    return {"per_device_train_batch_size": per_gpu, "pairs_per_update": pairs}
 
 
 def recipe_named(name: str) -> Recipe:
@@ -105,7 +109,7 @@ def test_scoring(name: str) -> None:
     lora = {"r": 16, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": PROJECTIONS}
     assert score.lora == lora
     expected = {**COMMON, "learning_rate": published.score_rate}
-    expected |= dict(zip(BATCH, published.score_batch, strict=True))
+    expected |= batch_of(*published.score_batch)
     assert {**score.trainer, "logging_steps": None} == {**expected, "logging_steps": None}
 
 
@@ -118,7 +122,7 @@ def test_training(name: str) -> None:
     trainer = dict(recipe.train.trainer)
     assert trainer.pop("deepspeed")["zero_optimization"] == {"stage": 2}
     expected = {**COMMON, "learning_rate": published.train_rate, "logging_steps": 10, "seed": 42}
-    expected |= dict(zip(BATCH, published.train_batch, strict=True))
+    expected |= batch_of(*published.train_batch)
     assert trainer == expected
     assert recipe.launch.processes == GPUS
     per_gpu, accumulation = published.train_batch

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from selective_dpo.config import ModelConfig
+from selective_dpo.config.trainer_options import accumulation, check_dpo_options
 from selective_dpo.errors import ConfigError
 from selective_dpo.training.arguments import (
     autocast_dtype,
@@ -120,7 +121,7 @@ def test_lora_keys_are_pefts() -> None:
 
 
 def settings(dtype: str = "float32", **given: Any) -> Any:
-    return training_settings(given, ModelConfig.model_validate({"path": "m", "dtype": dtype}))
+    return training_settings(given, ModelConfig.model_validate({"path": "m", "dtype": dtype}), 1)
 
 
 def test_settings_are_those_that_trl_would_use() -> None:
@@ -158,3 +159,69 @@ def test_optimizer_steps(
         per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, num_train_epochs=epochs
     )
     assert optimizer_steps(pairs, given, processes) == steps
+
+
+# --- pairs_per_update: accumulation follows from the processes ---------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pairs", "batch", "processes", "expected"),
+    [(256, 4, 8, 8), (256, 4, 1, 64), (16, 4, 4, 1), (8, None, 1, 1)],
+)
+def test_accumulation_makes_up_the_update(
+    pairs: int, batch: int | None, processes: int, expected: int
+) -> None:
+    settings = {"pairs_per_update": pairs}
+    settings |= {} if batch is None else {"per_device_train_batch_size": batch}
+    assert accumulation(settings, processes) == expected
+    model = ModelConfig(path="m", dtype="float32")
+    found = training_settings(settings, model, processes)
+    assert found.pairs_per_batch * found.accumulation * processes == pairs
+
+
+def test_without_it_trls_option_counts() -> None:
+    assert accumulation({"gradient_accumulation_steps": 3}, 8) is None
+    found = training_settings({"gradient_accumulation_steps": 3}, ModelConfig(path="m"), 8)
+    assert found.accumulation == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "processes", "expected"),
+    [
+        ({"pairs_per_update": 100, "per_device_train_batch_size": 8}, 2, "one of 1, 2, 5, 10, 25, 50"),
+        (
+            {"pairs_per_update": 3, "per_device_train_batch_size": 1},
+            8,
+            "start as many processes as divide it",
+        ),
+    ],
+)
+def test_pairs_that_do_not_divide_are_refused(settings: dict, processes: int, expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        accumulation(settings, processes)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"pairs_per_update": 8, "gradient_accumulation_steps": 2}, "give one of both"),
+        ({"pairs_per_update": 0}, "must be a whole number above 0"),
+        ({"pairs_per_update": True}, "must be a whole number above 0"),
+    ],
+)
+def test_what_contradicts_it_is_refused(settings: dict, expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        check_dpo_options(settings, "train.trainer", "train")
+
+
+def test_trl_gets_the_accumulation(tmp_path: Path) -> None:
+    settings = {"pairs_per_update": 16, "per_device_train_batch_size": 2, "bf16": False}
+    args = dpo_arguments(
+        settings,
+        model=ModelConfig(path="m", dtype="float32"),
+        max_length=64,
+        output_dir=tmp_path,
+        seed=1,
+        sequential=True,
+    )
+    assert args.gradient_accumulation_steps == 8

@@ -50,6 +50,8 @@ _PATHS = {
     "data.train.*.path",
     "data.test.*.path",
     "evaluate.reward_model",
+    "evaluate.text",
+    "evaluate.guard.include_path",
     "evaluate.language_judge.model",
     "evaluate.language_judge.template",
     "evaluate.language_judge.cache",

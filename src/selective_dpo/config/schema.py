@@ -548,6 +548,25 @@ class BenchmarkConfig(Block):
     """Null: 0.7 for `alpaca-eval`, 0 (greedy) for `arena-hard`. `mt-bench` has one for each category."""
 
 
+class GuardConfig(Block):
+    """Tasks of lm-evaluation-harness (extra `guard`), on the starting model and on every arm."""
+
+    tasks: tuple[Text, ...] = Field(min_length=1)
+    """Names of the harness's tasks, or of those in `include_path`."""
+    include_path: PathText = ""
+    """A folder of tasks of your own, as the harness's YAML files."""
+    allow_code: bool = False
+    """Let tasks in `include_path` run code of their own; else they are refused."""
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    """Examples before each question; null: as the task says."""
+    limit: Annotated[int, Field(ge=0)] = 0
+    """Only so many documents of each task; 0: all."""
+    batch_size: Count = 8
+    """Requests at once."""
+    chat: bool = False
+    """Ask through the chat template."""
+
+
 class EvaluateConfig(Block):
     """What the trained policy is measured by."""
 
@@ -567,6 +586,11 @@ class EvaluateConfig(Block):
     benchmarks: dict[BenchmarkName, BenchmarkConfig] = {}
     """Answer the questions of `alpaca-eval`, `arena-hard` or `mt-bench`, and write the answers as their
     official programs read them (docs/evaluation.md)."""
+    text: PathText = ""
+    """Other text, whose perplexity says what a training cost: a .txt file of paragraphs, or rows with a
+    column `text`. Empty: the held-out pairs' prompts, or those that are answered."""
+    guard: GuardConfig | None = None
+    """Tasks that say what a training cost (docs/evaluation.md); null: none."""
     controls: dict[str, SelectConfig] = {}
     """Other selections to train on the same way and evaluate beside the run's own, by name."""
     training_seeds: tuple[Seed, ...] = ()

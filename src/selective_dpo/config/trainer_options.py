@@ -195,6 +195,8 @@ def check_recipe_options(recipe: Recipe) -> None:
     check_lora_options(recipe.score.lora, "score.lora")
     check_dpo_options(recipe.train.trainer, "train.trainer", "train")
     check_lora_options(recipe.train.lora, "train.lora")
+    for block in (recipe.score, recipe.train):
+        accumulation(block.trainer, recipe.launch.processes)
     if recipe.train.trainer.get("eval_strategy", "no") != "no" and not recipe.data.test:
         raise ConfigError(
             "train.trainer.eval_strategy evaluates on data.test, which is empty: give data.test"
@@ -209,6 +211,7 @@ def check_dpo_options(settings: Settings, where: str, stage: Stage) -> None:
     """
     from trl import DPOConfig
 
+    settings = _without_own(settings, where)
     _check_options(settings, where, DPOConfig, {**DECIDED, **DECIDED_IN[stage]})
     _check_loss(settings, where, stage)
     if stage == "train":
@@ -216,6 +219,49 @@ def check_dpo_options(settings: Settings, where: str, stage: Stage) -> None:
     if not under_deepspeed():
         _try_dpo_config(settings, where)
         _check_trackers(settings.get("report_to"), where)
+
+
+PAIRS_PER_UPDATE = "pairs_per_update"
+"""Of `trainer`, this package's own: gradient accumulation follows from it and the processes there are."""
+
+
+def accumulation(settings: Settings, processes: int) -> int | None:
+    """Batches that each of `processes` processes adds up to an update; None: TRL's own option says it.
+
+    Raises:
+        ConfigError: they cannot make so many pairs, with the batch sizes that can.
+    """
+    pairs = settings.get(PAIRS_PER_UPDATE)
+    if pairs is None:
+        return None
+    batch = settings.get("per_device_train_batch_size", 8)  # transformers' default
+    if pairs % (batch * processes):
+        fits = [str(size) for size in range(1, pairs // processes + 1) if pairs % (size * processes) == 0]
+        remedy = (
+            f"set per_device_train_batch_size to one of {', '.join(fits[-6:])}"
+            if fits
+            else "start as many processes as divide it"
+        )
+        raise ConfigError(
+            f"pairs_per_update {pairs:,} is no multiple of {batch} pairs on each of {processes} process(es): "
+            f"{remedy}"
+        )
+    return int(pairs // (batch * processes))
+
+
+def _without_own(settings: Settings, where: str) -> Settings:
+    """What is TRL's of a block's `trainer`; this package's own key is checked."""
+    if PAIRS_PER_UPDATE not in settings:
+        return settings
+    pairs = settings[PAIRS_PER_UPDATE]
+    if not isinstance(pairs, int) or isinstance(pairs, bool) or pairs < 1:
+        raise ConfigError(f"{where}.{PAIRS_PER_UPDATE} is {pairs!r}, but must be a whole number above 0")
+    if "gradient_accumulation_steps" in settings:
+        raise ConfigError(
+            f"{where}: gradient_accumulation_steps follows from {PAIRS_PER_UPDATE} and the processes; give "
+            "one of both"
+        )
+    return {key: value for key, value in settings.items() if key != PAIRS_PER_UPDATE}
 
 
 def under_deepspeed() -> bool:

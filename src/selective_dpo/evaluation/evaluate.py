@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -45,6 +46,15 @@ from selective_dpo.evaluation.results import (
     preference_metrics,
     repeat_name,
     to_json,
+)
+from selective_dpo.evaluation.side_effects import (
+    Documents,
+    Measured,
+    check_guard,
+    measure,
+    read_documents,
+    side_effects,
+    text_nats,
 )
 from selective_dpo.identity import canonical_text, positions_of, require_same
 from selective_dpo.losses import is_pairwise, pair_losses
@@ -79,6 +89,7 @@ GENERATION_COLUMNS = {
     "sample": pa.int64(),
     "answer": pa.string(),
     "tokens": pa.int64(),
+    "ended": pa.bool_(),
 }
 """`prompt` is the JSON of a text or of messages, as in `pairs.parquet`."""
 
@@ -142,6 +153,15 @@ def check_evaluation(config: EvaluateConfig, *, has_test: bool) -> None:
         DataError: the file of prompts is not there, or a benchmark's questions are not.
     """
     check_arm_names(policy_names(config))
+    if config.guard is not None:
+        check_guard(config.guard)
+    if config.text:
+        read_documents(Path(config.text))
+        if not has_test and not config.generation.prompts:
+            raise ConfigError(
+                "evaluate.text has no effect without data.test or evaluate.generation.prompts: no policy is "
+                "measured"
+            )
     for name, benchmark in config.benchmarks.items():
         read_questions(name, question_file(name, benchmark.source))
     generation = config.generation
@@ -190,12 +210,13 @@ def evaluate_arms(
     repeats: Sequence[Arm] = (),
     judge: Judge | None = None,
     encode: Encode | None = None,
+    documents: Documents = MappingProxyType({}),
 ) -> Evaluation:
     """Evaluate `arms` against `reference` on prompts drawn from `prompts` (see `choose_prompts`).
 
     `repeats` are further trainings of the arm `selected`. `tokenizer` and `encode` serve all models, which
-    start from one. `judge` replaces the one that `config` names. A model that has nothing to answer and no
-    held-out pairs is not loaded.
+    start from one. `judge` replaces the one that `config` names. `documents` are other text, of which the
+    perplexity is measured. A model that has nothing to answer and no held-out pairs is not loaded.
 
     Raises:
         ConfigError: an arm's name cannot be used, prompts are wanted and there are none, or an option
@@ -215,10 +236,12 @@ def evaluate_arms(
     everyone = (reference, *arms, *repeats)
     answers_by_arm: dict[str, Answers] = {}
     held_out: dict[str, PreferenceMetrics | None] = {}
+    measured: dict[str, Measured] = {}
     for arm in everyone:
-        answers_by_arm[arm.name], held_out[arm.name] = _measure(
-            arm, tokenizer, asked, config.generation, encode
+        answers, held_out[arm.name], nats = _measure(
+            arm, tokenizer, asked, config.generation, encode, documents
         )
+        answers_by_arm[arm.name], measured[arm.name] = answers, measure(answers, nats)
     tables: dict[str, pa.Table] = {}
     if judge is not None and asked:
         samples, opponents = config.generation.samples, answers_by_arm[REFERENCE]
@@ -244,7 +267,13 @@ def evaluate_arms(
         for arm in everyone
     ]
     controlled = length_controlled(verdicts, answers_by_arm)
-    found = [at_equal_length(arm, controlled) for arm in found]
+    start = measured[REFERENCE]
+    found = [
+        at_equal_length(arm, controlled)._replace(
+            side_effects=side_effects(measured[arm.name], None if arm.name == REFERENCE else start)
+        )
+        for arm in found
+    ]
     results = EvaluationResults(
         judge="none" if judge is None else judge.name,
         prompts=len(asked),
@@ -264,22 +293,24 @@ def _measure(
     prompts: Sequence[Prompt],
     config: GenerationConfig,
     encode: Encode | None,
-) -> tuple[Answers, PreferenceMetrics | None]:
-    """An arm's answers and held-out metrics; its model has left the device afterwards."""
+    documents: Documents,
+) -> tuple[Answers, PreferenceMetrics | None, dict[str, float]]:
+    """An arm's answers, held-out metrics and `text_nats`; its model has left the device afterwards."""
     if not prompts and arm.held_out is None:
-        return {}, None
+        return {}, None, {}
     model = arm.load()
     answers: Answers = {}
     if prompts:
         answers = generate_answers(model, tokenizer, prompts, config, stream=arm.name, encode=encode)
     held_out = arm.held_out(model) if arm.held_out is not None else None
+    nats = text_nats(model, documents)
     del model
     # A model whose forward was replaced (as a fused head does) refers to itself, and would keep its
     # weights until some later collection.
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return answers, held_out
+    return answers, held_out, nats
 
 
 def judge_answers(
@@ -435,6 +466,7 @@ def generations_table(prompts: Sequence[Prompt], answers_by_arm: Mapping[str, An
             "sample": sample,
             "answer": answer.text,
             "tokens": answer.tokens,
+            "ended": answer.ended,
         }
         for arm, answers in answers_by_arm.items()
         for prompt in prompts

@@ -45,6 +45,8 @@ class Answer(NamedTuple):
     text: str
     tokens: int
     """Number of tokens generated, the one that ends the answer not counted."""
+    ended: bool = True
+    """Whether it ended by itself, and not because it had as many tokens as it may."""
 
 
 Answers = Mapping[str, Sequence[Answer]]
@@ -132,7 +134,7 @@ def generate_answers(
                 text = tokenizer.decode(
                     new_ids[:length], skip_special_tokens=True, clean_up_tokenization_spaces=False
                 )
-                answers[row.prompt_id][row.sample] = Answer(str(text), length)
+                answers[row.prompt_id][row.sample] = Answer(str(text), length, length < len(new_ids))
             progress.advance(len(batch))
     return {
         prompt_id: tuple(samples[number] for number in range(config.samples))

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from selective_dpo.errors import ArtifactError
 from selective_dpo.stats.estimates import Estimate, clustered_mean, clustered_share
+from selective_dpo.stats.side_effects import Change
 from selective_dpo.storage.artifacts import SCHEMA_VERSION
 
 SELECTED = "selected"
@@ -53,6 +54,36 @@ class PreferenceMetrics(NamedTuple):
         return all(change is not None and change.high < 0 for change in changes)
 
 
+class SideEffects(NamedTuple):
+    """What a training changed beside what it was for; None where it was not measured."""
+
+    ended: Change | None = None
+    """Share of the answers that end by themselves."""
+    repeated: Change | None = None
+    """Share of an answer's word 4-grams that stood in it before."""
+    nats: Change | None = None
+    """Of other text: mean negative log-probability a token. Its exponential is the perplexity."""
+
+    @property
+    def worse(self) -> list[str]:
+        """What is worse than with the starting model by more than a little, in words.
+
+        Any training changes these numbers a little, and the intervals are narrow: so the whole interval must
+        lie beyond 2 points of the answers, or beyond 5% of perplexity.
+        """
+        found = []
+        for name, sign, least, what in (
+            ("ended", -1.0, 0.02, "fewer answers end by themselves"),
+            ("repeated", 1.0, 0.02, "answers repeat themselves more"),
+            ("nats", 1.0, 0.05, "other text has become less likely"),
+        ):
+            each = getattr(self, name)
+            if each is not None and each.minus_start is not None:
+                nearest = min(sign * each.minus_start.low, sign * each.minus_start.high)
+                found += [what] if nearest > least else []
+        return found
+
+
 class ArmResult(NamedTuple):
     """One trained policy, or the starting model."""
 
@@ -77,6 +108,8 @@ class ArmResult(NamedTuple):
     """Mean length of its answers in characters, which length control goes by."""
     length_controlled_difference: Estimate | None = None
     """Length-controlled win rate of the arm `selected` minus this one's."""
+    side_effects: SideEffects | None = None
+    """None in results of earlier versions."""
 
 
 class EvaluationResults(NamedTuple):
@@ -200,9 +233,18 @@ def _arm_from_json(content: Mapping[str, Any]) -> ArmResult:
         names = ("loss", "accuracy", "margin", "chosen_change", "rejected_change")
         estimates = {name: estimate_from_json(held_out[name]) for name in names if held_out.get(name)}
         fields["held_out"] = PreferenceMetrics(**{**held_out, **estimates})
+    if effects := fields.get("side_effects"):
+        fields["side_effects"] = SideEffects(
+            **{name: _change_from_json(each) for name, each in effects.items() if each is not None}
+        )
     for name in _ESTIMATES:
         fields[name] = None if fields.get(name) is None else estimate_from_json(fields[name])
     return ArmResult(**fields)
+
+
+def _change_from_json(content: Mapping[str, Any]) -> Change:
+    minus = content["minus_start"]
+    return Change(estimate_from_json(content["value"]), None if minus is None else estimate_from_json(minus))
 
 
 def preference_metrics(

@@ -25,15 +25,18 @@ from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.data.adapters import KEPT
 from selective_dpo.errors import ArtifactError
 from selective_dpo.evaluation.results import (
+    REFERENCE,
     SELECTED,
     EvaluationResults,
     estimate_from_json,
     from_json,
 )
+from selective_dpo.evaluation.side_effects import task_scores
 from selective_dpo.losses import LN_2
 from selective_dpo.report.inspect import OF_A_REPORT, ExampleGroup, example_groups
 from selective_dpo.stats.estimates import Estimate
 from selective_dpo.stats.rank_correlation import clustered_spearman
+from selective_dpo.stats.side_effects import TaskScore
 from selective_dpo.storage.artifacts import SCHEMA_VERSION, read_json, write_json
 
 FINDINGS = "findings.json"
@@ -120,10 +123,12 @@ class ReportContent:
     provenance: Mapping[str, Any]
     cost: Mapping[str, Any]
     config: Mapping[str, Any]
+    guard: tuple[tuple[str, TaskScore], ...] = ()
+    """Arm and score of each task of `evaluate.guard`."""
     audit: Audit | None = None
+    """None where all pairs were selected."""
     issues: Mapping[str, Any] | None = None
     """What `selective-dpo issues` found, where it was run on this curriculum."""
-    """None where all pairs were selected."""
     findings: tuple[str, ...] = ()
     truth: tuple[TruthRow, ...] = ()
 
@@ -203,6 +208,7 @@ def load_report_content(run_folder: Path) -> ReportContent:
         cost=curriculum.facts.get("cost") or {},
         config=config,
         issues=issues.facts if (issues := load_issues(run_folder)) else None,
+        guard=_read_guard(run_folder / "guard"),
         audit=audit(curriculum, pairs_path) if 0 < len(curriculum.order) < len(curriculum.table) else None,
         findings=findings,
         truth=truth,
@@ -249,6 +255,15 @@ def _provenance(run_folder: Path, curriculum: Curriculum) -> dict[str, Any]:
     summary.pop("schema_version", None)
     pairs = {name: value for name, value in summary.items() if not isinstance(value, dict | list)}
     return {**facts, **(curriculum.facts.get("provenance") or {}), **({"pairs": pairs} if pairs else {})}
+
+
+def _read_guard(folder: Path) -> tuple[tuple[str, TaskScore], ...]:
+    """Scores of the arms that have some, the starting model's first."""
+    start = folder / REFERENCE
+    arms = [start, *(arm for arm in sorted(folder.glob("*")) if arm != start)] if start.is_dir() else []
+    return tuple(
+        (arm.name, score) for arm in arms for score in task_scores(arm, None if arm == start else start)
+    )
 
 
 def read_drops(path: Path) -> tuple[DropCount, ...]:

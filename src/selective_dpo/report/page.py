@@ -8,7 +8,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from selective_dpo.data.adapters import KEPT
 from selective_dpo.evaluation.results import (
     REFERENCE,
     SELECTED,
+    ArmResult,
     EvaluationResults,
     estimate_from_json,
     main_measure,
@@ -48,6 +50,7 @@ from selective_dpo.report.tables import (
     turns,
 )
 from selective_dpo.stats.estimates import Estimate
+from selective_dpo.stats.side_effects import TaskScore
 from selective_dpo.storage.artifacts import write_atomic
 from selective_dpo.storage.locks import holding, lock_beside
 
@@ -103,6 +106,7 @@ def render_report(content: ReportContent) -> str:
         arms=_arms_table(content.results) if content.results else None,
         seeds=Table(("Seeds", "Spearman", "Overlap of the selected", "Jaccard"), seeds) if seeds else None,
         drops=_drops_table(content.drops),
+        guard=_guard_table(content.guard) if content.guard else None,
         audit=_audit_table(content.audit) if content.audit else None,
         issues=_issues_table(content.issues) if content.issues else None,
         planted=planted_lines(content.issues["plant"])
@@ -172,11 +176,31 @@ def _arms_table(results: EvaluationResults) -> Table:
             ),
             "Answer tokens": number_with_interval(arm.answer_tokens, 1),
             "Answer characters": number_with_interval(arm.answer_characters, 1),
+            "Answers that end": _of_change(arm, "ended"),
+            "Repeated 4-grams": _of_change(arm, "repeated"),
+            "Perplexity of other text": _perplexity(arm),
         }
         for arm in results.arms
     ]
     header = tuple(name for name in rows[0] if any(row[name] for row in rows))
     return Table(header, tuple(tuple(row[name] or "–" for name in header) for row in rows))
+
+
+def _of_change(arm: ArmResult, name: str) -> str:
+    found = getattr(arm.side_effects, name, None)
+    return share_with_interval(found.value) if found else ""
+
+
+def _perplexity(arm: ArmResult) -> str:
+    """Perplexity, and its ratio to the starting model's."""
+    found = arm.side_effects.nats if arm.side_effects else None
+    if found is None:
+        return ""
+    shown = f"{math.exp(found.value.value):.2f}"
+    if found.minus_start is None:
+        return shown
+    ratio, low, high = (math.exp(each) for each in (found.minus_start.value, *found.minus_start[2:]))
+    return f"{shown} (x {ratio:.3f}, {low:.3f} to {high:.3f})"
 
 
 def _single_points(content: ReportContent) -> str:
@@ -192,6 +216,20 @@ def _single_points(content: ReportContent) -> str:
 
 def _issues_table(facts: Mapping[str, Any]) -> Table:
     return Table(("Flag", "Pairs", "Share", "Selected", "Raised where"), tuple(flag_rows(facts)))
+
+
+def _guard_table(found: Sequence[tuple[str, TaskScore]]) -> Table:
+    rows = [
+        (
+            f"{score.task} {score.metric}",
+            arm,
+            share_with_interval(score.score.value),
+            points_with_interval(score.score.minus_start),
+            "" if score.score.minus_start is None else score.verdict,
+        )
+        for arm, score in found
+    ]
+    return Table(("Task", "Policy", "Score", "Minus the starting model (points)", ""), tuple(sorted(rows)))
 
 
 def _audit_table(found: Audit) -> Table:

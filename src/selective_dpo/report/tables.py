@@ -142,6 +142,15 @@ def displacement_notes(results: EvaluationResults) -> list[str]:
     return notes
 
 
+def side_effect_notes(results: EvaluationResults) -> list[str]:
+    """A warning for each policy whose answers or whose sense of other text are clearly worse."""
+    return [
+        f"Warning: {arm.name} beside the starting model: {', '.join(arm.side_effects.worse)}."
+        for arm in results.policies
+        if arm.side_effects is not None and arm.side_effects.worse
+    ]
+
+
 def agreement_rows(agreement: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """For each two seeds: names, Spearman's correlation, overlap of the selected, Jaccard; with intervals."""
     return [

@@ -257,7 +257,7 @@ def job_flops(recipe: Recipe, models: Models, kind: JobKind, trained: float, for
 
     See the module's text.
     """
-    settings = training_settings(block_of(recipe, kind).trainer, recipe.model)
+    settings = training_settings(block_of(recipe, kind).trainer, recipe.model, recipe.launch.processes)
     base, own = 2.0 * models.sizes.matrix_parameters, 2.0 * models.adapter(kind)
     backward = base + 2 * own if own else 2 * base
     recomputed = base + own if settings.recomputes else 0.0
@@ -289,7 +289,10 @@ def job_memory(recipe: Recipe, models: Models, kind: JobKind, lengths: PartLengt
     Gradients have the trained parameters' type. What is sharded is divided among the processes.
     """
     sizes, generation, block = models.sizes, recipe.evaluate.generation, block_of(recipe, kind)
-    settings, adapter = training_settings(block.trainer, recipe.model), models.adapter(kind)
+    settings, adapter = (
+        training_settings(block.trainer, recipe.model, recipe.launch.processes),
+        models.adapter(kind),
+    )
     held: str = recipe.model.dtype
     if kind in ("reference", "scorer", "policy"):
         held = weights_dtype(recipe.model, block.lora, block.trainer)
@@ -383,7 +386,10 @@ def disk_need(recipe: Recipe, models: Models | None) -> Disk | None:
         if launch.checkpoint_minutes or launch.checkpoint_steps:
             full = BYTES[weights_dtype(recipe.model, block.lora, block.trainer)]
             held = _ADAPTER_BYTES if adapter else full
-            one = trained * (held + _state_bytes(training_settings(block.trainer, recipe.model), held))
+            one = trained * (
+                held
+                + _state_bytes(training_settings(block.trainer, recipe.model, recipe.launch.processes), held)
+            )
             # Of each training under way: those that are kept, and the next one while it is written.
             checkpoints = max(checkpoints, min(launch.workers, jobs) * (KEPT + 1) * one)
     return Disk(results, checkpoints)

@@ -71,6 +71,10 @@ class RunDirectory:
         """An arm's answers to a benchmark's questions, as the official program reads them."""
         return self.root / "benchmarks" / name / arm
 
+    def guard(self, arm: str) -> Path:
+        """An arm's scores of the tasks of `evaluate.guard`."""
+        return self.root / "guard" / arm
+
     def repeat(self, seed: int) -> Path:
         """The run's own training with another seed: its `policy` folder."""
         return self.root / "training-seeds" / str(seed)

@@ -6,6 +6,7 @@ used again where its inputs are the same, wherever they lie, and made again wher
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import platform
@@ -23,6 +24,7 @@ from selective_dpo.config import (
     DEFAULT_TARGET,
     DataConfig,
     EvaluateConfig,
+    GuardConfig,
     Recipe,
     ScoreConfig,
     SelectConfig,
@@ -54,7 +56,14 @@ from selective_dpo.identity import ids_digest, prompt_id
 from selective_dpo.models import load_tokenizer, model_digest, remote_code
 from selective_dpo.report.tables import label_for
 from selective_dpo.run.folder import RunDirectory
-from selective_dpo.storage.artifacts import content_key, file_digest, read_json, read_manifest, write_json
+from selective_dpo.storage.artifacts import (
+    content_key,
+    file_digest,
+    folder_digests,
+    read_json,
+    read_manifest,
+    write_json,
+)
 from selective_dpo.storage.digests import digest
 from selective_dpo.training.arguments import autocast_dtype, weights_dtype
 from selective_dpo.training.checkpointing import CheckpointPlan
@@ -444,6 +453,8 @@ _NAMED_BY_CONTENT: Any = {
     "reward_model": True,
     "language_judge": True,
     "benchmarks": True,
+    "guard": True,
+    "text": True,
     "generation": {"source"},
 }
 """Keys of `evaluate` for which something else stands in the evaluation's key: policies, judge, prompts. The
@@ -462,6 +473,25 @@ def evaluation_key(run: Run) -> str:
         evaluate=run.recipe.evaluate.model_dump(mode="json", exclude=_NAMED_BY_CONTENT),
         held_out=read_manifest(run.folder.test_pairs).files[TOKENS] if has_test else "",
         prompts=[prompt.prompt_id for prompt in prompts_to_answer(run)],
+        # Left out where there is none: results of versions that had no other text stay.
+        **({"text": file_digest(Path(run.recipe.evaluate.text))} if run.recipe.evaluate.text else {}),
+    )
+
+
+def guard_key(run: Run, config: GuardConfig, arm: str) -> str:
+    """Key of the scores of one arm, or of the starting model, in the tasks of `evaluate.guard`."""
+    policy, selected = trainings(run).get(arm), trainings(run)[SELECTED]
+    return content_key(
+        stage="guard",
+        settings=config.model_dump(mode="json", exclude={"include_path", "allow_code", "batch_size"}),
+        files=folder_digests(Path(config.include_path)) if config.include_path else {},
+        harness=importlib.metadata.version("lm_eval"),
+        weights=run.model_digest,
+        policy=weight_digests(read_manifest(policy.policy).files) if policy else {},
+        tokenizer={
+            name: digest for name, digest in read_manifest(selected.policy).files.items() if "token" in name
+        },
+        dtype=run.recipe.model.dtype,
     )
 
 

@@ -181,7 +181,10 @@ def _json(value: Any) -> Any:
 
 def _settings(recipe: Recipe) -> list[TrainingSettings]:
     """Of the scorers and of the policies."""
-    return [training_settings(block.trainer, recipe.model) for block in (recipe.score, recipe.train)]
+    return [
+        training_settings(block.trainer, recipe.model, recipe.launch.processes)
+        for block in (recipe.score, recipe.train)
+    ]
 
 
 def _measured_rates(recipe: Recipe, models: Models, device: Device, lengths: PartLengths) -> dict[str, float]:
@@ -475,7 +478,8 @@ class _Planner:
             flops = job_flops(recipe, models, kind, trained, forwarded)
             # Sampling waits for memory, not for multiplications: its FLOPs say little about its time.
             if self.rates and kind != "answers":
-                dtype = training_settings(costs.block_of(recipe, kind).trainer, recipe.model).compute_dtype
+                block = costs.block_of(recipe, kind)
+                dtype = training_settings(block.trainer, recipe.model, recipe.launch.processes).compute_dtype
                 # Processes on one CPU share its cores, so more of them are not faster.
                 processes = recipe.launch.processes if self.device.kind == "cuda" else 1
                 seconds = flops / (self.rates[dtype] * processes)
@@ -643,10 +647,20 @@ def _settings_rows(plan: Plan) -> Iterator[tuple[str, str]]:
         seeds = f"{len(score.seeds)} seed(s)"
         if score.protocol == "certified":
             seeds = f"2 to {len(score.seeds)} seeds (the first 2 are planned below)"
-        yield "scoring", f"{score.protocol}: {seeds} x 2 folds x {score.evaluations} evaluations"
-        yield "scorers", _training_text(plan, plan.scoring, score.lora, models and models.scorer_adapter)
+        if score.protocol == "one-step":
+            yield "scoring", f"one-step: {score.splits} split(s) into folds, one step for each of them"
+            yield "steps", _step_text(plan, plan.scoring, models and models.scorer_adapter)
+        else:
+            yield "scoring", f"{score.protocol}: {seeds} x 2 folds x {score.evaluations} evaluations"
+            yield "scorers", _training_text(plan, plan.scoring, score.lora, models and models.scorer_adapter)
     yield "selection", label_for(recipe.select)
     yield "training", _training_text(plan, plan.training, recipe.train.lora, models and models.policy_adapter)
+
+
+def _step_text(plan: Plan, settings: TrainingSettings, adapter: int | None) -> str:
+    lora = plan.recipe.score.lora
+    what = "all weights" if lora is None else f"LoRA, {readable(adapter)} parameters" if adapter else "LoRA"
+    return f"{what}; beta {settings.beta:g}, no learning rate, computed in {settings.compute_dtype}"
 
 
 def _training_text(plan: Plan, settings: TrainingSettings, lora: object, adapter: int | None) -> str:

@@ -23,8 +23,9 @@ import pyarrow.parquet as pq
 from pyarrow import Table
 from trl.trainer.utils import add_fused_lm_head
 
-from selective_dpo.config import Recipe, SelectConfig, SourceConfig
+from selective_dpo.config import GuardConfig, Recipe, SelectConfig, SourceConfig
 from selective_dpo.config.schema import BenchmarkName
+from selective_dpo.config.trainer_options import PAIRS_PER_UPDATE
 from selective_dpo.curriculum.agreement import scorer_check
 from selective_dpo.curriculum.audit import audit
 from selective_dpo.curriculum.balance import read_attributes
@@ -79,6 +80,13 @@ from selective_dpo.evaluation.results import (
     from_json,
     repeat_name,
 )
+from selective_dpo.evaluation.side_effects import (
+    MAX_DOCUMENTS,
+    read_documents,
+    run_tasks,
+    task_line,
+    task_scores,
+)
 from selective_dpo.identity import Text, positions_of
 from selective_dpo.logprobs.compute import pair_logps
 from selective_dpo.logprobs.nonfinite import read_quarantine
@@ -99,6 +107,7 @@ from selective_dpo.report.tables import (
     label_for,
     movement_note,
     seeds_note,
+    side_effect_notes,
 )
 from selective_dpo.run.certified import certificate, scorers_until_stable
 from selective_dpo.run.keys import (
@@ -111,6 +120,7 @@ from selective_dpo.run.keys import (
     curriculum_key,
     evaluation_key,
     gradient_job,
+    guard_key,
     has_curriculum,
     imported_inputs,
     input_digests,
@@ -218,7 +228,7 @@ def complete(run: Run, results: Sequence[Result]) -> None:
             if text := result.describe():
                 run.tell(text)
         return
-    _require_same_processes(there)
+    _require_same_processes(run, there)
     if missing[0].label:
         run.tell(f"training: {'; '.join(result.label for result in missing)}")
     else:
@@ -241,22 +251,26 @@ def _make(result: Result) -> None:
             result.make()
 
 
-def _require_same_processes(complete: Sequence[Result]) -> None:
+def _require_same_processes(run: Run, complete: Sequence[Result]) -> None:
     """Refuse to train beside results that another number of processes has trained.
 
     The same settings on more processes are more pairs in an update: the results would not be of one kind.
+    With `pairs_per_update` they are as many.
 
     Raises:
         ConfigError: the numbers are named.
     """
     now = this_process().num_processes
     for result in complete:
+        is_scorer = result.path.is_relative_to(run.folder.root / "scores")
+        if PAIRS_PER_UPDATE in (run.recipe.score if is_scorer else run.recipe.train).trainer:
+            continue
         then = read_json(result.path / "cost.json")["processes"]
         if then != now:
             raise ConfigError(
                 f"{result.path} was trained by {then} process(es), and now there are {now}, which with the "
                 "same settings makes another number of pairs in an update: start as many as before, or set "
-                "per_device_train_batch_size or gradient_accumulation_steps to match and pass --fresh"
+                "pairs_per_update, which keeps it, and pass --fresh"
             )
 
 
@@ -337,7 +351,7 @@ def scorer_steps(recipe: Recipe, scorer: ScorerRun, pairs: int, processes: int) 
     Raises:
         ConfigError: it makes fewer steps than it is to be measured.
     """
-    settings = training_settings(recipe.score.trainer, recipe.model)
+    settings = training_settings(recipe.score.trainer, recipe.model, processes)
     updates = optimizer_steps(pairs, settings, processes)
     try:
         return ScorerSteps(updates, evaluation_steps(updates, recipe.score.evaluations))
@@ -678,6 +692,7 @@ def _evaluation(run: Run) -> Iterator[Sequence[Result]]:
                 config=run.recipe.evaluate,
                 repeats=arms[several:],
                 encode=partial(_encode, run),
+                documents=_documents(run),
             )
         with publish_from_main(run.folder.evaluation, kind="evaluation", key=key) as folder:
             evaluation.write(folder)
@@ -685,6 +700,49 @@ def _evaluation(run: Run) -> Iterator[Sequence[Result]]:
     yield [Result("evaluation", run.folder.evaluation, key, make, partial(_evaluated, run))]
     for name in run.recipe.evaluate.benchmarks:
         yield [_benchmark(run, name, arm) for arm in (REFERENCE, *trainings(run))]
+    if run.recipe.evaluate.guard is not None:
+        for arm in (REFERENCE, *trainings(run)):  # the starting model first: the others are told beside it
+            yield [_guard(run, run.recipe.evaluate.guard, arm)]
+
+
+def _documents(run: Run) -> dict[str, list[int]]:
+    """Tokens of other text: of `evaluate.text`, else the prompts of the held-out pairs or those answered."""
+    if run.recipe.evaluate.text:
+        texts = read_documents(Path(run.recipe.evaluate.text))
+        return {name: list(run.tokenizer(text)["input_ids"]) for name, text in texts.items()}
+    if run.recipe.data.test:
+        tokens = load_tokens(run.folder.test_pairs)
+        prompts = dict(zip(tokens["prompt_id"], tokens["prompt_ids"], strict=True))
+        return {name: list(prompts[name]) for name in sorted(prompts)[:MAX_DOCUMENTS]}
+    asked = {prompt.prompt_id: prompt.text for prompt in prompts_to_answer(run)}
+    return {name: _encode(run, asked[name]) for name in sorted(asked)[:MAX_DOCUMENTS]}
+
+
+def _guard(run: Run, config: GuardConfig, arm: str) -> Result:
+    """One arm's scores of the harness's tasks; in a distributed run the main process alone has them run."""
+    folder, key = run.folder.guard(arm), guard_key(run, config, arm)
+    policies = {name: training.policy for name, training in trainings(run).items()}
+
+    def make() -> None:
+        policy = policies.get(arm)
+        adapter = policy if policy and (policy / "adapter_config.json").is_file() else None
+        with publish_from_main(folder, kind="guard", key=key) as partial_folder:
+            if this_process().is_main_process:
+                run_tasks(
+                    config,
+                    partial_folder,
+                    model=run.recipe.model.path if policy is None or adapter else str(policy),
+                    adapter=adapter,
+                    tokenizer=policies[SELECTED],
+                    dtype=run.recipe.model.dtype,
+                    device=str(this_process().device),
+                )
+
+    def describe() -> str:
+        start = None if arm == REFERENCE else run.folder.guard(REFERENCE)
+        return "\n  ".join([f"guard: {arm}", *map(task_line, task_scores(folder, start))])
+
+    return Result(f"guard {arm}", folder, key, make, describe)
 
 
 def _benchmark(run: Run, name: BenchmarkName, arm: str) -> Result:
@@ -722,7 +780,8 @@ def _evaluated(run: Run) -> str:
     results = from_json(read_json(run.folder.evaluation / "results.json"))
     lines = [f"evaluation: {len(trainings(run))} arm(s), {results.prompts:,} prompts answered"]
     lines += [seeds_note(results)] if results.repeats else []
-    return "\n  ".join([*lines, *results.judge_notes, *displacement_notes(results)])
+    notes = (*results.judge_notes, *displacement_notes(results), *side_effect_notes(results))
+    return "\n  ".join([*lines, *notes])
 
 
 def _require_spread(run: Run) -> None:

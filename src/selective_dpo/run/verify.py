@@ -97,7 +97,7 @@ TEXTS = ("prompt", "chosen", "rejected")
 
 _TRAINED = ("scores/*", "policy", "*/*/policy")
 
-PUBLISHED = ("*pairs", "*reference", *_TRAINED, "evaluation", "benchmarks/*/*", "world")
+PUBLISHED = ("*pairs", "*reference", *_TRAINED, "evaluation", "benchmarks/*/*", "guard/*", "world")
 """Where a run's published folders are."""
 
 LOSS_TOLERANCE = 1e-6
@@ -563,7 +563,7 @@ def _asks_a_file_that_is_gone(run: Run) -> bool:
 def _answers_of(arm: str, answers: pa.Table) -> dict[str, list[Answer]]:
     given: dict[str, list[Answer]] = {}
     for row in answers.filter(pc.equal(answers["arm"], arm)).to_pylist():
-        given.setdefault(row["prompt_id"], []).append(Answer(row["answer"], row["tokens"]))
+        given.setdefault(row["prompt_id"], []).append(Answer(row["answer"], row["tokens"], row.get("ended")))
     return given
 
 

@@ -12,6 +12,8 @@ from peft import LoraConfig
 from trl import DPOConfig
 
 from selective_dpo.config import ModelConfig, Settings
+from selective_dpo.config.trainer_options import PAIRS_PER_UPDATE, accumulation
+from selective_dpo.distributed.processes import this_process
 from selective_dpo.errors import ConfigError
 
 # The original's settings for everything that does not depend on the model or the data (arXiv 2502.09650
@@ -48,6 +50,8 @@ def dpo_arguments(
     """
     # A deep copy: transformers fills in what `fsdp_config` lacks, and keys are made of the recipe.
     given: dict[str, Any] = copy.deepcopy({**ORIGINAL_DEFAULTS, **settings})
+    if given.pop(PAIRS_PER_UPDATE, None) is not None:
+        given["gradient_accumulation_steps"] = accumulation(settings, this_process().num_processes)
     given.setdefault("bf16", mixed_precision(settings, model) == "bfloat16")
     # transformers takes bfloat16 on a CPU only where `use_cpu` says that the CPU is meant.
     given.setdefault("use_cpu", not torch.accelerator.is_available())
@@ -141,8 +145,8 @@ class TrainingSettings(NamedTuple):
     """DeepSpeed trains a float32 copy of 16-bit weights."""
 
 
-def training_settings(settings: Settings, model: ModelConfig) -> TrainingSettings:
-    """What `score.trainer` or `train.trainer` decide for a model loaded as `model` says."""
+def training_settings(settings: Settings, model: ModelConfig, processes: int) -> TrainingSettings:
+    """What `score.trainer` or `train.trainer` decide on so many processes for a model as `model` says."""
 
     def value(name: str) -> Any:
         return {**ORIGINAL_DEFAULTS, **settings}.get(name, getattr(DPOConfig, name))
@@ -158,7 +162,7 @@ def training_settings(settings: Settings, model: ModelConfig) -> TrainingSetting
         shards = {1: "optimizer", 2: "gradients", 3: "weights"}.get(stage, "")
     return TrainingSettings(
         pairs_per_batch=value("per_device_train_batch_size"),
-        accumulation=value("gradient_accumulation_steps"),
+        accumulation=accumulation(settings, processes) or value("gradient_accumulation_steps"),
         epochs=float(value("num_train_epochs")),
         learning_rate=float(value("learning_rate")),
         beta=float(value("beta")),
