@@ -72,6 +72,13 @@ def test_the_run_verifies_and_its_issues_are_those_that_were_acted_on(
         assert issues.table[flag].to_pylist() == curriculum[flag].to_pylist()
 
 
+def test_compare_says_which_labels_it_compares(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", str(run), str(run)]) == 0
+    assert (
+        "pairs were flipped (select.action): their difficulty is of the new label" in capsys.readouterr().out
+    )
+
+
 def test_another_threshold_is_another_curriculum(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = read_json(run / "curriculum.json")["key"]
     recipe = str(run.parents[1] / "recipe.yaml")

@@ -18,6 +18,7 @@ from selective_dpo.curriculum.actions import exchanged, treat
 from selective_dpo.curriculum.balance import Attributes, residual
 from selective_dpo.curriculum.build import build_curriculum
 from selective_dpo.curriculum.export import export_curriculum, write_sft
+from selective_dpo.curriculum.import_ import read_outside
 from selective_dpo.curriculum.issues import SCHEMA
 from selective_dpo.curriculum.records import LossTable
 from selective_dpo.errors import ConfigError, IdentityError
@@ -211,6 +212,17 @@ def test_exported_pairs_have_their_new_label_and_their_weight(tmp_path: Path) ->
     assert (first["pair_id"], first["chosen"], first["rejected"]) == ("f", "Bad f.", "Good f.")
     assert (first["flipped"], first["weight"]) == (True, 1.0)
     assert (second["pair_id"], second["chosen"], second["weight"]) == ("a", "Good a.", 0.9)
+
+
+def test_difficulties_of_new_labels_are_not_imported_for_the_old_ones(tmp_path: Path) -> None:
+    issues = issues_of(P_WRONG, suspected_flip="f", tie="d")
+    build_curriculum(losses_of(), {"action": {"tie": "drop"}}, issues=issues).save(tmp_path / "dropped")
+    assert len(read_outside(tmp_path / "dropped").ids) == 6
+    build_curriculum(losses_of(), {"action": {"suspected_flip": "flip"}}, issues=issues).save(
+        tmp_path / "flipped"
+    )
+    with pytest.raises(ConfigError, match="difficulty is of another label than the data have"):
+        read_outside(tmp_path / "flipped")
 
 
 def test_ln_2_is_the_loss_of_either_label_of_a_pair_that_nobody_can_tell() -> None:

@@ -38,6 +38,9 @@ _MESSAGES = pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
 
 _ROWS_AT_ONCE = 10_000
 
+_KNOWN = (P_WRONG, FLIPPED, WEIGHT, *FLAGS)
+"""Columns of a curriculum that every format has, where they are known."""
+
 
 def export_curriculum(
     curriculum: Curriculum,
@@ -132,7 +135,7 @@ def _original_columns(curriculum: Curriculum) -> pa.Table:
         columns["difficulty"] = table["difficulty"]
     if table["pair_id"] != table["prompt_id"]:
         columns["pair_id"] = table["pair_id"]
-    columns |= {name: table[name] for name in (P_WRONG, *FLAGS) if name in table.column_names}
+    columns |= {name: table[name] for name in _KNOWN if name in table.column_names}
     return pa.table(columns)
 
 
@@ -221,8 +224,7 @@ def rows_with_texts(
     from datasets import Dataset
 
     columns = ["pair_id", "prompt_id", "difficulty"]
-    known = (P_WRONG, FLIPPED, WEIGHT, *FLAGS)
-    columns += [name for name in known if name in curriculum.table.column_names]
+    columns += [name for name in _KNOWN if name in curriculum.table.column_names]
     if wanted is None:
         wanted = curriculum.table.filter(pc.greater_equal(curriculum.table["position"], 0))
         wanted = wanted.sort_by("position")

@@ -38,7 +38,7 @@ SCHEMA = pa.schema(
 )
 
 MEANINGS: Mapping[Flag, str] = {
-    "suspected_flip": "p_wrong of {suspected_flip:g} or more: the scorers are sure of the other answer",
+    "suspected_flip": "p_wrong of {suspected_flip:g} or more: by the scorers, more likely wrong than right",
     "tie": "p_wrong within {tie:g} of one half, or equal scores in the data: no preference to learn",
     "too_hard": "in between: the scorers lean to the other answer; wrong, or beyond this model",
     "contradicting": "on a cycle of preferences under one prompt ({similar_prompts:.0%} of the words common)",

@@ -30,7 +30,8 @@ def issues_text(facts: Mapping[str, Any], folder: Path) -> str:
     rows = flag_rows(facts)
     header = ["flag", "pairs", "share (95%)", "selected"]
     lines = [
-        f"{facts['pairs']:,} pairs, {facts['selected']:,} of them selected",
+        f"{facts['pairs']:,} pairs, {facts['selected']:,} of them selected; p_wrong: how likely a fresh "
+        "label contradicts the pair's",
         "",
         text_table(header, [row[:4] for row in rows]),
         "",
