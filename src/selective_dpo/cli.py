@@ -11,12 +11,18 @@ import io
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from selective_dpo import __version__
-from selective_dpo.distributed.signals import REMEDY, end_without_supervisor, stopping_at_once
+from selective_dpo.distributed.signals import (
+    REMEDY,
+    ask_to_be_repeated,
+    end_without_supervisor,
+    stopping_at_once,
+)
 from selective_dpo.errors import (
     ArtifactError,
     BusyError,
@@ -28,6 +34,7 @@ from selective_dpo.errors import (
 
 if TYPE_CHECKING:
     from selective_dpo.config import Recipe
+    from selective_dpo.run.folder import RunDirectory
 
 Overrides = Sequence[tuple[str, str]]
 """Recipe keys given as options, with their values as text."""
@@ -68,6 +75,7 @@ def main(arguments: Sequence[str]) -> int:
     except BrokenPipeError:
         return CLOSED_PIPE
     except Interrupted as stop:
+        ask_to_be_repeated()
         if is_main_process:
             print(f"selective-dpo: {stop}", file=sys.stderr)
         return stop.exit_code
@@ -280,6 +288,12 @@ def _stage_options(parser: argparse.ArgumentParser) -> None:
         help="accept a recipe that differs from the one the run folder was made with; stages that the "
         "change does not touch are kept",
     )
+    _wait_option(parser)
+
+
+def _wait_option(parser: argparse.ArgumentParser) -> None:
+    meaning = "wait while another command is at work on this run, instead of ending with exit code 2"
+    parser.add_argument("--wait", action="store_true", help=meaning)
 
 
 def _score_options(parser: argparse.ArgumentParser) -> None:
@@ -298,9 +312,71 @@ def _stage(options: argparse.Namespace, overrides: Overrides) -> int:
     from selective_dpo.run import run
 
     only = tuple(name for name in getattr(options, "only", "").split(",") if name)
-    return run.run_verb(
-        options.verb, recipe, fresh=options.fresh, only=only, command_line=options.command_line
-    )
+    while True:
+        try:
+            return run.run_verb(
+                options.verb, recipe, fresh=options.fresh, only=only, command_line=options.command_line
+            )
+        except BusyError as busy:
+            from selective_dpo.distributed.launch import under_a_launcher
+
+            # Processes under a launcher meet in a group, which cannot be left and joined again.
+            if not options.wait or under_a_launcher():
+                raise
+            print(f"waiting: {busy}", flush=True)
+            time.sleep(SECONDS_BETWEEN_TRIES)
+
+
+SECONDS_BETWEEN_TRIES = 10.0
+"""Of `--wait`."""
+
+
+def _submit_options(parser: argparse.ArgumentParser) -> None:
+    _recipe_options(parser)
+    meaning = "only write the scripts, and show them"
+    parser.add_argument("--dry-run", action="store_true", help=meaning)
+
+
+def _submit(options: argparse.Namespace, overrides: Overrides) -> None:
+    recipe = read_recipe(options, overrides)
+    from selective_dpo.run.run import open_run
+    from selective_dpo.run.submit import submit, write_scripts
+
+    run = open_run(recipe)
+    command = [str(Path(options.recipe).absolute()) if Path(options.recipe).exists() else options.recipe]
+    command += [f"--{key}={value}" for key, value in overrides]
+    if options.dry_run:
+        print("\n".join(script.text for script in write_scripts(run, command)))
+        return
+    for what, number in submit(run, command).items():
+        print(f"{what}: job {number}")
+    print(f"next: selective-dpo status {run.folder.root}")
+
+
+def _status_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=path, metavar="RUN", help="a run's folder")
+
+
+def _status(options: argparse.Namespace, overrides: Overrides) -> None:
+    from selective_dpo.report.tables import printable
+    from selective_dpo.run.submit import status_text
+
+    print(printable(status_text(_run_folder(options.run))))
+
+
+def _cancel(options: argparse.Namespace, overrides: Overrides) -> None:
+    from selective_dpo.run.submit import cancel
+
+    cancelled = cancel(_run_folder(options.run))
+    print(f"cancelled: {', '.join(cancelled)}" if cancelled else "nothing was queued or running")
+
+
+def _run_folder(name: str) -> RunDirectory:
+    from selective_dpo.run.folder import RunDirectory
+
+    if not Path(name).is_dir():
+        raise ArtifactError(f"{name} is not a run's folder: there is no such folder")
+    return RunDirectory(Path(name))
 
 
 def _study_options(parser: argparse.ArgumentParser) -> None:
@@ -676,6 +752,7 @@ VERBS = {
     "run": Verb(
         "all stages of a recipe: score, curriculum, train, evaluate, report", _stage_options, _stage, True
     ),
+    "prepare": Verb("pairs and the starting model's log-probabilities", _stage_options, _stage, True),
     "score": Verb("measure the difficulty of every pair", _score_options, _stage, True),
     "curriculum": Verb(
         "difficulty, agreement, selection and order from the records", _curriculum_options, _stage, True
@@ -686,6 +763,9 @@ VERBS = {
     "study": Verb(
         "a run with the arms of its study block, beside random controls", _study_options, _study, True
     ),
+    "submit": Verb("a run as Slurm jobs, each after the one before", _submit_options, _submit, True),
+    "status": Verb("what a run's folder holds, and what its Slurm jobs do", _status_options, _status),
+    "cancel": Verb("cancel a run's Slurm jobs", _status_options, _cancel),
     "plan": Verb("what a run would do and cost; nothing is trained", _plan_options, _plan, True),
     "doctor": Verb(
         "check the environment and a recipe before any money is spent", _doctor_options, _doctor, True

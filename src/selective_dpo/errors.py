@@ -66,6 +66,10 @@ class BusyError(SelectiveDPOError):
     """Another process is at work on the same run or artifact; it is named."""
 
 
+class SlurmError(SelectiveDPOError):
+    """Slurm is not there, or refuses."""
+
+
 class PublishError(SelectiveDPOError):
     """The result is complete on disk but could not be sent to where the recipe wants it."""
 

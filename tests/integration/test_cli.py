@@ -163,7 +163,7 @@ def test_flags_of_single_stages(things: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["rnu"], "argument VERB: invalid choice: 'rnu' (choose from 'demo', 'run',"),
+        (["rnu"], "argument VERB: invalid choice: 'rnu' (choose from 'demo', 'init',"),
         (["run"], "the following arguments are required: RECIPE; see selective-dpo run --help"),
         (["run", "RECIPE", "--bogus"], "unrecognized arguments: --bogus; see selective-dpo run --help"),
         (["run", "RECIPE", "--fres"], "unrecognized arguments: --fres;"),  # no abbreviations
@@ -474,7 +474,7 @@ def test_a_curriculum_for_other_data_is_refused(
     ]
     message = one_line(capsys, export)
     assert message.startswith("12 of 12 pairs of the curriculum are not among these pairs: ")
-    assert message.endswith("pass the pairs that the curriculum was made from")
+    assert message.endswith("pass the pairs that it was made from")
     # Laid into the other run, it is not taken for that run's own, and no page is made of the two.
     for name in ("curriculum.parquet", "curriculum.json"):
         shutil.copy(root / name, trained / "runs" / "other" / name)

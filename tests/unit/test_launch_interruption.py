@@ -6,12 +6,20 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from selective_dpo.distributed import signals
-from selective_dpo.distributed.signals import passing_on, stopping_at_once, stopping_when_asked
+from selective_dpo.distributed.signals import (
+    AGAIN,
+    ask_to_be_repeated,
+    passing_on,
+    stopping_at_once,
+    stopping_when_asked,
+)
 from selective_dpo.errors import Interrupted
 
 
@@ -109,3 +117,18 @@ def test_in_another_thread_it_has_no_effect_and_does_no_harm() -> None:
     thread.start()
     thread.join()
     assert found == [False]
+
+
+def test_sigusr2_means_what_sigterm_means_and_asks_to_be_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = tmp_path / "checkpoints" / "again-5"
+    monkeypatch.setenv(AGAIN, str(asked))
+    before = signal.getsignal(signal.SIGUSR2)
+    with pytest.raises(Interrupted, match="interrupted by SIGTERM"), stopping_at_once(forgetting=True):
+        os.kill(os.getpid(), signal.SIGUSR2)
+        time.sleep(5)
+    assert signal.getsignal(signal.SIGUSR2) is before
+    assert not asked.exists()
+    ask_to_be_repeated()
+    assert asked.is_file()

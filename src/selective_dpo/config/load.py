@@ -51,6 +51,7 @@ _PATHS = {
     "data.test.*.path",
     "evaluate.reward_model",
     "evaluate.text",
+    "launch.slurm.accelerate",
     "evaluate.guard.include_path",
     "evaluate.language_judge.model",
     "evaluate.language_judge.template",

@@ -660,6 +660,37 @@ class StudyConfig(Block):
         return self
 
 
+class SlurmConfig(Block):
+    """What `selective-dpo submit` asks Slurm for."""
+
+    partition: str = ""
+    """Empty: the cluster's own choice."""
+    account: str = ""
+    """Whose time it is."""
+    time: str = "24:00:00"
+    """Longest time of each job; what needs longer is requeued and goes on from its checkpoints."""
+    gpus: Annotated[int, Field(ge=0)] = 1
+    """GPUs of a node for the training; a scorer gets `launch.processes` of them."""
+    nodes: Count = 1
+    """Nodes for the training: with more than one, `gpus` processes on each, through `accelerate launch`."""
+    accelerate: PathText = ""
+    """A configuration of accelerate for several nodes, such as FSDP's."""
+    setup: tuple[Text, ...] = ()
+    """Lines of shell before the command, such as `module load cuda`."""
+    options: tuple[Text, ...] = ()
+    """Further options of sbatch, such as `--mem=64G`."""
+
+    @model_validator(mode="after")
+    def _nodes_have_gpus(self) -> Self:
+        if self.nodes > 1 and not self.gpus:
+            raise ValueError(
+                "slurm.nodes above 1 needs slurm.gpus: so many processes are started on each node"
+            )
+        if self.accelerate and self.nodes == 1:
+            raise ValueError("slurm.accelerate has no effect with one node: launch.processes starts them")
+        return self
+
+
 class LaunchConfig(Block):
     """How the work is spread."""
 
@@ -672,6 +703,8 @@ class LaunchConfig(Block):
     newest whole one. With any checkpoints, one is made on SIGTERM and one at a training's end, too."""
     checkpoint_steps: Annotated[int, Field(ge=0)] = 0
     """Optimizer steps between two checkpoints; 0: by time only."""
+    slurm: SlurmConfig | None = None
+    """For `selective-dpo submit` (docs/cluster.md)."""
 
     @model_validator(mode="after")
     def _one_kind_of_spreading(self) -> Self:

@@ -1,8 +1,9 @@
 """When to stop: on SIGTERM, and when the command that this process works for has been killed.
 
-SIGTERM is a scheduler's warning that the time is up: work stops at once, or at its next good moment. Ctrl-C
-is Python's own `KeyboardInterrupt`. Nothing is changed on import; each function leaves the handler that it
-found when it is done. Signals reach a process's main thread only, so in other threads they have no effect.
+SIGTERM is a scheduler's warning that the time is up: work stops at once, or at its next good moment.
+SIGUSR2, which submitit and Hydra send instead, means the same. Ctrl-C is Python's own `KeyboardInterrupt`.
+Nothing is changed on import; each function leaves the handler that it found when it is done. Signals reach a
+process's main thread only, so in other threads they have no effect.
 
 SIGKILL gives a command no time to take its workers with it. Left alone they would go on, or wait for ever,
 with a GPU and the locks of what they make, so they watch whether it is there (`end_without_parent`). They
@@ -31,6 +32,13 @@ SECONDS_BETWEEN_LOOKS = 1.0
 """How often a process looks whether the one that it works for is there."""
 
 
+AGAIN = "SELECTIVE_DPO_AGAIN"
+"""Environment variable: a file to leave where the command has only to be repeated. A launcher of the user's
+own may turn the exit code that says so into another."""
+
+_WARNINGS = (signal.SIGTERM, signal.SIGUSR2)
+
+
 class _Noted:
     """Whether SIGTERM has come."""
 
@@ -47,7 +55,8 @@ _NOTED = _Noted()
 
 def note_between_jobs() -> None:
     """For a worker process: while it waits for a job, SIGTERM is noted; the next job is not begun."""
-    signal.signal(signal.SIGTERM, _NOTED)
+    for number in _WARNINGS:
+        signal.signal(number, _NOTED)
 
 
 @contextlib.contextmanager
@@ -114,12 +123,13 @@ def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[No
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, handler)
+    before = {number: signal.signal(number, handler) for number in _WARNINGS}
     try:
         yield
     finally:
-        # None: it was set outside of Python, and cannot be put back.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+        for number, found in before.items():
+            # None: it was set outside of Python, and cannot be put back.
+            signal.signal(number, signal.SIG_DFL if found is None else found)
 
 
 def _terminate(processes: Iterable[int]) -> None:
@@ -131,6 +141,14 @@ def _terminate(processes: Iterable[int]) -> None:
 def _note_and_raise(number: int, frame: FrameType | None) -> None:
     _NOTED.received = True
     raise interrupted_error()
+
+
+def ask_to_be_repeated() -> None:
+    """Leave the file that `AGAIN` names, if any."""
+    if path := os.environ.get(AGAIN):
+        with contextlib.suppress(OSError):
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            Path(path).touch()
 
 
 def interrupted_error() -> Interrupted:

@@ -61,6 +61,13 @@ def open_run(recipe: Recipe, *, fresh: bool = False, say: Callable[[str], object
     return run
 
 
+def prepare(run: Run) -> None:
+    """Pairs and, where anything needs it, the starting model's log-probabilities."""
+    with alone(run.folder.root):
+        is_measured = not run.recipe.curriculum and run.recipe.score.protocol != "one-step"
+        bring_up(run, "reference" if is_measured else "pairs")
+
+
 def score(run: Run, *, only: tuple[str, ...] = ()) -> None:
     """Measure the difficulty of every pair; what is already measured is kept.
 
@@ -173,6 +180,7 @@ def run_verb(
             bring_up(run, "pairs")
         return relaunch(command_line, processes=recipe.launch.processes)
     actions: dict[str, Callable[[], object]] = {
+        "prepare": lambda: prepare(run),
         "score": lambda: score(run, only=only),
         "curriculum": lambda: curriculum(run),
         "train": lambda: train(run),
