@@ -46,13 +46,14 @@ def trainer_of(
     lora: bool = False,
     **settings: Any,
 ) -> SelectiveDPOTrainer:
-    path = settings.pop("path", "auto")
+    path, held_out = settings.pop("path", "auto"), settings.pop("held_out", None)
     torch.manual_seed(0)  # of an adapter's first weights
     return SelectiveDPOTrainer(
         load_model(model_folder),
         None,
         dpo_config(out, **settings),
         train_dataset=dataset,
+        eval_dataset=held_out,
         processing_class=byte_tokenizer(bos=False),
         peft_config=LoraConfig(**LORA) if lora else None,
         curriculum=curriculum,
@@ -166,6 +167,27 @@ def test_the_certificate_covers_the_weights(model_folder: Path, tmp_path: Path) 
     once = [f"{name} {weight}" for name, weight in zip(curriculum.order, [0.5, 1.0, 0.25], strict=True)]
     assert curriculum.certified_order == once
     assert order.consumed_digest == ids_digest(2 * once)
+
+
+def test_rows_to_evaluate_need_no_weights(model_folder: Path, tmp_path: Path) -> None:
+    rows = text_rows(6)
+    train, held_out = rows[:4], tokens_of(rows[4:])
+    plain = curriculum_of(train, DIFFICULTIES[:4], rule="all")
+    weighted = acted_on(plain, train, [1.0] * 4, [False] * 4)
+    losses = []
+    for name, curriculum in (("plain", plain), ("weighted", weighted)):
+        trainer = trainer_of(
+            model_folder,
+            tmp_path / name,
+            tokens_of(train),
+            curriculum,
+            held_out=held_out,
+            eval_strategy="epoch",
+        )
+        trainer.train()
+        losses.append([entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry])
+    assert len(losses[0]) == 1
+    assert losses[0] == losses[1]
 
 
 def test_another_weight_is_another_order() -> None:

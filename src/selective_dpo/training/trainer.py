@@ -404,7 +404,9 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
         """TRL's loss of the pairs in `batch`, the blank ones included."""
         if self._rows == "unknown":  # at the first batch, when the model is where it is trained
             self._rows = row_collator(self, model, self._path)
-        weigh = partial(weighted, pair_weights_B=batch.pair_weights) if self._has_weights else _as_it_is
+        weigh: Callable[[Any], Any] = _as_it_is
+        if self._has_weights and model.training:  # rows to evaluate have none
+            weigh = partial(weighted, pair_weights_B=batch.pair_weights)
         if self._rows is None or not batch.is_text:
             plain: Tensor = super().compute_loss(weigh(model), self._plain_inputs(batch))
             return plain
