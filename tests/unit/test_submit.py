@@ -8,6 +8,7 @@ import stat
 import subprocess
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -262,7 +263,7 @@ def test_wait_goes_on_when_the_other_command_has_finished(
         is_done.set()
         other.join()
 
-    monkeypatch.setattr("selective_dpo.cli.time.sleep", instead_of_sleeping)
+    monkeypatch.setattr("selective_dpo.cli.time", SimpleNamespace(sleep=instead_of_sleeping))
     assert main(["prepare", str(recipe), "--wait"]) == 0
     out = capsys.readouterr().out
     assert "waiting: " in out and (root / "reference" / "manifest.json").is_file()
