@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from selective_dpo.curriculum.build import build_curriculum
     from selective_dpo.curriculum.import_ import import_curriculum
     from selective_dpo.curriculum.table import Curriculum
+    from selective_dpo.run.issues import find_issues
     from selective_dpo.run.run import score_difficulty
     from selective_dpo.training.difficulty_callback import DifficultyCallback
     from selective_dpo.training.selective_trainer import SelectiveDPOTrainer
@@ -27,6 +28,7 @@ _HOMES = {
     "SelectConfig": "selective_dpo.config",
     "SelectiveDPOTrainer": "selective_dpo.training.selective_trainer",
     "build_curriculum": "selective_dpo.curriculum.build",
+    "find_issues": "selective_dpo.run.issues",
     "import_curriculum": "selective_dpo.curriculum.import_",
     "score_difficulty": "selective_dpo.run.run",
 }
@@ -40,6 +42,7 @@ __all__ = [
     "SelectiveDPOTrainer",
     "__version__",
     "build_curriculum",
+    "find_issues",
     "import_curriculum",
     "score_difficulty",
 ]

@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -33,7 +33,7 @@ from selective_dpo.errors import (
 )
 
 if TYPE_CHECKING:
-    from selective_dpo.config import Recipe, SelectConfig
+    from selective_dpo.config import Recipe
     from selective_dpo.report.inspect import Wanted
     from selective_dpo.run.folder import RunDirectory
 
@@ -237,9 +237,10 @@ def _quieten_libraries() -> None:
 
 
 def _init_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", type=path, metavar="RECIPE", help="the .yaml file to write")
-    parser.add_argument("--model", default="", metavar="MODEL", help="a folder, or a name on the hub")
-    parser.add_argument("--data", default="", metavar="PAIRS", help="a file, a folder, or a name on the hub")
+    parser.add_argument("recipe", type=path, metavar="PATH", help="the recipe's .yaml file to write")
+    for name, meaning in (("model", "a folder"), ("data", "pairs: a file, a folder")):
+        help = f"{meaning}, or a name on the hub"
+        parser.add_argument(f"--{name}", type=path, default="", metavar="PATH", help=help)
     parser.add_argument("--split", default="", metavar="NAME", help="of a data set of the hub")
     shipped = "instead a copy of a recipe that comes with the package; a wrong name lists them"
     parser.add_argument("--from", dest="source", default="", metavar="NAME", help=shipped)
@@ -499,7 +500,7 @@ def _import(options: argparse.Namespace, overrides: Overrides) -> None:
     )
     from selective_dpo.report.tables import printable
 
-    select = _read_select(overrides)
+    select = _read_block("select", overrides).select
     columns = {name: getattr(options, name) for name in ("id_column", "difficulty_column", "names")}
     if is_records(Path(options.source)) and not options.pairs and not any(columns.values()):
         imported = import_records(options.source, select)
@@ -513,15 +514,15 @@ def _import(options: argparse.Namespace, overrides: Overrides) -> None:
     print(printable(str(saved)))
 
 
-def _read_select(overrides: Overrides) -> SelectConfig:
+def _read_block(block: str, overrides: Overrides, known: Mapping[str, Any] | None = None) -> Recipe:
+    """A recipe of which only `block` means something, so that values are read as in any recipe."""
     from selective_dpo.config.load import make_recipe
 
     for key, _ in overrides:
-        if not key.startswith("select."):
-            raise ConfigError(f"unknown option --{key}; only --select.* keys work here")
-    # A recipe around the block, so that values are read and errors are named as in any recipe.
+        if not key.startswith(f"{block}."):
+            raise ConfigError(f"unknown option --{key}; only --{block}.* keys work here")
     anything = {"name": "selection", "model": {"path": "-"}, "data": {"train": [{"path": "-"}]}}
-    return make_recipe(anything, overrides).select
+    return make_recipe({**anything, **(known or {})}, overrides)
 
 
 LIBRARIES = ("trl", "axolotl", "llama-factory", "openrlhf", "argilla", "cleanlab")
@@ -544,6 +545,7 @@ def _export_options(parser: argparse.ArgumentParser) -> None:
 def _export(options: argparse.Namespace, overrides: Overrides) -> None:
     from selective_dpo.curriculum.export import export_curriculum
     from selective_dpo.curriculum.handoff import hand_on
+    from selective_dpo.curriculum.issues import load_issues, with_flags
     from selective_dpo.curriculum.table import Curriculum
     from selective_dpo.data.store import pairs_file
     from selective_dpo.report.tables import printable
@@ -553,9 +555,10 @@ def _export(options: argparse.Namespace, overrides: Overrides) -> None:
     if options.pairs and not has_texts:
         raise ConfigError(f"--pairs has no effect with --format {options.format}; leave it out")
     source = Path(options.curriculum)
-    curriculum = Curriculum.load(source)
-    beside = (source.parent if source.suffix == ".parquet" else source) / "pairs"
-    folder = Path(options.pairs) if options.pairs else beside
+    curriculum, run = Curriculum.load(source), source.parent if source.suffix == ".parquet" else source
+    if source in (run, run / "curriculum.parquet") and (issues := load_issues(run)):
+        curriculum = with_flags(curriculum, issues.table)
+    folder = Path(options.pairs) if options.pairs else run / "pairs"
     pairs = None
     if has_texts and (options.pairs or folder.is_dir()):
         pairs = pairs_file(folder)
@@ -647,6 +650,35 @@ def _open_report(options: argparse.Namespace, asked: Wanted) -> str:
     address = report.absolute().as_uri() + (f"#pair={pair}" if pair else "")
     webbrowser.open(address)
     return address
+
+
+# --- issues -------------------------------------------------------------------------------------------------
+
+
+def _issues_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=path, metavar="RUN", help="a run's folder, with a curriculum")
+    meaning = "turn this share of the labels round on purpose, and count how well they are found"
+    parser.add_argument("--plant", type=float, default=0.0, metavar="SHARE", help=meaning)
+    meaning = "decides which labels are planted (default 0)"
+    parser.add_argument("--seed", type=int, default=None, help=meaning)
+    meaning = "bound on the share of false alarms among flagged pairs (default 0.2); with --plant"
+    parser.add_argument("--false-alarms", type=float, default=None, metavar="SHARE", help=meaning)
+    _json_option(parser)
+    parser.epilog = "Thresholds: --issues.suspected_flip 0.9, --issues.tie 0.02 ... (docs/issues.md)."
+
+
+def _issues(options: argparse.Namespace, overrides: Overrides) -> None:
+    given = {"seed": options.seed, "false_alarms": options.false_alarms}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given and not options.plant:
+        raise ConfigError(f"--{min(given).replace('_', '-')} has no effect without --plant: leave it out")
+    from selective_dpo.report.issues import issues_text
+    from selective_dpo.run.issues import find_issues, recipe_issues
+
+    known = recipe_issues(Path(options.run)).model_dump(mode="json")
+    config = _read_block("issues", overrides, {"issues": known}).issues
+    found = find_issues(options.run, config=config, plant=options.plant, **given)
+    _show(issues_text(found.facts, Path(options.run)), found.facts, options.json)
 
 
 # --- compare ------------------------------------------------------------------------------------------------
@@ -772,6 +804,12 @@ VERBS = {
     "export": Verb("a curriculum as a file, or ready for TRL, axolotl and others", _export_options, _export),
     "push": Verb("a run's policy or curriculum to the Hugging Face hub", _push_options, _push),
     "inspect": Verb("show the easiest, median, hardest or named pairs", _inspect_options, _inspect),
+    "issues": Verb(
+        "which pairs look wrong, with flags and p_wrong; writes issues.parquet",
+        _issues_options,
+        _issues,
+        True,
+    ),
     "compare": Verb(
         "runs, curricula, record folders and released files, side by side; nothing is trained",
         _compare_options,

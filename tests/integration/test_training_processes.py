@@ -64,12 +64,13 @@ def test_the_model_sees_the_curriculum_in_order_on_two_processes(tmp_path: Path,
 
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with its curriculum of 11 of 24 pairs, and no policy yet."""
+    """A run with its curriculum of 11 of 24 pairs, some of which weigh less, and no policy yet."""
     folder = tmp_path_factory.mktemp("scored")
     recipe = tiny_recipe(
         folder,
         score={"evaluations": 1},
-        select={"count": 11},
+        issues={"suspected_flip": 0.9, "tie": 0.35},
+        select={"count": 11, "action": {"tie": "down-weight"}},
         train={"lora": None, "trainer": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}},
     )
     assert main(["curriculum", str(recipe_file(recipe, folder / "recipe.yaml"))]) == 0
@@ -95,11 +96,13 @@ def test_the_train_stage_on_two_processes_equals_one(
     order, curriculum = read_json(policy / "order.json"), Curriculum.load(run)
     assert read_json(policy / "cost.json")["processes"] == 2
     assert order["matches"] and order["consumed"] == order["pairs"] == 11
-    assert order["consumed_digest"] == curriculum.order_digest
+    assert order["consumed_digest"] == ids_digest(curriculum.certified_order)
+    weights = curriculum.table["weight"].to_numpy()[curriculum.table["position"].to_numpy() >= 0]
+    assert 0 < (weights < 1.0).sum() < 11
     # Rounds of 4 pairs: 4 + 4 + 3, so one is repeated.
     assert order["repeated_to_fill"] == 1
     alone = tmp_path / "runs" / "tiny" / "policy"
-    weights, expected = load_file(policy / "model.safetensors"), load_file(alone / "model.safetensors")
-    assert weights.keys() == expected.keys()
-    for name, weight in weights.items():
+    trained, expected = load_file(policy / "model.safetensors"), load_file(alone / "model.safetensors")
+    assert trained.keys() == expected.keys()
+    for name, weight in trained.items():
         assert (weight - expected[name]).abs().max() < 1e-4, name

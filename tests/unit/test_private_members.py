@@ -50,9 +50,9 @@ OVERRIDDEN_TO_NOTHING = {"_send_telemetry"}
 """Where a version has it, it sends nothing."""
 
 OUR_OWN = {
-    "_can_weigh_equally", "_collating_pairs", "_difficulty_P", "_mean_loss", "_means_over_pairs", "_memory",
-    "_note_update", "_obstacle_to_smaller_passes", "_order_log", "_path", "_plain_inputs", "_position",
-    "_ref_model", "_rows", "_update",
+    "_can_weigh_equally", "_collating_pairs", "_difficulty_P", "_has_weights", "_mean_loss",
+    "_means_over_pairs", "_memory", "_note_update", "_obstacle_to_smaller_passes", "_of_all", "_order_log",
+    "_path", "_plain_inputs", "_position", "_ref_model", "_rows", "_update", "_weights_of",
 }  # fmt: skip
 """Names of this package's own trainers, which must not be those of the libraries."""
 

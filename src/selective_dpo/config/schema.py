@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
@@ -327,6 +327,37 @@ def _add_second_names(schema: dict[str, Any]) -> None:
 Order = Literal["easy-to-hard", "hard-to-easy", "shuffled"]
 
 
+Flag = Literal[
+    "suspected_flip", "tie", "too_hard", "contradicting", "length_driven", "truncated", "degenerate"
+]
+"""What can be wrong with a pair; docs/issues.md says when each is raised."""
+
+FLAGS: tuple[Flag, ...] = get_args(Flag)
+
+Action = Literal["drop", "flip", "sft", "down-weight"]
+
+
+class IssuesConfig(Block):
+    """Where pairs are flagged, by `selective-dpo issues` and for `select.action`."""
+
+    suspected_flip: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.65
+    """`p_wrong` from which on a label is a `suspected_flip`."""
+    tie: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.05
+    """Largest distance of `p_wrong` from one half of a `tie`. Between that and `suspected_flip` a pair is
+    `too_hard`."""
+    similar_prompts: Fraction = 0.8
+    """Share of common words from which on the prompts of two pairs with the same answers are taken for one
+    (`contradicting`)."""
+    repetition: Annotated[float, Field(gt=1.0)] = 4.0
+    """How many times shorter compression makes 1,000 bytes of a `degenerate` answer, at least."""
+
+    @model_validator(mode="after")
+    def _thresholds_rise(self) -> Self:
+        if 0.5 + self.tie >= self.suspected_flip:
+            raise ValueError("suspected_flip must be above 0.5 + tie")
+        return self
+
+
 DEFAULT_FRACTION = 0.5
 """The share kept where a rule needs a size and none is given: the paper's."""
 
@@ -357,6 +388,12 @@ class SelectConfig(Block):
     """Decides `random` and `shuffled`; 0 when one of them is used and none is given."""
     allow_partial: bool = False
     """Accept pairs with fewer records than the protocol makes; the curriculum says so."""
+    action: dict[Flag, Action] = {}
+    """What becomes of flagged pairs (docs/issues.md), such as `{suspected_flip: flip, degenerate: drop}`; of
+    a pair with several of these flags, by the first one here. `drop`: not selected. `flip`: chosen and
+    rejected change places before difficulties are compared. `sft`: not selected, and its chosen answer goes
+    to `sft.jsonl`. `down-weight`: weighs 1 - `p_wrong` in training, if it is selected. `rule` chooses among
+    the pairs that are left."""
     balance: tuple[Literal["length", "source", "score"], ...] = ()
     """Take the share within strata instead of over all pairs: fifths of the length difference (chosen minus
     rejected), the data's sources, fifths of the score difference, or several of them crossed. With rule
@@ -375,13 +412,13 @@ class SelectConfig(Block):
 
         Keys that came later are left out where they have no effect, so that older curricula keep their key.
         """
-        later = {name for name in ("balance", "residual", "quota") if not getattr(self, name)}
+        later = {name for name in ("action", "balance", "residual", "quota") if not getattr(self, name)}
         return self.model_dump(mode="json", exclude={"source", *later})
 
     @property
     def about_records(self) -> list[str]:
         """The keys given that say how records are read: they have no effect on an imported difficulty."""
-        default = {"aggregate": "mean", "allow_partial": False}
+        default = {"aggregate": "mean", "allow_partial": False, "action": {}}
         return [name for name, value in default.items() if getattr(self, name) != value]
 
     @model_validator(mode="before")
@@ -693,6 +730,8 @@ class Recipe(Block):
     another run's folder or `curriculum.parquet`. Empty: it is measured as `score` says."""
     score: ScoreConfig = ScoreConfig()
     """Difficulty scoring. Beside `curriculum` only `tokens_per_batch` has an effect: on the reference."""
+    issues: IssuesConfig = IssuesConfig()
+    """Where pairs are flagged."""
     select: SelectConfig = SelectConfig()
     """Selection and order."""
     train: TrainConfig = TrainConfig()
@@ -715,7 +754,7 @@ class Recipe(Block):
 
     @model_validator(mode="after")
     def _certified_selects_by_difficulty_alone(self) -> Self:
-        beside = [name for name in ("balance", "residual", "quota") if getattr(self.select, name)]
+        beside = [name for name in ("action", "balance", "residual", "quota") if getattr(self.select, name)]
         if beside and self.score.protocol == "certified" and not self.curriculum:
             raise ValueError(
                 f"select.{beside[0]} selects otherwise than what protocol certified certifies: give "

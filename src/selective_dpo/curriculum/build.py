@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from selective_dpo.config import DEFAULT_FRACTION, SelectConfig
 from selective_dpo.config.messages import explain
 from selective_dpo.criteria import CRITERIA, by_record
+from selective_dpo.curriculum.actions import Treatment, treat
 from selective_dpo.curriculum.agreement import agreement
 from selective_dpo.curriculum.balance import (
     Attributes,
@@ -25,7 +26,7 @@ from selective_dpo.curriculum.balance import (
     strata,
 )
 from selective_dpo.curriculum.records import Difficulty, LossTable, Records, difficulty, loss_table
-from selective_dpo.curriculum.select import Rule, Selection, training_positions
+from selective_dpo.curriculum.select import Rule, Selection, ranks, training_positions
 from selective_dpo.curriculum.select import select as apply_rule
 from selective_dpo.curriculum.table import COLUMNS, P_WRONG, Curriculum, loss_column
 from selective_dpo.errors import ConfigError, RecordsError, name_some
@@ -46,6 +47,7 @@ def build_curriculum(
     key: str = "",
     quarantined: Mapping[str, str] | None = None,
     chance_loss: float | None = None,
+    issues: pa.Table | None = None,
     attributes: AttributesOf | None = None,
 ) -> Curriculum:
     """Aggregate records into difficulties, select and order the pairs, and measure the agreement.
@@ -62,6 +64,8 @@ def build_curriculum(
         chance_loss: the loss of a policy that has not moved (`losses.chance_loss` of the scorers'
             settings), above which pairs are counted; default: ln 2, that of DPO's own loss. Of records with
             another loss nothing is counted then.
+        issues: the pairs' flags, which `action` of the selection needs (`curriculum.issues`). Agreement is
+            then that of the pairs that the rule chooses among.
         attributes: lengths, sources and scores of pairs given by id, for `balance`, `residual` and `quota`.
 
     Returns:
@@ -71,7 +75,8 @@ def build_curriculum(
 
     Raises:
         RecordsError: records are missing (unless `allow_partial`), repeated or not finite.
-        ConfigError: the selection is not valid, or does not fit the pairs.
+        ConfigError: the selection is not valid, or does not fit the pairs; or it has an `action` and there
+            are no `issues`.
     """
     config = resolved_selection(select)
     losses = records
@@ -82,15 +87,33 @@ def build_curriculum(
         losses = loss_table(losses, allow_partial=config.allow_partial, columns=reads)
     if chance_loss is None and is_dpo:
         chance_loss = LN_2
+    treatment = None
+    if config.action:
+        if issues is None:
+            raise ConfigError(
+                "select.action needs the pairs' flags: pass issues=find_issues(RUN).table, or let a run do it"
+            )
+        treatment = treat(losses, issues, config.action)
+        losses = treatment.losses
     measured = difficulty(losses, config.aggregate, allow_partial=config.allow_partial)
+    chosen_among = losses if treatment is None else losses.of_pairs(treatment.stays_P)
     facts = {
         "key": key,
-        "agreement": agreement(losses, config.aggregate, rule_of(config), chance_loss=chance_loss),
+        "agreement": agreement(chosen_among, config.aggregate, rule_of(config), chance_loss=chance_loss),
         "provenance": dict(provenance or {}),
         "cost": dict(cost or {}),
     }
     aside = quarantined or {}
-    return assemble(losses, measured, config, facts, aside=aside, reason=REASON, attributes=attributes)
+    return assemble(
+        losses,
+        measured,
+        config,
+        facts,
+        aside=aside,
+        reason=REASON,
+        attributes=attributes,
+        treatment=treatment,
+    )
 
 
 def assemble(
@@ -101,6 +124,7 @@ def assemble(
     *,
     aside: Mapping[str, str],
     reason: str,
+    treatment: Treatment | None = None,
     attributes: AttributesOf | None = None,
 ) -> Curriculum:
     """Select from difficulties and order what was selected: the part that measured ones and others share.
@@ -111,11 +135,10 @@ def assemble(
         config: the selection, resolved.
         facts: what is not about the selection.
         aside: pairs without a difficulty (pair id -> prompt id), and `reason`, why they have none.
+        attributes: lengths, sources and scores of pairs given by id, for `balance`, `residual` and `quota`.
+        treatment: what `action` does to the pairs; `losses` are its.
     """
-    if needs_attributes(config):
-        measured, selected = _select_by_attributes(losses.pair_ids_P, measured, config, attributes)
-    else:
-        selected = apply_rule(measured.difficulty_P, losses.pair_ids_P, rule_of(config))
+    measured, selected = _selected(losses.pair_ids_P, measured, config, attributes, treatment)
     position_P = training_positions(selected, losses.pair_ids_P, config.order, config.seed or 0)
     # Those of `COLUMNS`, without their suffix; what is not a number becomes null.
     given = {
@@ -133,7 +156,10 @@ def assemble(
     ):
         losses_P = pa.array(losses.losses_PSE[:, s, e], from_pandas=True)
         table = table.append_column(loss_column(seed, evaluation), losses_P)
-    if "margin" in losses.others:
+    if treatment is not None:
+        for name, column in treatment.columns.items():
+            table = table.append_column(name, column)
+    elif "margin" in losses.others:
         margin_P = np.nanmean(by_record(losses.others["margin"]), axis=1)
         table = table.append_column(P_WRONG, pa.array(probability_wrong(margin_P)))
     own = {
@@ -148,10 +174,42 @@ def assemble(
     return Curriculum(_with_aside(table, aside, reason), {**own, **facts})
 
 
-def _select_by_attributes(
-    pair_ids_P: NDArray[np.str_], measured: Difficulty, config: SelectConfig, attributes: AttributesOf | None
+def _selected(
+    pair_ids_P: NDArray[np.str_],
+    measured: Difficulty,
+    config: SelectConfig,
+    attributes: AttributesOf | None,
+    treatment: Treatment | None,
 ) -> tuple[Difficulty, Selection]:
-    """The difficulty that is selected by, and the selection."""
+    """The difficulty that is selected by, and the selection: with a treatment, of the pairs that stay. Ranks
+    are those among all pairs."""
+    known = None
+    if needs_attributes(config):
+        known = _attributes(pair_ids_P, config, attributes, treatment)
+        if config.residual:
+            measured = measured._replace(difficulty_P=residual(measured.difficulty_P, known.length_P))
+    if treatment is None:
+        return measured, _by_rule(measured.difficulty_P, pair_ids_P, config, known)
+    stays_P = treatment.stays_P
+    of_stays = known
+    if known is not None:
+        of_stays = Attributes(known.length_P[stays_P], known.source_P[stays_P], known.score_P[stays_P])
+    among = _by_rule(measured.difficulty_P[stays_P], pair_ids_P[stays_P], config, of_stays)
+    selected_P = np.zeros(len(stays_P), dtype=np.bool_)
+    selected_P[stays_P] = among.selected_P
+    reason_P = np.array(treatment.reason_P, dtype=object)
+    reason_P[stays_P] = among.reason_P
+    rank_P = ranks(measured.difficulty_P, pair_ids_P)
+    return measured, Selection(rank_P, selected_P, reason_P.astype(np.str_))
+
+
+def _attributes(
+    pair_ids_P: NDArray[np.str_],
+    config: SelectConfig,
+    attributes: AttributesOf | None,
+    treatment: Treatment | None,
+) -> Attributes:
+    """Those of the labels that pairs are trained on with."""
     if attributes is None:
         raise ConfigError(
             "select.balance, residual and quota go by the pairs' lengths, sources and scores, which only a "
@@ -159,14 +217,24 @@ def _select_by_attributes(
         )
     known = attributes(pair_ids_P.tolist())
     require_attributes(config, known)
-    if config.residual:
-        measured = measured._replace(difficulty_P=residual(measured.difficulty_P, known.length_P))
-    rule, difficulty_P = rule_of(config), measured.difficulty_P
-    if config.balance:
-        return measured, select_within(difficulty_P, pair_ids_P, rule, strata(known, config.balance))
-    if config.quota:
-        return measured, select_with_quota(difficulty_P, pair_ids_P, rule, known.source_P, config.quota)
-    return measured, apply_rule(difficulty_P, pair_ids_P, rule)
+    if treatment is None:
+        return known
+    sign_P = np.where(treatment.action_P == "flip", -1, 1)
+    return known._replace(length_P=sign_P * known.length_P, score_P=sign_P * known.score_P)
+
+
+def _by_rule(
+    difficulty_P: NDArray[np.float64],
+    pair_ids_P: NDArray[np.str_],
+    config: SelectConfig,
+    known: Attributes | None,
+) -> Selection:
+    rule = rule_of(config)
+    if known is not None and config.balance:
+        return select_within(difficulty_P, pair_ids_P, rule, strata(known, config.balance))
+    if known is not None and config.quota:
+        return select_with_quota(difficulty_P, pair_ids_P, rule, known.source_P, config.quota)
+    return apply_rule(difficulty_P, pair_ids_P, rule)
 
 
 def resolved_selection(select: SelectConfig | Mapping[str, Any] | None) -> SelectConfig:

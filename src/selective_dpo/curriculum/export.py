@@ -14,8 +14,17 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
+from selective_dpo.config import FLAGS
 from selective_dpo.curriculum.records import difficulty
-from selective_dpo.curriculum.table import P_WRONG, Curriculum, curriculum_losses, loss_column
+from selective_dpo.curriculum.table import (
+    ACTION,
+    FLIPPED,
+    P_WRONG,
+    WEIGHT,
+    Curriculum,
+    curriculum_losses,
+    loss_column,
+)
 from selective_dpo.errors import ConfigError, DataError, IdentityError, name_some
 from selective_dpo.storage.artifacts import MANIFEST, publish_folder, read_manifest, replacing
 
@@ -28,6 +37,9 @@ Format = Literal["csv", "parquet", "jsonl", "datasets"]
 _MESSAGES = pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
 
 _ROWS_AT_ONCE = 10_000
+
+_KNOWN = (P_WRONG, FLIPPED, WEIGHT, *FLAGS)
+"""Columns of a curriculum that every format has, where they are known."""
 
 
 def export_curriculum(
@@ -123,8 +135,7 @@ def _original_columns(curriculum: Curriculum) -> pa.Table:
         columns["difficulty"] = table["difficulty"]
     if table["pair_id"] != table["prompt_id"]:
         columns["pair_id"] = table["pair_id"]
-    if P_WRONG in table.column_names:
-        columns[P_WRONG] = table[P_WRONG]
+    columns |= {name: table[name] for name in _KNOWN if name in table.column_names}
     return pa.table(columns)
 
 
@@ -201,6 +212,9 @@ def rows_with_texts(
 ) -> Dataset:
     """Rows of ids, `difficulty`, `p_wrong` if known, and the texts (as JSON): the selected in training order.
 
+    Of a curriculum with an `action` also `flipped` and `weight`; the answers of flipped pairs are exchanged.
+    Flags come along where the curriculum has them.
+
     `wanted`: other rows of the curriculum's table, in their order. The texts are copied once to a file in the
     folder `scratch`, from which rows are read when needed.
 
@@ -210,7 +224,7 @@ def rows_with_texts(
     from datasets import Dataset
 
     columns = ["pair_id", "prompt_id", "difficulty"]
-    columns += [P_WRONG] if P_WRONG in curriculum.table.column_names else []
+    columns += [name for name in _KNOWN if name in curriculum.table.column_names]
     if wanted is None:
         wanted = curriculum.table.filter(pc.greater_equal(curriculum.table["position"], 0))
         wanted = wanted.sort_by("position")
@@ -222,7 +236,15 @@ def rows_with_texts(
             place = pc.index_in(batch["pair_id"], value_set=ordered["pair_id"])
             is_used = pc.and_(place.is_valid(), pc.equal(batch["status"], KEPT))
             place, texts = place.filter(is_used), batch.filter(is_used)
-            values = [*ordered.take(place).columns, *(texts[name] for name in TEXTS)]
+            found = ordered.take(place)
+            prompt, chosen, rejected = (texts[name] for name in TEXTS)
+            if FLIPPED in columns:
+                turned = found[FLIPPED]
+                chosen, rejected = (
+                    pc.if_else(turned, rejected, chosen),
+                    pc.if_else(turned, chosen, rejected),
+                )
+            values = [*found.columns, prompt, chosen, rejected]
             writer.write_batch(pa.record_batch(values, schema=schema))
             places.append(place.to_numpy())
     place_R = np.concatenate(places)
@@ -242,3 +264,29 @@ def _batches(pairs: Pairs, columns: tuple[str, ...]) -> Iterator[pa.RecordBatch]
         return
     with pq.ParquetFile(pairs) as file:
         yield from file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=list(columns))
+
+
+# --- The chosen answers of pairs that `select.action` sends to SFT ----------------------------------------
+
+
+SFT = "sft.jsonl"
+
+
+def write_sft(curriculum: Curriculum, pairs: Path, path: Path) -> int:
+    """Write a data set for TRL's `SFTTrainer` (prompt and completion), whole or not at all.
+
+    JSON Lines with `pair_id`, `prompt_id`, `prompt` and `completion`, the chosen answer of each pair whose
+    `action` is `sft`; an answer that several pairs share comes once. Returns the number of lines.
+    """
+    sent = curriculum.table.filter(pc.equal(curriculum.table[ACTION], "sft"))["pair_id"].combine_chunks()
+    seen: set[tuple[str, str]] = set()
+    with replacing(path) as partial, partial.open("w", encoding="ascii", newline="\n") as stream:
+        for batch in _batches(pairs, ("pair_id", "prompt_id", "status", "prompt", "chosen")):
+            is_sent = pc.and_(pc.is_in(batch["pair_id"], value_set=sent), pc.equal(batch["status"], KEPT))
+            for row in batch.filter(is_sent).to_pylist():
+                if (row["prompt"], row["chosen"]) in seen:
+                    continue
+                seen.add((row["prompt"], row["chosen"]))
+                ids = json.dumps({name: row[name] for name in ("pair_id", "prompt_id")})
+                stream.write(f'{ids[:-1]}, "prompt": {row["prompt"]}, "completion": {row["chosen"]}}}\n')
+    return len(seen)

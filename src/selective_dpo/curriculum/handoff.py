@@ -16,6 +16,7 @@ import pyarrow as pa
 import yaml
 
 from selective_dpo.curriculum.export import TEXTS, Pairs, require_free, rows_with_texts, write_rows
+from selective_dpo.curriculum.issues import cleanlab_inputs
 from selective_dpo.curriculum.table import P_WRONG, Curriculum
 from selective_dpo.errors import ConfigError, DataError, name_some
 from selective_dpo.identity import swaps_answers
@@ -300,11 +301,11 @@ def _write_cleanlab(rows: Dataset, folder: Path, is_messages: bool) -> None:
         )
     with (folder / "labels.csv").open("w", encoding="utf-8", newline="\n") as stream:
         stream.write("pair_id,label,probability_0,probability_1\n")
-        for row in rows.select_columns(["pair_id", P_WRONG]):
-            label = int(swaps_answers(row["pair_id"]))
-            beliefs = [row[P_WRONG], row[P_WRONG]]
-            beliefs[label] = 1.0 - row[P_WRONG]
-            stream.write(f"{row['pair_id']},{label},{beliefs[0]!r},{beliefs[1]!r}\n")
+        table = rows.select_columns(["pair_id", P_WRONG]).with_format("arrow")[:]
+        labels_P, beliefs_P2 = cleanlab_inputs(table)
+        columns = table["pair_id"].to_pylist(), labels_P.tolist(), beliefs_P2.tolist()
+        for name, label, (first, second) in zip(*columns, strict=True):
+            stream.write(f"{name},{label},{first!r},{second!r}\n")
 
 
 _CLEANLAB = """\

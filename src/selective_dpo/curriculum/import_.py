@@ -28,7 +28,7 @@ from selective_dpo.curriculum.records import (
     require_plain,
     text_array,
 )
-from selective_dpo.curriculum.table import Curriculum, dataset_ids, paths_of
+from selective_dpo.curriculum.table import FLIPPED, Curriculum, dataset_ids, paths_of
 from selective_dpo.data.store import load_ids
 from selective_dpo.errors import ArtifactError, ConfigError, DataError, IdentityError, RecordsError, name_some
 from selective_dpo.identity import require_unique
@@ -122,6 +122,11 @@ def _of_file(path: Path, id_column: str, difficulty_column: str, names: IdKind |
 def _of_curriculum(path: Path) -> Outside:
     curriculum = Curriculum.load(path)
     table, facts = curriculum.measured.table, curriculum.facts
+    if FLIPPED in table.column_names and pc.any(table[FLIPPED]).as_py():
+        raise ConfigError(
+            f"{path}: select.action has flipped pairs there, so their difficulty is of another label than "
+            "the data have: build its curriculum without flip, and import that"
+        )
     origin, earlier = facts["provenance"], imported_from(facts)
     digest = file_digest(paths_of(path)[0])
     folder = path.resolve() if path.is_dir() else path.resolve().parent

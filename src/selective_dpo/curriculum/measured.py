@@ -24,7 +24,7 @@ from selective_dpo.curriculum.import_ import (
     read_record_folder,
 )
 from selective_dpo.curriculum.records import LossTable, difficulty, read_loss_table, text_array
-from selective_dpo.curriculum.table import Curriculum, curriculum_losses, paths_of
+from selective_dpo.curriculum.table import FLIPPED, Curriculum, curriculum_losses, paths_of
 from selective_dpo.data.adapters import KEPT
 from selective_dpo.data.store import pairs_file
 from selective_dpo.errors import ArtifactError, DataError
@@ -168,6 +168,11 @@ def _of_curriculum(path: Path) -> Measured:
                 replace(losses, others={"margin": found.others["margin"]}),
                 _criteria(folder, found),
             )
+    if FLIPPED in table.column_names and (flipped := pc.sum(table[FLIPPED]).as_py()):
+        notes.append(
+            f"{flipped:,} pairs were flipped (select.action): their difficulty is of the new label, margins "
+            "and other criteria are of the old one"
+        )
     if losses.seeds_S and not is_known:
         notes.append(f"criterion {how!r} is not known here: a seed's own difficulty is its mean loss")
     return Measured(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -53,6 +53,12 @@ have no numbers: null, a count of 0 and rank -1."""
 
 P_WRONG = "p_wrong"
 """Name of the column of `stats.calibration.probability_wrong`."""
+
+
+ACTION, FLIPPED, WEIGHT = "action", "flipped", "weight"
+"""Columns of a curriculum that was made with `select.action`, beside the flags': what was done to the pair
+(empty: nothing), whether its chosen and rejected answers changed places, and what it weighs in training. The
+numbers of a flipped pair are those of its new label; its id stays that of the pair in the data."""
 
 
 PAIR_ID = "pair_id"
@@ -115,12 +121,23 @@ class Curriculum:
         return ids
 
     @property
+    def certified_order(self) -> list[str]:
+        """What the digests of a training's `order.json` are of: `order`, with weights where there are any."""
+        if WEIGHT not in self.table.column_names:
+            return self.order
+        chosen = self.table.filter(pc.greater_equal(self.table["position"], 0)).sort_by("position")
+        return with_weights(chosen[PAIR_ID].to_pylist(), chosen[WEIGHT].to_pylist())
+
+    @property
     def order_digest(self) -> str:
         """SHA-256 of the selected ids in training order."""
         return ids_digest(self.order)
 
     def apply(self, dataset: Dataset, *, allow_unscored: bool = False) -> Dataset:
         """The selected pairs of `dataset` in training order, with columns `pair_id` and `difficulty`.
+
+        Of a curriculum with `WEIGHT` and `FLIPPED`, the weights are a column, too, and the answers of flipped
+        pairs are exchanged: texts, tokens and reference log-probs.
 
         Rows are found by their `pair_id` column or, without one, by the id computed from `prompt`, `chosen`
         and `rejected`. Of rows with the same id the first is used. The texts or tokens are not copied: the
@@ -158,13 +175,18 @@ class Curriculum:
                 f"{len(absent):,} of {len(order):,} selected pairs are not in the data set: "
                 f"{name_some(absent)}; {self._remedy}"
             )
-        difficulty = self.table[DIFFICULTY].take(scored_row)
         # Columns go in before the rows are picked: adding them afterwards would copy the whole selection.
-        annotated = dataset.remove_columns([DIFFICULTY]) if DIFFICULTY in dataset.column_names else dataset
-        annotated = annotated.add_column(DIFFICULTY, difficulty.to_numpy())
+        annotated = dataset
+        for name in (DIFFICULTY, WEIGHT) if WEIGHT in self.table.column_names else (DIFFICULTY,):
+            annotated = annotated.remove_columns([name]) if name in dataset.column_names else annotated
+            annotated = annotated.add_column(name, self.table[name].take(scored_row).to_numpy())
         if PAIR_ID not in annotated.column_names:
             annotated = annotated.add_column(PAIR_ID, ids.to_pylist())
-        return annotated.select(np.asarray(rows, dtype=np.int64))
+        chosen_rows = np.asarray(rows, dtype=np.int64)
+        if FLIPPED not in self.table.column_names:
+            return annotated.select(chosen_rows)
+        flipped = pc.fill_null(self.table[FLIPPED].take(scored_row), False)
+        return _with_exchanged(annotated, np.asarray(flipped, dtype=np.bool_), chosen_rows)
 
     @property
     def _remedy(self) -> str:
@@ -236,6 +258,11 @@ class Curriculum:
         return made
 
 
+def with_weights(ids: Sequence[str], weights: Sequence[float]) -> list[str]:
+    """Each id with its weight in training, written so that another weight is another text."""
+    return [f"{name} {weight!r}" for name, weight in zip(ids, weights, strict=True)]
+
+
 def paths_of(path: Path) -> tuple[Path, Path]:
     """Where the table and the facts are of a curriculum at `path`, which is as `Curriculum.load` takes it."""
     if path.suffix == ".parquet":
@@ -258,6 +285,34 @@ def require_dataset(data: object) -> None:
         return
     split = f", such as its split {next(iter(data), 'train')!r}" if isinstance(data, DatasetDict) else ""
     raise ConfigError(f"the pairs are a {type(data).__name__}: pass a datasets.Dataset{split}")
+
+
+_EXCHANGED = {
+    "chosen": "rejected",
+    "chosen_ids": "rejected_ids",
+    "ref_chosen_logps": "ref_rejected_logps",
+    "score_chosen": "score_rejected",
+    "chosen_rating": "rejected_rating",
+}
+"""Columns of a preference data set that are about one answer, and those about the other."""
+
+
+def _with_exchanged(dataset: Dataset, flipped_N: NDArray[np.bool_], rows: NDArray[np.int64]) -> Dataset:
+    """The `rows` of `dataset`, those of `flipped_N` [N] with their answers exchanged; looked up, not copied.
+
+    Raises:
+        DataError: only one of two columns that would be exchanged is there.
+    """
+    from datasets import concatenate_datasets
+
+    names = set(dataset.column_names)
+    if lone := [name for name, other in _EXCHANGED.items() if (name in names) != (other in names)]:
+        raise DataError(f"the data set has only one of {lone[0]} and {_EXCHANGED[lone[0]]}: remove it")
+    there = {name: other for name, other in _EXCHANGED.items() if name in names}
+    turned = dataset.rename_columns(there | {other: name for name, other in there.items()})
+    # Row n of the data set is row n of both together as it is, and row n + its length exchanged.
+    both = concatenate_datasets([dataset, turned.select_columns(dataset.column_names)])
+    return both.select(rows + len(dataset) * flipped_N[rows])
 
 
 _IDS = pa.schema({PAIR_ID: pa.string(), PROMPT_ID: pa.string()})

@@ -19,6 +19,7 @@ from selective_dpo.config import SelectConfig
 from selective_dpo.criteria import CRITERIA
 from selective_dpo.curriculum.audit import Audit, audit
 from selective_dpo.curriculum.import_ import imported_from
+from selective_dpo.curriculum.issues import load_issues
 from selective_dpo.curriculum.records import codes, id_positions
 from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.data.adapters import KEPT
@@ -129,6 +130,8 @@ class ReportContent:
     """Arm and score of each task of `evaluate.guard`."""
     audit: Audit | None = None
     """None where all pairs were selected."""
+    issues: Mapping[str, Any] | None = None
+    """What `selective-dpo issues` found, where it was run on this curriculum."""
     findings: tuple[str, ...] = ()
     truth: tuple[TruthRow, ...] = ()
 
@@ -208,6 +211,7 @@ def load_report_content(run_folder: Path) -> ReportContent:
         cost=curriculum.facts.get("cost") or {},
         config=config,
         packed=pack_pairs(curriculum, run_folder),
+        issues=issues.facts if (issues := load_issues(run_folder)) else None,
         guard=_read_guard(run_folder / "guard"),
         audit=audit(curriculum, pairs_path) if 0 < len(curriculum.order) < len(curriculum.table) else None,
         findings=findings,

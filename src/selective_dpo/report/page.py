@@ -32,6 +32,7 @@ from selective_dpo.evaluation.results import (
 from selective_dpo.losses import LN_2
 from selective_dpo.report.content import CURVES, DropCount, ReportContent, load_report_content
 from selective_dpo.report.figures import FIGURES, spearman_in_words
+from selective_dpo.report.issues import flag_rows, planted_lines
 from selective_dpo.report.tables import (
     agreement_rows,
     audit_rows,
@@ -107,6 +108,10 @@ def render_report(content: ReportContent) -> str:
         drops=_drops_table(content.drops),
         guard=_guard_table(content.guard) if content.guard else None,
         audit=_audit_table(content.audit) if content.audit else None,
+        issues=_issues_table(content.issues) if content.issues else None,
+        planted=planted_lines(content.issues["plant"])
+        if content.issues and "plant" in content.issues
+        else [],
         truth=Table(("Share of the pairs", "Selected", "Not selected"), truth) if truth else None,
         provenance=_facts(content.provenance),
         cost=_facts(content.cost),
@@ -219,6 +224,10 @@ def _single_points(content: ReportContent) -> str:
         if len((curve := getattr(log, name)).steps) == 1
     ]
     return f"Logged once only, so not drawn as a curve: {'; '.join(points)}." if points else ""
+
+
+def _issues_table(facts: Mapping[str, Any]) -> Table:
+    return Table(("Flag", "Pairs", "Share", "Selected", "Raised where"), tuple(flag_rows(facts)))
 
 
 def _guard_table(found: Sequence[tuple[str, TaskScore]]) -> Table:

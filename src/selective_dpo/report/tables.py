@@ -61,7 +61,8 @@ def label_for(select: SelectConfig) -> str:
     held = f"balanced by {' and '.join(select.balance)}" if select.balance else ""
     shares = ", ".join(f"{name} at least {100 * share:g}%" for name, share in select.quota.items())
     less = "length taken out" if select.residual else ""
-    return ", ".join(filter(None, (which, select.order.replace("-", " "), by, held, shares, less)))
+    done = ", ".join(f"{flag.replace('_', ' ')}: {action}" for flag, action in select.action.items())
+    return ", ".join(filter(None, (which, select.order.replace("-", " "), by, held, shares, less, done)))
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:

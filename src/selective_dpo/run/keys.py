@@ -337,6 +337,14 @@ def imported_inputs(run: Run, digest: str) -> dict[str, str]:
     return {"curriculum": digest, "pairs": read_manifest(run.folder.pairs).files[TOKENS]}
 
 
+def action_inputs(run: Run, select: SelectConfig) -> dict[str, str]:
+    """What a curriculum with an `action` is made from besides records: texts, and where pairs are flagged."""
+    if not select.action:
+        return {}
+    thresholds = digest(run.recipe.issues.model_dump(mode="json"))
+    return {"texts": read_manifest(run.folder.pairs).files[PAIRS], "issues": thresholds}
+
+
 def attribute_inputs(run: Run, select: SelectConfig) -> dict[str, str]:
     """SHA-256 of the pairs' table, for a selection that goes by lengths, sources or scores; else nothing."""
     return {"attributes": read_manifest(run.folder.pairs).files[PAIRS]} if needs_attributes(select) else {}

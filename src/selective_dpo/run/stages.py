@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import peft
 import pyarrow.parquet as pq
+from pyarrow import Table
 from trl.trainer.utils import add_fused_lm_head
 
 from selective_dpo.config import GuardConfig, Recipe, SelectConfig, SourceConfig
@@ -29,16 +30,26 @@ from selective_dpo.curriculum.agreement import scorer_check
 from selective_dpo.curriculum.audit import audit
 from selective_dpo.curriculum.balance import read_attributes
 from selective_dpo.curriculum.build import build_curriculum
+from selective_dpo.curriculum.export import SFT, write_sft
 from selective_dpo.curriculum.import_ import (
     Outside,
     imported_from,
     imported_in_words,
     outside_curriculum,
 )
+from selective_dpo.curriculum.issues import issues_of_losses
 from selective_dpo.curriculum.records import LossTable
-from selective_dpo.curriculum.table import TABLE, Curriculum
+from selective_dpo.curriculum.table import ACTION, TABLE, Curriculum
 from selective_dpo.data.prepare import prepare_pairs
-from selective_dpo.data.store import PAIRS, TOKENS, load_ids, load_summary, load_tokens, require_known
+from selective_dpo.data.store import (
+    PAIRS,
+    TOKENS,
+    load_ids,
+    load_summary,
+    load_tokens,
+    pairs_file,
+    require_known,
+)
 from selective_dpo.difficulty.held_out import evaluation_steps
 from selective_dpo.difficulty.protocols import ScorerRun, planned_runs, require_fold_sizes, split_pairs
 from selective_dpo.difficulty.scorer import COST, ScorerJob, collect_losses, run_scorer
@@ -101,6 +112,7 @@ from selective_dpo.report.tables import (
 from selective_dpo.run.certified import certificate, scorers_until_stable
 from selective_dpo.run.keys import (
     Run,
+    action_inputs,
     attribute_inputs,
     benchmark_key,
     check_inputs,
@@ -522,6 +534,10 @@ def _curricula(run: Run) -> Iterator[Sequence[Result]]:
         is_partial = run.recipe.select.allow_partial
         return collect_losses(folders, allow_partial=is_partial, criteria=criteria)
 
+    @cache
+    def issues() -> Table:
+        return issues_of_losses(losses(), pairs_file(run.folder.pairs), run.recipe.issues)
+
     def build(select: SelectConfig, origin: dict[str, Any], key: str) -> Curriculum:
         made = build_curriculum(
             losses(),
@@ -531,6 +547,7 @@ def _curricula(run: Run) -> Iterator[Sequence[Result]]:
             key=key,
             quarantined=read_quarantine([run.folder.reference, *folders]),
             chance_loss=chance_loss({**ORIGINAL_DEFAULTS, **run.recipe.score.trainer}),
+            issues=issues() if select.action else None,
             attributes=partial(read_attributes, run.folder.pairs / PAIRS),
         )
         more = {"certificate": certificate(run), "missing_scorers": missing, "check": _checked(run, losses())}
@@ -576,13 +593,16 @@ def _curriculum_results(
         made_from, made_by = inputs, build
         if select.source and (outside := run.outside_of(select)):
             made_from, made_by = imported_inputs(run, outside.digest), partial(_import, run, outside)
-        made_from = {**made_from, **attribute_inputs(run, select)}
+        made_from = {**made_from, **action_inputs(run, select), **attribute_inputs(run, select)}
         key = curriculum_key(made_from, select)
 
         def make() -> None:
             if this_process().is_main_process:
                 origin = provenance(run.recipe, inputs={"model": run.model_digest, **made_from})
-                made_by(select, origin, key).save(folder)
+                made = made_by(select, origin, key)
+                if "sft" in select.action.values():  # before the curriculum, which says that all is there
+                    write_sft(made, pairs_file(run.folder.pairs), folder / SFT)
+                made.save(folder)
             wait_for_everyone()
 
         def describe() -> str:
@@ -590,7 +610,8 @@ def _curriculum_results(
                 return ""
             lines = [f"curriculum: {_selected(folder, label_for(select))}"]
             facts = Curriculum.load(folder).facts
-            notes = [movement_note(facts.get("agreement") or {}), check_note(facts.get("check"))]
+            notes = [_actions_note(folder) if select.action else ""]
+            notes += [movement_note(facts.get("agreement") or {}), check_note(facts.get("check"))]
             lines += filter(None, notes)
             if 0 < facts["selected"] < facts["pairs"]:
                 lines += audit_text(audit(Curriculum.load(folder), run.folder.pairs / PAIRS)).splitlines()
@@ -599,6 +620,14 @@ def _curriculum_results(
         return Result(name, folder / TABLE, key, make, describe)
 
     return [result(name, select, folder) for name, (select, folder) in run.arms.items()]
+
+
+def _actions_note(folder: Path) -> str:
+    """How many pairs had which action done to them."""
+    counts = Curriculum.load(folder).table[ACTION].drop_null().value_counts().to_pylist()
+    done = sorted((each["values"], each["counts"]) for each in counts if each["values"])
+    sft = f" (sft: {folder / SFT})" if "sft" in dict(done) else ""
+    return "actions: " + (", ".join(f"{name} {count:,}" for name, count in done) or "none") + sft
 
 
 def _selected(folder: Path, label: str) -> str:

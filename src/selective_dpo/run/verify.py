@@ -30,13 +30,23 @@ from numpy.typing import ArrayLike
 
 from selective_dpo.config import SelectConfig
 from selective_dpo.config.load import diff_config, dump_config, make_recipe
+from selective_dpo.curriculum.actions import treat
 from selective_dpo.curriculum.balance import read_attributes
 from selective_dpo.curriculum.build import assemble, resolved_selection
 from selective_dpo.curriculum.import_ import Outside, imported_from, outside_curriculum
+from selective_dpo.curriculum.issues import issues_of_losses
 from selective_dpo.curriculum.records import difficulty, read_records
 from selective_dpo.curriculum.table import FACTS, TABLE, Curriculum
 from selective_dpo.data.adapters import KEPT
-from selective_dpo.data.store import PAIRS, SUMMARY, TOKENS, load_summary, load_tokens, prompt_keys
+from selective_dpo.data.store import (
+    PAIRS,
+    SUMMARY,
+    TOKENS,
+    load_summary,
+    load_tokens,
+    pairs_file,
+    prompt_keys,
+)
 from selective_dpo.difficulty.held_out import Measurement, evaluation_steps
 from selective_dpo.difficulty.protocols import ScorerRun, split_pairs
 from selective_dpo.difficulty.scorer import COST, RECORDS, collect_losses, to_records
@@ -65,6 +75,7 @@ from selective_dpo.run.keys import (
     JUDGE,
     Run,
     Training,
+    action_inputs,
     attribute_inputs,
     benchmark_key,
     check_inputs,
@@ -411,11 +422,24 @@ class _Checks:
         inputs |= check_inputs(run)
         config = resolved_selection(select)
         losses = collect_losses(folders, allow_partial=select.allow_partial, criteria=[config.aggregate])
+        treatment = None
+        if config.action:
+            issues = issues_of_losses(losses, pairs_file(self.folder.pairs), run.recipe.issues)
+            treatment = treat(losses, issues, config.action)
+            losses = treatment.losses
         measured = difficulty(losses, config.aggregate, allow_partial=select.allow_partial)
         aside = read_quarantine([self.folder.reference, *folders])
-        attributes = partial(read_attributes, self.folder.pairs / PAIRS)
-        again = assemble(losses, measured, config, {}, aside=aside, reason=REASON, attributes=attributes)
-        return inputs, again
+        made = assemble(
+            losses,
+            measured,
+            config,
+            {},
+            aside=aside,
+            reason=REASON,
+            attributes=partial(read_attributes, self.folder.pairs / PAIRS),
+            treatment=treatment,
+        )
+        return inputs | action_inputs(run, select), made
 
     def _outside(self, check: Check, run: Run, select: SelectConfig, found: Curriculum) -> Outside:
         """What was imported; where that is not here any more, the difficulties in the curriculum's table."""
@@ -437,7 +461,7 @@ class _Checks:
             place = self.name_of(training.policy)
             if not list(training.policy.glob("*.safetensors")):
                 check.wrong(place, "there are no weights (*.safetensors)")
-            order, ids = read_json(training.policy / "order.json"), curriculum.order
+            order, ids = read_json(training.policy / "order.json"), curriculum.certified_order
             check.counted = f"{order['pairs']:,} pairs consumed {order['epochs']:g} time(s)"
             consumed = int(order["consumed"])
             again = ids_digest((ids * (1 + consumed // len(ids)))[:consumed])

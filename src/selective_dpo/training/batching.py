@@ -22,7 +22,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from trl.trainer.utils import FusedCausalLMOutput
 
-from selective_dpo.curriculum.table import PAIR_ID
+from selective_dpo.curriculum.table import PAIR_ID, WEIGHT
 from selective_dpo.errors import ConfigError, ModelError
 from selective_dpo.logprobs.memory import attempt
 from selective_dpo.logprobs.packing_support import (
@@ -79,7 +79,7 @@ class PairBatch:
 
     pairs: list[PairRow]
     weight: float = 1.0
-    """The factor of the batch's mean loss."""
+    """The factor of the batch's mean loss, for equal parts of each pair in an update."""
 
     @property
     def blanks(self) -> int:
@@ -90,6 +90,11 @@ class PairBatch:
     def ids(self) -> list[str]:
         """The pairs' ids, as far as they have any."""
         return [pair.example[PAIR_ID] for pair in self.pairs if PAIR_ID in pair.example]
+
+    @property
+    def pair_weights(self) -> list[float]:
+        """What each pair weighs, by the curriculum; a blank pair has no loss to be weighed."""
+        return [1.0 if pair.is_blank else float(pair.example[WEIGHT]) for pair in self.pairs]
 
     @property
     def is_text(self) -> bool:
@@ -328,6 +333,25 @@ def row_model(model: Any, accelerator: Any, rows: PairRows) -> Callable[..., Fus
         with accelerator.autocast():
             fields = forward_fields(model, rows)
         return FusedCausalLMOutput(label_mask=labels[:, 1:] != -100, **fields)
+
+    return run
+
+
+def weighted(model: Callable[..., Any], pair_weights_B: Sequence[float]) -> Callable[..., Any]:
+    """`model` with the gradient of each pair's log-probs multiplied by the pair's weight.
+
+    A pairwise loss is a function of the pair's own log-probs, so the gradient of the mean loss becomes that
+    of the mean of weight x loss. The log-probs themselves, and the loss that is logged, are those without
+    weights; with weights of 1 nothing differs, bit by bit.
+    """
+
+    def run(**inputs: Any) -> Any:
+        outputs = model(**inputs)
+        logps_2BL = outputs.log_probs
+        weights_2B1 = torch.tensor([*pair_weights_B, *pair_weights_B])[:, None].to(logps_2BL)
+        fixed_2BL = logps_2BL.detach()
+        outputs.log_probs = fixed_2BL + weights_2B1 * (logps_2BL - fixed_2BL)
+        return outputs
 
     return run
 

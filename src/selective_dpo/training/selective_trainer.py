@@ -12,14 +12,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from datasets import Dataset
+from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 from trl import DPOConfig
 
-from selective_dpo.curriculum.table import DIFFICULTY, PAIR_ID, Curriculum
+from selective_dpo.curriculum.table import DIFFICULTY, PAIR_ID, WEIGHT, Curriculum, with_weights
 from selective_dpo.errors import ArtifactError, ConfigError, IdentityError, ModelError, name_some
 from selective_dpo.identity import ids_digest
 from selective_dpo.logprobs.rows import part_lengths
+from selective_dpo.losses import LOSSES, loss_names
 from selective_dpo.models import require_full_model
 from selective_dpo.storage.artifacts import read_json, write_atomic
 from selective_dpo.training.batching import PairBatch, is_tokenized
@@ -34,7 +36,8 @@ class SelectiveDPOTrainer(PairTrainer):
     Rows are matched by `pair_id` (a column, or computed from prompt, chosen and rejected). Everything
     else, any `loss_type` included, is TRL's, but for what `PairTrainer` says. The mean difficulty of the
     pairs since the last log entry is logged as `difficulty`, and `consumed_order` says which order was
-    really trained on.
+    really trained on. Where the curriculum has weights (`select.action`), each pair's gradient is multiplied
+    by its own; the loss that is logged is the one without weights.
 
     Args:
         curriculum: Selected pairs and their order; by name only.
@@ -95,7 +98,10 @@ class SelectiveDPOTrainer(PairTrainer):
                 "ref_model would have no effect: the rows carry its log-probs; give the one or the other"
             )
         ids: list[str] = ordered[PAIR_ID][:]
-        self._order_log = OrderLog(ids)
+        self._has_weights = WEIGHT in curriculum.table.column_names
+        if self._has_weights:
+            _require_weights_kept(args)
+        self._order_log = OrderLog(ids, ordered[WEIGHT][:] if self._has_weights else None)
         self._position = {name: position for position, name in enumerate(ids)}
         self._difficulty_P = np.asarray(ordered[DIFFICULTY][:], dtype=np.float64)
         super().__init__(
@@ -142,11 +148,22 @@ class SelectiveDPOTrainer(PairTrainer):
         # Before the update's pairs are grouped by length: their order within it is the curriculum's.
         for batch in batches:
             positions = torch.tensor([self._position[name] for name in batch.ids])
-            everyones = self.accelerator.gather(positions.to(self.accelerator.device))
-            own = self._order_log.add(everyones.tolist())
+            own = self._order_log.add(self._of_all(positions), self._weights_of(batch))
             # TRL logs the mean of this list, so one entry a pair gives the mean over pairs, whatever the
             # sizes of the batches.
             self._metrics["train"][DIFFICULTY].extend(self._difficulty_P[own].tolist())
+
+    def _weights_of(self, batch: PairBatch) -> list[float] | None:
+        if not self._has_weights:
+            return None
+        return self._of_all(torch.tensor(batch.pair_weights, dtype=torch.float64))
+
+    def _of_all(self, values: Tensor) -> list[Any]:
+        """The values of all processes, rank by rank."""
+        if self.accelerator.num_processes > 1:
+            values = self.accelerator.gather(values.to(self.accelerator.device))
+        everyones: list[Any] = values.tolist()
+        return everyones
 
 
 _KEEPS_ORDER: dict[str, tuple[Any, str]] = {
@@ -168,6 +185,20 @@ def _require_order_kept(args: DPOConfig) -> None:
         value = attrgetter(name)(args)
         if (value or False) != needed:
             raise ConfigError(f"{name}={value!r} would {effect}: set it to {needed!r}")
+
+
+def _require_weights_kept(args: DPOConfig) -> None:
+    """Refuse losses in which a pair has no share of its own, and batches that are no pairs."""
+    names = loss_names(vars(args))
+    if not LOSSES.keys() >= set(names):
+        raise ConfigError(
+            f"the curriculum has weights, and loss_type {', '.join(names)} is not a mean over pairs: use "
+            "another loss, or a curriculum without down-weight"
+        )
+    if args.accelerator_config.split_batches:
+        raise ConfigError(
+            "accelerator_config.split_batches=True would lose the curriculum's weights: leave it out"
+        )
 
 
 def _check_lengths(rows: Any, max_length: int | None) -> None:
@@ -204,7 +235,8 @@ class ConsumedOrder(NamedTuple):
     repeated_to_fill: int
     """Rows that the data loader repeated so that the last batch of an epoch is full on every process."""
     expected_digest: str
-    """SHA-256 of the curriculum's order, run through as often as was consumed."""
+    """SHA-256 of the curriculum's order, run through as often as was consumed. Of a curriculum with weights
+    it is that of ids with their weights (`Curriculum.certified_order`)."""
     consumed_digest: str
     """SHA-256 of the order consumed."""
 
@@ -231,23 +263,27 @@ class OrderLog:
     counted apart.
     """
 
-    def __init__(self, order: Sequence[str]) -> None:
+    def __init__(self, order: Sequence[str], weights: Sequence[float] | None = None) -> None:
         self._order = list(order)
+        self._weights = None if weights is None else list(weights)
         self.start_training()
 
     def start_training(self) -> None:
         """Forget an earlier training."""
         self._repeated = 0
         self._consumed: list[int] = []
+        self._consumed_weights: list[float] = []
 
-    def add(self, positions: Sequence[int]) -> list[int]:
+    def add(self, positions: Sequence[int], weights: Sequence[float] | None = None) -> list[int]:
         """One global batch: positions in the curriculum's order, over all processes, rank by rank.
 
-        Returns those of them that do not merely fill the batch.
+        With them the weights that the pairs have in training, where the curriculum has any. Returns those
+        positions that do not merely fill the batch.
         """
         own = list(positions[: len(self._order) - len(self._consumed) % len(self._order)])
         self._repeated += len(positions) - len(own)
         self._consumed += own
+        self._consumed_weights += (weights or [])[: len(own)]
         return own
 
     def write_state(self, folder: Path) -> None:
@@ -256,6 +292,7 @@ class OrderLog:
             "curriculum": ids_digest(self._order),
             "repeated_to_fill": self._repeated,
             "positions": self._consumed,
+            **({} if self._weights is None else {"weights": self._consumed_weights}),
         }
         write_atomic(folder / STATE, json.dumps(state) + "\n")
 
@@ -274,22 +311,28 @@ class OrderLog:
                 f"{folder} does not say in {STATE} which pairs were consumed before it: go on from a "
                 "checkpoint of SelectiveDPOTrainer, or begin anew"
             )
+        weights = state.get("weights", [])
+        if len(weights) != (0 if self._weights is None else len(positions)):
+            raise IdentityError(
+                f"{path} is of a training with{'' if weights else 'out'} weights, and this curriculum has "
+                f"{'none' if weights else 'some'}: go on with the one it is of, or begin anew"
+            )
         own, other = ids_digest(self._order), state.get("curriculum")
         if other != own or max(positions, default=0) >= len(self._order):
             raise IdentityError(
                 f"{path} is of a training on another curriculum (the digest of its order is "
                 f"{str(other)[:12]}, here {own[:12]}): go on with that one, or begin anew"
             )
-        self._consumed, self._repeated = positions, repeated
+        self._consumed, self._repeated, self._consumed_weights = positions, repeated, weights
 
     def result(self) -> ConsumedOrder:
         """Compare what was consumed with the curriculum's order, repeated per epoch."""
         consumed, pairs = len(self._consumed), len(self._order)
-        expected = (self._order * -(-consumed // max(1, pairs)))[:consumed]
-        return ConsumedOrder(
-            pairs,
-            consumed,
-            self._repeated,
-            ids_digest(expected),
-            ids_digest([self._order[position] for position in self._consumed]),
-        )
+        expected, found = self._order, [self._order[position] for position in self._consumed]
+        if self._weights is not None:
+            expected, found = (
+                with_weights(expected, self._weights),
+                with_weights(found, self._consumed_weights),
+            )
+        expected = (expected * -(-consumed // max(1, pairs)))[:consumed]
+        return ConsumedOrder(pairs, consumed, self._repeated, ids_digest(expected), ids_digest(found))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -18,7 +19,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import hash_module
 from typing_extensions import override
 
-from selective_dpo.curriculum.table import PAIR_ID
+from selective_dpo.curriculum.table import PAIR_ID, WEIGHT
 from selective_dpo.data.adapters import DropReason, read_pair
 from selective_dpo.errors import ConfigError, DataError, NotFiniteError, name_some
 from selective_dpo.logprobs.packing_support import PathName, RowCollator
@@ -40,6 +41,7 @@ from selective_dpo.training.batching import (
     row_model,
     token_columns,
     weigh_equally,
+    weighted,
 )
 
 if TYPE_CHECKING:
@@ -171,6 +173,10 @@ def _on_any_process(trainer: Any, flag: Tensor) -> bool:
 # --- the trainer --------------------------------------------------------------------------------------------
 
 
+def _as_it_is(model: Any) -> Any:
+    return model
+
+
 _IN_ROWS = object()
 """Given to TRL as the reference model: it then loads none of its own."""
 
@@ -198,6 +204,9 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
     Raises:
         ConfigError: `path` is none of these, or the model's attention cannot be trained on this device.
     """
+
+    _has_weights = False
+    """Whether each training row has a weight (`curriculum.table.WEIGHT`)."""
 
     def __init__(
         self,
@@ -279,8 +288,8 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         columns: list[str] = self._signature_columns
-        if PAIR_ID not in columns:
-            self._signature_columns: Any = [*columns, PAIR_ID]
+        own = [PAIR_ID, WEIGHT] if self._has_weights else [PAIR_ID]
+        self._signature_columns: Any = [*columns, *(name for name in own if name not in columns)]
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: DPOConfig, dataset_name: str
@@ -395,8 +404,11 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
         """TRL's loss of the pairs in `batch`, the blank ones included."""
         if self._rows == "unknown":  # at the first batch, when the model is where it is trained
             self._rows = row_collator(self, model, self._path)
+        weigh: Callable[[Any], Any] = _as_it_is
+        if self._has_weights and model.training:  # rows to evaluate have none
+            weigh = partial(weighted, pair_weights_B=batch.pair_weights)
         if self._rows is None or not batch.is_text:
-            plain: Tensor = super().compute_loss(model, self._plain_inputs(batch))
+            plain: Tensor = super().compute_loss(weigh(model), self._plain_inputs(batch))
             return plain
         device, is_given = self.accelerator.device, self.precompute_ref_logps
         rows = self._rows(token_columns(batch)).to(device)
@@ -407,7 +419,7 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]  # TRL ships no types
         # TRL reads the log-probs from the batch where it believes them computed beforehand.
         self.precompute_ref_logps = True
         try:
-            loss: Tensor = super().compute_loss(row_model(model, self.accelerator, rows), inputs)
+            loss: Tensor = super().compute_loss(weigh(row_model(model, self.accelerator, rows)), inputs)
         finally:
             self.precompute_ref_logps = is_given
         return loss
