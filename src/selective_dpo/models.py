@@ -185,16 +185,22 @@ def require_full_model(path: str, revision: str = "main") -> None:
         base = str(read_json(Path(adapter)).get("base_model_name_or_path"))
     merged = f"{folder if folder.is_dir() else folder.name}-merged"
     has_tokenizer = not folder.is_dir() or (folder / "tokenizer_config.json").is_file()
-    source, tokenizer, target = map(json.dumps, (path, path if has_tokenizer else base, merged))
-    command = (
-        "from peft import AutoPeftModelForCausalLM as P; from transformers import AutoTokenizer as T; "
-        f"P.from_pretrained({source}).merge_and_unload().save_pretrained({target}); "
-        f"T.from_pretrained({tokenizer}).save_pretrained({target})"
-    )
+    command = merge_command(path, path if has_tokenizer else base, merged)
     raise ModelError(
         f"model {path!r} is a PEFT adapter of {base!r}, whose place a new adapter would take: merge it with "
-        f"python -c {shlex.quote(command)} and name {merged!r}"
+        f"{command} and name {merged!r}"
     )
+
+
+def merge_command(adapter: str, tokenizer: str, merged: str) -> str:
+    """What to type to merge a PEFT adapter into its base, as the folder `merged`."""
+    source, named, target = map(json.dumps, (adapter, tokenizer, merged))
+    program = (
+        "from peft import AutoPeftModelForCausalLM as P; from transformers import AutoTokenizer as T; "
+        f"P.from_pretrained({source}).merge_and_unload().save_pretrained({target}); "
+        f"T.from_pretrained({named}).save_pretrained({target})"
+    )
+    return f"python -c {shlex.quote(program)}"
 
 
 def shown_path(text: str) -> str:

@@ -148,6 +148,13 @@ class ReportContent:
         return self.agreement.get("chance_loss", LN_2) if self.is_loss else None
 
     @property
+    def digits(self) -> int:
+        """Decimals that show the middle half of the difficulties in two digits: a narrow range needs more."""
+        low, high = np.quantile(self.curriculum.difficulty_P, (0.25, 0.75))
+        width = float(high - low)
+        return 3 if width <= 0.0 else min(6, max(3, 1 - math.floor(math.log10(width))))
+
+    @property
     def unit(self) -> str:
         """What stands behind "difficulty" at an axis."""
         if self.chance == LN_2:

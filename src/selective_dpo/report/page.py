@@ -9,6 +9,7 @@ import base64
 import hashlib
 import json
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -30,6 +31,7 @@ from selective_dpo.evaluation.results import (
     main_measure,
 )
 from selective_dpo.losses import LN_2
+from selective_dpo.models import merge_command
 from selective_dpo.report.content import CURVES, DropCount, ReportContent, load_report_content
 from selective_dpo.report.figures import FIGURES, spearman_in_words
 from selective_dpo.report.issues import flag_rows, planted_lines
@@ -356,6 +358,36 @@ def headline(content: ReportContent) -> list[str]:
     )
 
 
+def closing(run_folder: Path) -> list[str]:
+    """What a finished run says last: headline, agreement, where the policy is, and what comes next."""
+    content = load_report_content(run_folder)
+    lines = [*headline(content), *_agreement_sentence(content), ""]
+    policy = run_folder / "policy"
+    lines.append(f"policy: {policy}")
+    if (policy / "adapter_config.json").is_file():
+        merge = merge_command(str(policy), str(policy), f"{policy}-merged")
+        lines.append(f"  an adapter: load it with peft, or merge it: {merge}")
+    shown = shlex.quote(str(run_folder))
+    return [
+        *lines,
+        f"next: selective-dpo inspect {shown} --web     # the report, with every pair",
+        f"      selective-dpo issues {shown}            # which pairs look wrong",
+        f"      selective-dpo export {shown} --format trl --out {shlex.quote(str(run_folder / 'trl'))}",
+    ]
+
+
+def _agreement_sentence(content: ReportContent) -> list[str]:
+    found = [estimate_from_json(entry["spearman"]) for entry in content.agreement.get("seeds") or []]
+    known = sorted((each for each in found if np.isfinite(each.value)), key=lambda each: each.value)
+    if not known:
+        return []
+    least = known[0]
+    return [
+        f"Repetitions of the scoring agree to {least.value:.2f} at least (Spearman, 95% interval "
+        f"{least.low:.2f} to {least.high:.2f})."
+    ]
+
+
 def _strongest_correlate(content: ReportContent) -> list[str]:
     """The length that difficulty follows most closely; nothing where no interval is clear of zero."""
     clear = [each for each in content.length_correlations if _side(each.spearman, 0.0)]
@@ -383,7 +415,12 @@ def _evaluation_sentences(results: EvaluationResults) -> list[str]:
     elif own:
         sentences.append(
             f"The policy trained on them prefers the chosen answer in {own.value:.1%} of the held-out pairs "
-            f"({_interval(own)})."
+            f"({_interval(own)}): "
+            + (
+                "the interval holds 50%, so this shows nothing; more pairs in data.test narrow it.",
+                "better than chance.",
+                "worse than chance.",
+            )[_side(own, 0.5)]
         )
     for arm in results.arms:
         if arm.name in (SELECTED, REFERENCE) or not arm.difference:

@@ -130,10 +130,9 @@ def displacement_notes(results: EvaluationResults) -> list[str]:
     for arm in results.policies:
         held_out = arm.held_out
         if held_out is not None and held_out.both_fall:
-            chosen, rejected = (
-                number_with_interval(change, 1)
-                for change in (held_out.chosen_change, held_out.rejected_change)
-            )
+            changes = (held_out.chosen_change, held_out.rejected_change)
+            decimals = 1 if all(change and abs(change.value) >= 1.0 for change in changes) else 3
+            chosen, rejected = (number_with_interval(change, decimals) for change in changes)
             notes.append(
                 f"Warning: {arm.name} makes the chosen answers of held-out pairs less likely ({chosen} "
                 f"nats), as the rejected ones ({rejected}): look at its answers before you use it, and try a "

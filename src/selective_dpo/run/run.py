@@ -21,7 +21,7 @@ from selective_dpo.distributed.launch import relaunch, under_a_launcher
 from selective_dpo.distributed.processes import leave_group, this_process, wait_for_everyone
 from selective_dpo.errors import ConfigError, name_some
 from selective_dpo.evaluation.evaluate import check_evaluation
-from selective_dpo.report.page import write_report
+from selective_dpo.report.page import closing, write_report
 from selective_dpo.report.study import STUDY, study_findings, study_text
 from selective_dpo.run.doctor import require_sound
 from selective_dpo.run.folder import RunDirectory, alone
@@ -137,6 +137,8 @@ def run_all(run: Run) -> Path:
     with alone(run.folder.root):
         bring_up(run, "evaluation")
         path = report(run)
+        if this_process().is_main_process:
+            run.tell("\n" + "\n".join(closing(run.folder.root)))
         push(run)  # last: the hub may fail, and everything else is there then
     return path
 
