@@ -41,7 +41,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_readmes_example_runs(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     readme = (REPOSITORY / "README.md").read_text("utf-8")
     blocks: list[str] = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
-    (example,) = [block for block in blocks if "score_difficulty" in block]
+    (example,) = [block for block in blocks if "from_json" in block]
     # Half of them in batches of 8 make the protocol's five evaluations.
     tiny_pairs_file(workplace / "pairs.jsonl", 84, seed=2, chat=True)
     variables: dict[str, Any] = {}
@@ -53,6 +53,23 @@ def test_the_readmes_example_runs(workplace: Path, capsys: pytest.CaptureFixture
     assert np.isfinite(curriculum.difficulty_P).all()
     # DPOConfig's default is three epochs.
     assert trainer.consumed_order.consumed_digest == ids_digest(3 * curriculum.order)
+
+
+@pytest.mark.slow
+def test_the_readmes_first_example_runs_with_a_data_set_and_a_model_from_here(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readme = (REPOSITORY / "README.md").read_text("utf-8")
+    blocks: list[str] = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    example = next(block for block in blocks if "load_dataset" in block)
+    assert len([line for line in example.splitlines() if line.strip()]) <= 8
+    tiny_pairs_file(workplace / "pairs.jsonl", 40, seed=2, chat=True)
+    local = Dataset.from_json(str(workplace / "pairs.jsonl"))
+    monkeypatch.setattr("datasets.load_dataset", lambda name, split: local)
+    example = example.replace("Qwen/Qwen2.5-0.5B-Instruct", "my-sft-model")
+    variables: dict[str, Any] = {}
+    exec(compile(example, "README.md", "exec"), variables)
+    assert len(variables["curriculum"].order) == 20
 
 
 def test_scoring_keeps_what_is_measured_and_raw_rows_can_be_trained_on(workplace: Path) -> None:
