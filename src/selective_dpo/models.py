@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import json
 import logging
 import re
@@ -16,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from selective_dpo.config import ModelConfig
@@ -54,7 +55,7 @@ def loading(what: str, path: str) -> Iterator[None]:
         raise ModelError(_explain(what, path, error)) from error
 
 
-def load_policy(config: ModelConfig, *, device_map: str | None = None) -> Any:
+def load_policy(config: ModelConfig, *, device_map: str | dict[str, int] | None = None) -> Any:
     """The starting policy, in training precision, on the CPU or wherever a trainer will move it.
 
     With `device_map="meta"` the names and shapes of its weights are read, and no numbers.
@@ -63,6 +64,12 @@ def load_policy(config: ModelConfig, *, device_map: str | None = None) -> Any:
         ModelError: it cannot be loaded, or lacks weights; only safetensors are read. As `load_model_config`.
     """
     load_model_config(config)
+    quantized: dict[str, Any] = {}
+    if config.quantization and device_map != "meta":
+        require_quantization(config)
+        # Each process on its own device: the weights cannot be moved in another type afterwards.
+        quantized = {"quantization_config": quantization_config(config)}
+        device_map = {"": torch.accelerator.current_device_index()}
     with loading("model", config.path):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             config.path,
@@ -72,6 +79,7 @@ def load_policy(config: ModelConfig, *, device_map: str | None = None) -> Any:
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,
             device_map=device_map,
+            **quantized,
             output_loading_info=True,
         )
     model, found = loaded
@@ -81,6 +89,36 @@ def load_policy(config: ModelConfig, *, device_map: str | None = None) -> Any:
             "which would be random numbers: are they those that config.json describes?"
         )
     return model
+
+
+def quantization_config(config: ModelConfig) -> BitsAndBytesConfig:
+    """QLoRA's: NF4 with double quantization, computing in the model's type (Dettmers et al. 2023, NeurIPS).
+
+    Numbers are stored in the model's type, too, so that FSDP can shard them like any weights.
+    """
+    dtype = getattr(torch, config.dtype)
+    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype,
+    )
+
+
+def require_quantization(config: ModelConfig) -> None:
+    """Refuse `quantization` where it cannot be done.
+
+    Raises:
+        ModelError: bitsandbytes is not installed, or there is no GPU.
+    """
+    absent = "bitsandbytes" if importlib.util.find_spec("bitsandbytes") is None else ""
+    absent = absent or ("a GPU" if not torch.cuda.is_available() else "")
+    if config.quantization and absent:
+        raise ModelError(
+            f"model.quantization: {config.quantization} needs {absent}, which is not there: install the gpu "
+            "extra on a machine with a GPU, or leave it out"
+        )
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
@@ -223,9 +261,12 @@ def model_digest(config: ModelConfig) -> str:
     if folder.is_dir():
         files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".json"))
         digests = {path.name: file_digest(path) for path in files}
-        return digest({**digests, **(remote_code(config) or {})})
-    commit = getattr(load_model_config(config), "_commit_hash", None)
-    return digest({"hub": config.path, "commit": commit or config.revision})
+        found = {**digests, **(remote_code(config) or {})}
+    else:
+        commit = getattr(load_model_config(config), "_commit_hash", None)
+        found = {"hub": config.path, "commit": commit or config.revision}
+    # Weights in 4 bits are others; without them the digest is what it was before there were any.
+    return digest(found | ({"quantization": config.quantization} if config.quantization else {}))
 
 
 def remote_code(config: ModelConfig) -> dict[str, str] | None:

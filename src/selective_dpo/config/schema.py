@@ -103,6 +103,9 @@ class ModelConfig(Block):
     """Full fine-tuning holds the weights in float32 and computes in mixed precision (DeepSpeed has a float32
     copy). `false`: pure `dtype`, in which an update is lost wherever it is smaller than rounding; in
     bfloat16 at the usual rates, that is nearly everywhere."""
+    quantization: Literal["", "4bit"] = ""
+    """`4bit`: the frozen weights under adapters are held in 4 bits (NF4 with double quantization, by
+    bitsandbytes on a GPU: QLoRA), for scoring, training and evaluation alike. Needs `lora` in both stages."""
     attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] = "sdpa"
     """transformers' `attn_implementation`."""
     chat_template: PathText = ""
@@ -749,6 +752,17 @@ class Recipe(Block):
             raise ValueError(
                 "select.from is for evaluate.controls; the run's own difficulty comes from elsewhere by "
                 f"curriculum: {self.select.source}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _quantized_weights_are_frozen(self) -> Self:
+        blocks = {"score": None if self.curriculum else self.score, "train": self.train}
+        full = [name for name, block in blocks.items() if block is not None and block.lora is None]
+        if self.model.quantization and full:
+            raise ValueError(
+                f"model.quantization: {self.model.quantization} holds frozen weights, and {full[0]}.lora is "
+                "null: all weights would be trained; give lora there, or leave quantization out"
             )
         return self
 

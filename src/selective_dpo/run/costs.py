@@ -43,6 +43,8 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 JobKind = Literal["reference", "scorer", "policy", "held-out", "answers"]
 
+_QUANTIZED_BYTES = 0.516
+"""Of a weight in 4 bits: 4.127 with the scales of its block (Dettmers et al. 2023, "QLoRA", section 3)."""
 _ADAPTER_BYTES = 4
 """PEFT keeps adapters in float32."""
 
@@ -296,7 +298,10 @@ def job_memory(recipe: Recipe, models: Models, kind: JobKind, lengths: PartLengt
     held: str = recipe.model.dtype
     if kind in ("reference", "scorer", "policy"):
         held = weights_dtype(recipe.model, block.lora, block.trainer)
-    weights = float(sizes.parameters * BYTES[held] + adapter * _ADAPTER_BYTES)
+    # Embeddings and norms are left as they are.
+    quantized = sizes.matrix_parameters if recipe.model.quantization else 0
+    base = (sizes.parameters - quantized) * BYTES[held] + quantized * _QUANTIZED_BYTES
+    weights = float(base + adapter * _ADAPTER_BYTES)
     if kind == "answers":
         longest = recipe.data.max_prompt_length + generation.max_new_tokens
         tokens = generation.batch_size * longest
@@ -425,6 +430,8 @@ def this_device() -> Device:
 
 def fits(config: ModelConfig, sizes: Architecture, device: Device) -> bool:
     """Whether the model's weights are a folder of this machine and take at most half of its memory."""
+    if config.quantization:
+        return False  # its speed is that of other kernels, and it needs a GPU of its own to be loaded
     size = sizes.parameters * BYTES[config.dtype]
     return Path(config.path).is_dir() and not (device.memory and size > device.memory / 2)
 

@@ -31,13 +31,13 @@ from selective_dpo.data.prepare import prepare_pairs
 from selective_dpo.data.sources import open_source, source_label
 from selective_dpo.data.store import load_ids, load_summary, load_tokens
 from selective_dpo.distributed.processes import this_process
-from selective_dpo.errors import ConfigError, IdentityError, SelectiveDPOError
+from selective_dpo.errors import ConfigError, IdentityError, ModelError, SelectiveDPOError
 from selective_dpo.evaluation.benchmarks import longest_sequence, question_file, read_questions
 from selective_dpo.evaluation.evaluate import check_evaluation, policy_names
 from selective_dpo.evaluation.generate import encode_prompt
 from selective_dpo.evaluation.judges import judge_for
 from selective_dpo.logprobs.reference import TRIED, require_finite_start
-from selective_dpo.models import damaged_weights, load_policy, load_tokenizer
+from selective_dpo.models import damaged_weights, load_policy, load_tokenizer, require_quantization
 from selective_dpo.run.costs import (
     Device,
     Disk,
@@ -299,6 +299,13 @@ def check_optional_packages(recipe: Recipe) -> Iterator[Check]:
             else:
                 remedy = f"install {package}, or change the option"
                 yield Check("FAIL", name, f"{module} is not installed", remedy)
+    if recipe.model.quantization:
+        name = f"model.quantization {recipe.model.quantization}"
+        try:
+            require_quantization(recipe.model)
+            yield Check("ok", name, "bitsandbytes and a GPU")
+        except ModelError as error:
+            yield Check("FAIL", name, str(error), "leave it out")
     attention = recipe.model.attention
     if has_attention(attention):
         yield Check("ok", "attention", attention)
