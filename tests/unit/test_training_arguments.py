@@ -15,6 +15,7 @@ from selective_dpo.errors import ConfigError
 from selective_dpo.training.arguments import (
     autocast_dtype,
     dpo_arguments,
+    fsdp_recomputes,
     lora_config,
     optimizer_steps,
     training_settings,
@@ -225,3 +226,24 @@ def test_trl_gets_the_accumulation(tmp_path: Path) -> None:
         sequential=True,
     )
     assert args.gradient_accumulation_steps == 8
+
+
+# --- FSDP in transformers 5's own form ----------------------------------------------------------------------
+
+
+def test_fsdp_may_be_true() -> None:
+    check_dpo_options({"fsdp": True, "bf16": False}, "train.trainer", "train")
+    with pytest.raises(ConfigError, match="fsdp"):
+        check_dpo_options({"fsdp": 3}, "train.trainer", "train")
+
+
+@pytest.mark.parametrize("name", ["activation_checkpointing", "fsdp_activation_checkpointing"])
+def test_activations_are_not_recomputed_twice_where_fsdp_does_it(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert fsdp_recomputes({"fsdp": True, "fsdp_config": {name: True}})
+    assert not fsdp_recomputes({"fsdp": True, "fsdp_config": {name: False}}) and not fsdp_recomputes({})
+    monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "true")
+    assert not fsdp_recomputes({})
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert fsdp_recomputes({})

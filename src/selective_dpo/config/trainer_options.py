@@ -156,8 +156,12 @@ _NARROWER: Settings = {
 }
 """Types that replace the libraries' own, which find out late that such a number is wrong."""
 
-_ALSO: Settings = {"init_lora_weights": Annotated[str, Field(pattern="^pissa_niter_[0-9]+$")]}
-"""Types beside the libraries' own: PEFT's annotation has a placeholder for this number."""
+_ALSO: Settings = {
+    "init_lora_weights": Annotated[str, Field(pattern="^pissa_niter_[0-9]+$")],
+    "fsdp": bool,
+}
+"""Types beside the libraries' own: PEFT's annotation has a placeholder for this number, and transformers' is
+that of an older form of `fsdp`."""
 
 NEEDS_MORE = (
     "deepspeed",

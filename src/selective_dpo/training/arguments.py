@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,7 +61,7 @@ def dpo_arguments(
     given.setdefault("seed", seed)
     if "gradient_checkpointing" not in given and hasattr(DPOConfig, "activation_checkpointing"):
         # TRL's own default, by the name that transformers does not warn about.
-        given.setdefault("activation_checkpointing", True)
+        given.setdefault("activation_checkpointing", not fsdp_recomputes(settings))
     try:
         return DPOConfig(
             output_dir=str(output_dir),
@@ -73,6 +74,19 @@ def dpo_arguments(
         )
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"trainer settings: {str(error).strip().splitlines()[0]}") from error
+
+
+def fsdp_recomputes(settings: Settings) -> bool:
+    """Whether FSDP recomputes activations itself, by the recipe or the launcher: twice would be refused."""
+    config = settings.get("fsdp_config")
+    own = config if isinstance(config, dict) else {}
+    asked = own.get("activation_checkpointing", own.get("fsdp_activation_checkpointing", False))
+    launched = all(_is_set(name) for name in ("ACCELERATE_USE_FSDP", "FSDP_ACTIVATION_CHECKPOINTING"))
+    return str(asked).lower() == "true" or launched
+
+
+def _is_set(name: str) -> bool:
+    return os.environ.get(name, "false").lower() in ("1", "true")
 
 
 # The rest is read from the recipe, since to make a `DPOConfig` changes the process: with ZeRO-3 in it,
