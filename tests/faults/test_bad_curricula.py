@@ -311,7 +311,7 @@ def test_other_data_are_refused(tmp_path: Path) -> None:
         }
     )
     with pytest.raises(
-        IdentityError, match=rf"2 of 2 selected pairs are not among these pairs: {made.order[0]}, "
+        IdentityError, match=rf"2 of 2 pairs of the curriculum are not among these pairs: {made.order[0]}, "
     ):
         export_curriculum(made, tmp_path / "out.jsonl", "jsonl", pairs=pairs)
     assert not list(tmp_path.iterdir())

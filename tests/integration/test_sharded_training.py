@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from selective_dpo.config.load import make_recipe
+from selective_dpo.curriculum.table import Curriculum
 from selective_dpo.logprobs.reference import load_reference
 from selective_dpo.storage.artifacts import read_json, verify_folder
 from tests.fixtures.fork_server import ForkServer
-from tests.fixtures.models import TRAINER, recipe_file, tiny_model_folder, tiny_pairs_file, tiny_recipe
+from tests.fixtures.models import LORA, TRAINER, recipe_file, tiny_model_folder, tiny_pairs_file, tiny_recipe
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FSDP2 = {
@@ -54,6 +58,8 @@ def run_of(
     sharding: str = "",
     dtype: str = "float32",
     launcher: dict[str, str] | None = None,
+    lora: dict[str, Any] | None = None,
+    score: dict[str, Any] | None = None,
 ) -> Path:
     """`selective-dpo evaluate` on two processes: two scorers that are kept, a policy, held-out pairs.
 
@@ -61,7 +67,7 @@ def run_of(
     must have happened.
     """
     settings = {**TRAINER, "per_device_train_batch_size": 2, **trainer}
-    stage = {"lora": None, "trainer": settings}
+    stage = {"lora": lora, "trainer": settings}
     test = tiny_pairs_file(folder / "test.jsonl", 6, seed=5)
     recipe = tiny_recipe(
         folder,
@@ -71,6 +77,8 @@ def run_of(
         train=stage,
         launch={"processes": 2, "checkpoint_steps": 1},
     )
+    if score:
+        recipe = make_recipe({**recipe.model_dump(mode="json", exclude_unset=True), "score": score})
     environment = dict(launcher or {})
     if "deepspeed" in trainer:
         environment["DS_ACCELERATOR"] = "cpu"
@@ -81,6 +89,7 @@ def run_of(
         assert (f"sharding: {sharding}" in each.errors) if sharding else ("sharding:" not in each.errors)
     run = folder / "runs" / "tiny"
     verify_folder(run / "policy")
+    assert read_json(run / "policy" / "order.json")["matches"] is True
     assert not (run / "checkpoints").exists()
     assert not [path for path in run.rglob("*") if path.suffix in (".pt", ".bin")]
     return run
@@ -90,7 +99,13 @@ def trained(run: Path) -> dict[str, dict[str, torch.Tensor]]:
     """The weights of each model that a run has kept."""
     folders = {"policy": run / "policy", **{path.parent.name: path for path in run.glob("scores/*/scorer")}}
     assert sorted(folders) == ["policy", "seed41-fold0", "seed41-fold1"]
-    return {name: load_file(folder / "model.safetensors") for name, folder in folders.items()}
+    return {name: weights_in(folder) for name, folder in folders.items()}
+
+
+def weights_in(folder: Path) -> dict[str, torch.Tensor]:
+    """Of a whole model, or of an adapter."""
+    adapter = folder / "adapter_model.safetensors"
+    return load_file(adapter if adapter.is_file() else folder / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -104,10 +119,14 @@ def plain(tmp_path_factory: pytest.TempPathFactory, model: Path, server: ForkSer
     return run_of(server, tmp_path_factory.mktemp("plain"), model, {})
 
 
+ZERO_2 = {**ZERO, "zero_optimization": {"stage": 2}}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("trainer", "sharding"),
     [
+        pytest.param({"deepspeed": ZERO_2}, "DEEPSPEED", id="zero2", marks=needs_deepspeed),
         pytest.param(FSDP2, "FSDP", id="fsdp2-sharded-state-dict"),
         pytest.param({"deepspeed": ZERO}, "DEEPSPEED", id="zero3-without-gathering", marks=needs_deepspeed),
     ],
@@ -154,3 +173,104 @@ def test_a_sharded_bfloat16_policy_is_saved_in_bfloat16(
     assert found.pair_ids == expected.pair_ids
     # Up to 20 tokens of some 5 nats each, of which bfloat16 keeps two or three digits.
     np.testing.assert_allclose(found.chosen_P, expected.chosen_P, atol=0.5)
+
+
+@pytest.fixture(scope="module")
+def plain_adapters(tmp_path_factory: pytest.TempPathFactory, model: Path, server: ForkServer) -> Path:
+    """The run with adapters in plain data parallel."""
+    return run_of(server, tmp_path_factory.mktemp("adapters"), model, {}, lora=LORA)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("trainer", "sharding"),
+    [
+        pytest.param(FSDP2, "FSDP", id="fsdp2"),
+        pytest.param({"deepspeed": ZERO}, "DEEPSPEED", id="zero3", marks=needs_deepspeed),
+    ],
+)
+def test_sharded_adapters_are_those_of_data_parallel(
+    trainer: dict[str, Any],
+    sharding: str,
+    plain_adapters: Path,
+    model: Path,
+    tmp_path: Path,
+    server: ForkServer,
+) -> None:
+    run = run_of(server, tmp_path, model, trainer, sharding=sharding, lora=LORA)
+    expected, found = trained(plain_adapters), trained(run)
+    for name, weights in found.items():
+        assert weights.keys() == expected[name].keys() and weights
+        for each, weight in weights.items():
+            torch.testing.assert_close(weight, expected[name][each], rtol=0, atol=1e-5)
+    losses = [
+        [arm["held_out"]["loss"]["value"] for arm in read_json(each / "evaluation" / "results.json")["arms"]]
+        for each in (plain_adapters, run)
+    ]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_one_step_scores_and_a_sharded_training_follows(
+    model: Path, tmp_path: Path, server: ForkServer
+) -> None:
+    """The passes of one-step are data parallel; the training after them is spread. The records are those of
+    one process, and so is the order."""
+    score = {"protocol": "one-step", "lora": None, "trainer": {"beta": 0.1, "bf16": False}}
+    runs = []
+    for name, trainer, sharding in (("plain", {}, ""), ("sharded", FSDP2, "FSDP")):
+        (tmp_path / name).mkdir()
+        runs.append(run_of(server, tmp_path / name, model, trainer, sharding=sharding, score=score))
+    plain, sharded = (Curriculum.load(run) for run in runs)
+    np.testing.assert_allclose(sharded.difficulty_P, plain.difficulty_P, atol=1e-6)
+    assert sharded.order == plain.order
+    for each, weight in weights_in(runs[1] / "policy").items():
+        torch.testing.assert_close(weight, weights_in(runs[0] / "policy")[each], rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("trainer", "environment"),
+    [
+        pytest.param(FSDP2, {}, id="fsdp2"),
+        pytest.param({"deepspeed": ZERO_2}, {"DS_ACCELERATOR": "cpu"}, id="zero2", marks=needs_deepspeed),
+    ],
+)
+def test_a_sharded_training_that_is_stopped_goes_on_to_the_same_end(
+    trainer: dict[str, Any], environment: dict[str, str], model: Path, tmp_path: Path, server: ForkServer
+) -> None:
+    """SIGTERM to both processes; the same command again ends with the same weights and order."""
+    ends = {}
+    for name in ("whole", "stopped"):
+        folder = tmp_path / name
+        folder.mkdir()
+        recipe = tiny_recipe(
+            folder,
+            model={"path": str(model)},
+            score={"protocol": "custom", "evaluations": 1},
+            train={"lora": None, "trainer": {**TRAINER, "num_train_epochs": 40, **trainer}},
+            launch={"processes": 2, "checkpoint_steps": 20},
+        )
+        command = ("-m", "tests.fixtures.sharding", "train", recipe_file(recipe, folder / "recipe.yaml"))
+        run = folder / "runs" / "tiny"
+        if name == "stopped":
+            ranks = server.start_ranks(2, *command, environment=environment)
+            until = time.monotonic() + 120
+            while not _has_checkpoint(run) and time.monotonic() < until:
+                time.sleep(0.02)
+            for rank in ranks:
+                rank.send_signal(signal.SIGTERM)
+            assert [rank.wait() for rank in ranks] == [75, 75]
+            assert not (run / "policy").exists()
+        ended = server.run_ranks(2, *command, environment=environment)
+        assert [each.code for each in ended] == [0, 0], ended
+        ends[name] = run / "policy"
+    whole, stopped = (read_json(ends[name] / "order.json") for name in ends)
+    assert stopped["matches"] is True and stopped["consumed_digest"] == whole["consumed_digest"]
+    for each, weight in weights_in(ends["stopped"]).items():
+        torch.testing.assert_close(weight, weights_in(ends["whole"])[each], rtol=0, atol=1e-5)
+
+
+def _has_checkpoint(run: Path) -> bool:
+    """Whether the training of the policy, after the scorers', has made one."""
+    return (run / "curriculum.json").is_file() and any((run / "checkpoints").glob("*/step-*"))

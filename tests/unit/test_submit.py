@@ -139,7 +139,13 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with commands that stand in for Slurm's, first on PATH."""
     folder = tmp_path / "fake"
     folder.mkdir()
-    for name, text in (("sbatch", SBATCH), ("squeue", SQUEUE), ("scancel", SCANCEL), ("scontrol", SCONTROL)):
+    for name, text in (
+        ("sleep", "#!/bin/bash\n"),
+        ("sbatch", SBATCH),
+        ("squeue", SQUEUE),
+        ("scancel", SCANCEL),
+        ("scontrol", SCONTROL),
+    ):
         (folder / name).write_text(text)
         (folder / name).chmod((folder / name).stat().st_mode | stat.S_IEXEC)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")

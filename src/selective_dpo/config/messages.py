@@ -159,11 +159,11 @@ def _explain_one(path: Sequence[int | str], complaint: ErrorDetails, schema: Sch
 
 def _unknown_key(key: str, given: object, block: Schema, schema: Schema) -> str:
     parent, _, leaf = key.rpartition(".")
-    known = list(block["properties"])
+    known = [name for option in options_of(block) for name in option.get("properties", {})]
     elsewhere = [place for place in dotted_keys(schema) if place.rpartition(".")[2] == leaf]
     hint = f"; did you mean {elsewhere[0]!r}?" if elsewhere else did_you_mean(leaf, known)
     if "quant" in leaf or leaf.startswith("load_in_"):
-        hint = "; quantization is not supported yet"
+        hint = "; weights in 4 bits are model.quantization: 4bit"
     elif not hint and "trainer" in known:
         hint = f"; TRL's DPOConfig keys go below {parent}.trainer"
     # An unknown key may be meant for a secret, and what is printed ends in logs.
