@@ -433,3 +433,39 @@ def test_scoring_takes_padded_rows_without_a_mask_where_they_cost_less(
     plain = _measure(model, "padded", _pairs())
     np.testing.assert_allclose(auto.chosen_P, plain.chosen_P, atol=1e-5)
     np.testing.assert_allclose(auto.rejected_P, plain.rejected_P, atol=1e-5)
+
+
+def test_a_block_mask_is_that_of_each_two_tokens_without_making_them() -> None:
+    """Against torch's own `create_block_mask`, which looks at each two tokens: the same blocks, partly or
+    wholly seen, for rows of every mixture of parts."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for _ in range(40):  # ends of prompt, chosen and rejected, anywhere in 5 blocks; some parts empty
+        ends = sorted(torch.randint(0, 641, (3,), generator=generator).tolist())
+        lengths = [ends[0], ends[1] - ends[0], ends[2] - ends[1], 640 - ends[2]]
+        kinds = (PROMPT, CHOSEN, REJECTED, PADDING)
+        rows.append(torch.cat([torch.full((size,), kind) for size, kind in zip(lengths, kinds, strict=True)]))
+    parts = torch.stack(rows)
+
+    def visible(
+        row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+    ) -> torch.Tensor:
+        return ((parts[row, key] == PROMPT) | (parts[row, key] == parts[row, query])) & (key <= query)
+
+    expected = create_block_mask(visible, len(parts), None, 640, 640, device="cpu")
+    found = block_mask(parts)
+    for name in ("kv_num_blocks", "full_kv_num_blocks"):
+        assert torch.equal(getattr(found, name).squeeze(1), getattr(expected, name).squeeze(1)), name
+    assert torch.equal(found.to_dense().squeeze(1), expected.to_dense().squeeze(1))
+    for name in ("kv", "full_kv"):
+        counts, mine, theirs = (
+            getattr(found, f"{name}_num_blocks"),
+            getattr(found, f"{name}_indices"),
+            getattr(expected, f"{name}_indices"),
+        )
+        for row in range(len(parts)):
+            for query in range(5):
+                count = int(counts[row, 0, query])
+                assert mine[row, 0, query, :count].tolist() == theirs[row, 0, query, :count].tolist()

@@ -192,15 +192,47 @@ def additive_mask(parts: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def block_mask(parts: Tensor) -> Any:
-    """The same rule as a FlexAttention `BlockMask`, which skips blocks that no token may see."""
-    from torch.nn.attention.flex_attention import create_block_mask
+    """The same rule as a FlexAttention `BlockMask`, which skips blocks that no token may see.
+
+    Of each two blocks it is told from the parts that are in them whether any token sees any, and whether all
+    see all: what is made has a cell for two blocks, not for two tokens. parts [B, T].
+    """
+    from torch.nn.attention.flex_attention import BlockMask
 
     def visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         shared = (parts[row, key] == PROMPT) | (parts[row, key] == parts[row, query])
         return shared & (key <= query)
 
     batch, width = parts.shape
-    return create_block_mask(visible, batch, None, width, width, device=parts.device)
+    blocks = -(-width // _FLEX_BLOCK)
+    # A last block that is not full is filled with what it has already: the parts in it stay the same.
+    filled = torch.cat([parts, parts[:, -1:].expand(-1, blocks * _FLEX_BLOCK - width)], dim=1)
+    kinds = torch.tensor([PADDING, PROMPT, CHOSEN, REJECTED], device=parts.device)
+    # has_BNP: whether a part occurs in a block.
+    has_BNP = (filled.view(batch, blocks, _FLEX_BLOCK, 1) == kinds).any(dim=2)
+    has_prompt_BN = has_BNP[..., 1]
+    is_one_part_BN = has_BNP.sum(dim=-1) == 1
+    common_BQK = (has_BNP[:, :, None] & has_BNP[:, None]).any(dim=-1)
+    # Within the keys' block each part is the prompt, or the queries' only one.
+    fits_BQK = ~(has_BNP[:, None] & ~has_BNP[:, :, None] & (kinds != PROMPT)).any(dim=-1)
+    only_prompt_BN = has_prompt_BN & is_one_part_BN
+    before_QK = torch.ones(blocks, blocks, dtype=torch.bool, device=parts.device).tril(-1)
+    full_BQK = before_QK & (only_prompt_BN[:, None] | (is_one_part_BN[:, :, None] & fits_BQK))
+    same_QK = torch.eye(blocks, dtype=torch.bool, device=parts.device)
+    some_BQK = (before_QK & (has_prompt_BN[:, None] | common_BQK)) | same_QK
+
+    def listed(chosen_BQK: Tensor) -> tuple[Tensor, Tensor]:
+        # The chosen blocks' numbers come first, in their order.
+        order_BQK = chosen_BQK.int().argsort(dim=-1, descending=True, stable=True).int()
+        return chosen_BQK.sum(dim=-1, dtype=torch.int32)[:, None], order_BQK[:, None].contiguous()
+
+    return BlockMask.from_kv_blocks(
+        *listed(some_BQK & ~full_BQK),
+        *listed(full_BQK),
+        BLOCK_SIZE=_FLEX_BLOCK,
+        mask_mod=visible,
+        seq_lengths=(width, width),
+    )
 
 
 def _packed_mask(model: Any, parts: Tensor) -> Any:
