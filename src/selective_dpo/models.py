@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import importlib.util
 import json
 import logging
@@ -64,6 +65,11 @@ def load_policy(config: ModelConfig, *, device_map: str | dict[str, int] | None 
         ModelError: it cannot be loaded, or lacks weights; only safetensors are read. As `load_model_config`.
     """
     load_model_config(config)
+    if torch.accelerator.is_available() and device_map != "meta":
+        # A model whose forward was replaced (as a fused head does) refers to itself, and would keep its place
+        # on the device until some later collection.
+        gc.collect()
+        torch.accelerator.empty_cache()
     quantized: dict[str, Any] = {}
     if config.quantization and device_map != "meta":
         require_quantization(config)

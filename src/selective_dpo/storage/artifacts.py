@@ -16,6 +16,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 
 _CHUNK_BYTES = 1 << 20
+_DIGESTS_AT_ONCE = 8
 
 
 class Manifest(NamedTuple):
@@ -61,10 +63,10 @@ def file_digest(path: Path) -> str:
 
 def folder_digests(folder: Path) -> dict[str, str]:
     """Relative POSIX path -> SHA-256 for each file below `folder`, but for its manifest."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {
-        path.relative_to(folder).as_posix(): file_digest(path) for path in files if path != folder / MANIFEST
-    }
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
+    with ThreadPoolExecutor(_DIGESTS_AT_ONCE) as pool:  # hashing leaves the interpreter to others
+        digests = list(pool.map(file_digest, files))
+    return {path.relative_to(folder).as_posix(): found for path, found in zip(files, digests, strict=True)}
 
 
 @contextlib.contextmanager
