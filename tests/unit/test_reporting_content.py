@@ -19,6 +19,7 @@ from selective_dpo.report.content import (
     save_findings,
 )
 from selective_dpo.report.inspect import borderline
+from selective_dpo.report.page import render_report
 from selective_dpo.stats.estimates import Estimate
 from tests.fixtures.run_folder import DROPPED, HOSTILE, LONG_ANSWER, make_run_folder
 
@@ -152,3 +153,41 @@ def test_findings_are_kept(run_folder: Path) -> None:
     assert content.truth == (truth,)
     save_findings(run_folder, [], [TruthRow("tie", Estimate(0.5, nan, nan, nan), truth.deselected)])
     assert np.isnan(load_report_content(run_folder).truth[0].selected.low)
+
+
+def test_the_first_answers_of_each_policy_are_there_with_what_they_win(tmp_path: Path) -> None:
+    run = make_run_folder(tmp_path / "run", pairs=60)
+    folder = run / "evaluation"
+    prompts = [f"p{number}" for number in range(8)]
+    pq.write_table(
+        pa.table(
+            {
+                "arm": ["reference"] * 16 + ["selected"] * 16,
+                "prompt_id": [name for _ in range(2) for name in prompts for _ in range(2)],
+                "prompt": ['[{"content": "Say <b>it</b>.", "role": "user"}]'] * 32,
+                "sample": [0, 1] * 16,
+                "answer": [f"answer {number}" for number in range(32)],
+            }
+        ),
+        folder / "generations.parquet",
+    )
+    pq.write_table(
+        pa.table(
+            {
+                "arm": ["selected"] * 4,
+                "prompt_id": ["p0", "p0", "p0", "p1"],
+                "sample": [0, 0, 1, 0],
+                "opponent_sample": [0, 1, 0, 0],
+                "score": [1.0, 0.5, 0.0, 0.0],
+            }
+        ),
+        folder / "verdicts.parquet",
+    )
+    answered = load_report_content(run).answered
+    assert [each.answers[0].answer for each in answered] == [f"answer {2 * number}" for number in range(6)]
+    (reference, selected) = answered[0].answers
+    assert (reference.arm, reference.score) == ("reference", None)
+    assert (selected.arm, selected.score) == ("selected", 0.75)  # of its first sample: 1 and .5
+    assert answered[2].answers[1].score is None  # nobody judged it
+    page = render_report(load_report_content(run))
+    assert "Answers to read" in page and "Say &lt;b&gt;it&lt;/b&gt;." in page

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
@@ -32,6 +34,7 @@ from selective_dpo.evaluation.results import (
     from_json,
 )
 from selective_dpo.evaluation.side_effects import task_scores
+from selective_dpo.identity import Text
 from selective_dpo.losses import LN_2
 from selective_dpo.report.browser import Packed, pack_pairs
 from selective_dpo.report.inspect import OF_A_REPORT, ExampleGroup, example_groups
@@ -96,6 +99,22 @@ CURVES = {"loss": "Training loss", "held_out_loss": "Held-out loss", "difficulty
 """The curves of a `TrainingLog` and what they are called."""
 
 
+class SampledAnswer(NamedTuple):
+    """The first answer of one policy to a prompt."""
+
+    arm: str
+    answer: str
+    score: float | None
+    """Share of its comparisons that it wins; None for the starting model, or without a judge."""
+
+
+class AnsweredPrompt(NamedTuple):
+    """A prompt and what each policy says to it."""
+
+    prompt: Text
+    answers: tuple[SampledAnswer, ...]
+
+
 class TruthRow(NamedTuple):
     """A property that only the embedded world knows, such as "flipped label"."""
 
@@ -124,6 +143,8 @@ class ReportContent:
     provenance: Mapping[str, Any]
     cost: Mapping[str, Any]
     config: Mapping[str, Any]
+    answered: tuple[AnsweredPrompt, ...] = ()
+    """The first prompts of the evaluation, by id: nobody has chosen them."""
     packed: Packed | None = None
     """The pairs of the page's browser."""
     guard: tuple[tuple[str, TaskScore], ...] = ()
@@ -217,6 +238,7 @@ def load_report_content(run_folder: Path) -> ReportContent:
         provenance=_provenance(run_folder, curriculum),
         cost=curriculum.facts.get("cost") or {},
         config=config,
+        answered=_read_answers(run_folder / "evaluation"),
         packed=pack_pairs(curriculum, run_folder),
         issues=issues.facts if (issues := load_issues(run_folder)) else None,
         guard=_read_guard(run_folder / "guard"),
@@ -266,6 +288,30 @@ def _provenance(run_folder: Path, curriculum: Curriculum) -> dict[str, Any]:
     summary.pop("schema_version", None)
     pairs = {name: value for name, value in summary.items() if not isinstance(value, dict | list)}
     return {**facts, **(curriculum.facts.get("provenance") or {}), **({"pairs": pairs} if pairs else {})}
+
+
+_PROMPTS_SHOWN = 6
+
+
+def _read_answers(folder: Path) -> tuple[AnsweredPrompt, ...]:
+    """The first sample of each policy for a few prompts."""
+    if not (folder / "generations.parquet").is_file():
+        return ()
+    table = pq.read_table(folder / "generations.parquet", filters=pc.field("sample") == 0)
+    wanted = sorted(set(table["prompt_id"].to_pylist()))[:_PROMPTS_SHOWN]
+    rows = table.filter(pc.is_in(table["prompt_id"], value_set=pa.array(wanted, pa.string()))).to_pylist()
+    verdicts = pq.read_table(folder / "verdicts.parquet", filters=pc.field("sample") == 0).to_pylist()
+    scores: dict[tuple[str, str], list[float]] = {}
+    for row in verdicts:
+        scores.setdefault((row["arm"], row["prompt_id"]), []).append(row["score"])
+    found: dict[str, list[SampledAnswer]] = {name: [] for name in wanted}
+    prompts: dict[str, Text] = {}
+    for row in rows:
+        prompts[row["prompt_id"]] = json.loads(row["prompt"])
+        of_arm = scores.get((row["arm"], row["prompt_id"]), [])
+        score = float(np.mean(of_arm)) if of_arm and row["arm"] != REFERENCE else None
+        found[row["prompt_id"]].append(SampledAnswer(row["arm"], row["answer"], score))
+    return tuple(AnsweredPrompt(prompts[name], tuple(found[name])) for name in wanted)
 
 
 def _read_guard(folder: Path) -> tuple[tuple[str, TaskScore], ...]:
