@@ -37,6 +37,9 @@ PAIRS = 40
 LOGP_TOLERANCE = 2e-4
 
 
+ROUNDED = {"beta": 0.1, "bf16": True, "activation_checkpointing": False}
+
+
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("inputs")
@@ -150,6 +153,19 @@ def test_margins_are_the_dot_products_of_gradients(
     monkeypatch.undo()
     usual = log_ratios(scored(one_step_recipe(inputs, f"usual-{lora is None}", lora=lora)))
     assert spearmanr(wanted, [usual[name] for name in names])[0] > 0.98
+
+
+def test_a_step_in_bfloat16_is_above_its_roundings(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = brute_force(scored(one_step_recipe(inputs, "exact")))
+    names = sorted(expected)
+
+    def agreement(name: str) -> float:
+        found = log_ratios(scored(one_step_recipe(inputs, name, trainer=ROUNDED)))
+        return float(spearmanr([expected[each] for each in names], [found[each] for each in names])[0])
+
+    assert agreement("bfloat16") > 0.9
+    monkeypatch.setattr(one_step, "ROUNDED_TARGET_DELTA", 2e-4)
+    assert agreement("drowned") < 0.5
 
 
 def test_losses_are_on_the_scale_of_the_pairs_own_loss(alone: Run) -> None:

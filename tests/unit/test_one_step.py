@@ -7,7 +7,6 @@ import math
 import numpy as np
 import pytest
 
-from selective_dpo.difficulty import one_step
 from selective_dpo.difficulty.one_step import (
     GradientSums,
     add_sums,
@@ -99,11 +98,11 @@ def test_margins_of_a_bilinear_model() -> None:
 
 def test_the_next_size_makes_log_ratios_as_large_as_wanted() -> None:
     # Per token: 0.3 / 10 = 0.03 and -0.8 / 20 = -0.04: root mean square sqrt((9 + 16) / 2) / 100.
-    wanted = 2.0 * one_step.TARGET_DELTA / (math.sqrt(12.5) / 100)
-    assert better_size(2.0, [0.3, -0.8], [10, 20]) == pytest.approx(wanted)
-    assert better_size(2.0, [0.0, 0.0], [10, 20]) == 32.0  # no change: 16 times as large
+    wanted = 2.0 * 0.02 / (math.sqrt(12.5) / 100)
+    assert better_size(2.0, [0.3, -0.8], [10, 20], 0.02) == pytest.approx(wanted)
+    assert better_size(2.0, [0.0, 0.0], [10, 20], 0.02) == 32.0  # no change: 16 times as large
     for wild in ([math.nan, 1.0], [math.inf, 1.0]):
-        assert better_size(2.0, wild, [10, 20]) == 0.125
+        assert better_size(2.0, wild, [10, 20], 0.02) == 0.125
 
 
 def test_the_scale_is_fitted_on_the_other_folds() -> None:

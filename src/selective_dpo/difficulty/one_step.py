@@ -38,8 +38,11 @@ MICRO_BATCH_PAIRS = 8
 
 TARGET_DELTA = 0.01
 """Root mean square of the pairs' log-ratio differences under a one-step scorer, in nats for each token of
-their completions: above the sum of a completion's roundings in bfloat16, and small against the curvature of
-the log-probabilities (benchmarks/one_step.py)."""
+their completions: small against the curvature of the log-probabilities (benchmarks/one_step.py)."""
+
+ROUNDED_TARGET_DELTA = 0.04
+"""The same for a model that computes in 16 bits, whose roundings drown a smaller step where completions are
+short (docs/real-model.md has the figures)."""
 
 _FLOOR = 1e-3
 """Part of the typical root mean square gradient that is added to each weight's own."""
@@ -121,8 +124,8 @@ def step_direction(sums: GradientSums) -> NDArray[np.float32]:
     return np.asarray(-mean_W / (rms_W + _FLOOR * typical), dtype=np.float32)
 
 
-def better_size(size: float, delta_P: ArrayLike, tokens_P: ArrayLike) -> float:
-    """The size of a step under which log-ratio differences would be as large as `TARGET_DELTA` says.
+def better_size(size: float, delta_P: ArrayLike, tokens_P: ArrayLike, target: float) -> float:
+    """The size of a step under which log-ratio differences would be as large as `target` says.
 
     Where the step changed nothing, or gave no numbers, one that is 16 times as large, or as small.
 
@@ -130,6 +133,7 @@ def better_size(size: float, delta_P: ArrayLike, tokens_P: ArrayLike) -> float:
         size: of a step that was tried.
         delta_P: the differences in nats that it made, of some pairs.
         tokens_P: the tokens of both completions of each.
+        target: their root mean square, in nats a token.
     """
     per_token_P = np.asarray(delta_P, dtype=np.float64) / np.maximum(np.asarray(tokens_P), 1)
     rms = float(np.sqrt(np.mean(np.square(per_token_P))))
@@ -137,7 +141,7 @@ def better_size(size: float, delta_P: ArrayLike, tokens_P: ArrayLike) -> float:
         return 16.0 * size
     if not rms < np.inf:
         return size / 16.0
-    return size * TARGET_DELTA / rms
+    return size * target / rms
 
 
 def cross_fitted_scale(

@@ -64,6 +64,7 @@ from selective_dpo.training.arguments import (
     ORIGINAL_DEFAULTS,
     autocast_dtype,
     lora_config,
+    mixed_precision,
     weights_dtype,
 )
 from selective_dpo.training.batching import disable_dropout
@@ -434,6 +435,15 @@ def _direction(job: GradientJob, fold: int) -> NDArray[np.float32]:
         ) from error
 
 
+def target_delta(recipe: Recipe) -> float:
+    """How far a step moves the pairs' log-ratio differences, in nats a token (root mean square)."""
+    score = recipe.score
+    computed_in = mixed_precision(score.trainer, recipe.model) or weights_dtype(
+        recipe.model, score.lora, score.trainer
+    )
+    return one_step.TARGET_DELTA if computed_in == "float32" else one_step.ROUNDED_TARGET_DELTA
+
+
 def _step_size(
     job: GradientJob, scorer: StepScorer, rows: NDArray[np.int64], reference_P2: NDArray[np.float64]
 ) -> float:
@@ -443,11 +453,11 @@ def _step_size(
         return float(found["size"])
     rows = rows[:: max(1, len(rows) // _TRIED_PAIRS)][:_TRIED_PAIRS]
     direction_W, tokens_P = _direction(job, 0), scorer.tokens_P2[rows].sum(axis=1)
-    size = _FIRST_SIZE
+    size, target = _FIRST_SIZE, target_delta(job.recipe)
     for _ in range(_MAX_TRIES):
         with scorer.moved(size * direction_W):
             ratios_P2 = scorer.measure(rows, "step size") - reference_P2[rows]
-        tried, size = size, one_step.better_size(size, ratios_P2[:, 0] - ratios_P2[:, 1], tokens_P)
+        tried, size = size, one_step.better_size(size, ratios_P2[:, 0] - ratios_P2[:, 1], tokens_P, target)
         if 0.5 < size / tried < 2.0:
             if this_process().is_main_process:
                 write_json(place, {"key": key, "size": size})

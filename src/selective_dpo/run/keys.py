@@ -45,7 +45,7 @@ from selective_dpo.data.templates import template_digest
 from selective_dpo.data.tokenize import tokenizer_digest
 from selective_dpo.difficulty.protocols import ScorerRun, planned_runs
 from selective_dpo.difficulty.scorer import RECORDS, ScorerJob
-from selective_dpo.difficulty.step_scorers import GradientJob, OneStepJob
+from selective_dpo.difficulty.step_scorers import GradientJob, OneStepJob, target_delta
 from selective_dpo.distributed.processes import this_process
 from selective_dpo.errors import ArtifactError, RunChangedError, name_some
 from selective_dpo.evaluation.benchmarks import model_name, question_file
@@ -243,6 +243,7 @@ def gradient_job(run: Run, seed: int) -> GradientJob:
     key = content_key(
         stage="gradients",
         seed=seed,
+        target_delta=target_delta(recipe),
         score=recipe.score.model_dump(
             mode="json", include={"lora", "trainer", "gradient_pairs", "tokens_per_batch", "keep_scorers"}
         ),
