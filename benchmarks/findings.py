@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from findings_world import BETA, FRACTIONS, WorldJob, measure_world
-from harness import mean_over_worlds, measure_worlds
+from harness import mean_over_worlds, measure_worlds, shown
 from selective_dpo import __version__
 from selective_dpo.storage.artifacts import write_json
 
@@ -115,7 +115,7 @@ def _beta_sweep(worlds: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _mean(values_W: np.ndarray) -> dict[str, float | int]:
+def _mean(values_W: np.ndarray) -> dict[str, float | None]:
     return {**mean_over_worlds(values_W), "above_0": int((values_W > 0).sum())}
 
 
@@ -129,13 +129,13 @@ def as_text(summary: dict[str, Any]) -> str:
     ]
     for name, label in ARMS.items():
         difference = "" if name == "all" else _signed(summary["minus_all"][name])
-        lines.append(f"| {label} | {_plain(summary['arms'][name])} | {difference} |")
+        lines.append(f"| {label} | {shown(summary['arms'][name])} | {difference} |")
     lines += ["", "| fraction kept, easy to hard | win rate |", "| --- | --- |"]
-    lines += [f"| {fraction} | {_plain(each)} |" for fraction, each in summary["fractions"].items()]
+    lines += [f"| {fraction} | {shown(each)} |" for fraction, each in summary["fractions"].items()]
     sweep = summary["betas"]
     lines += ["", "| beta | all pairs, shuffled | easiest 50%, easy to hard |", "| --- | --- | --- |"]
     lines += [
-        f"| {beta} | {_plain(sweep['by_beta']['all'][beta])} | {_plain(each)} |"
+        f"| {beta} | {shown(sweep['by_beta']['all'][beta])} | {shown(each)} |"
         for beta, each in sweep["by_beta"]["selected"].items()
     ]
     best = sweep["best"]
@@ -145,27 +145,26 @@ def as_text(summary: dict[str, Any]) -> str:
         f"{_signed(sweep['best_selected_minus_best_all'])}",
         f"greedy answers, easiest half minus all pairs: {_signed(summary['greedy_selected_minus_all'])}",
         "between-seed agreement: "
-        + ", ".join(f"{name} {_plain(each)}" for name, each in summary["between_seeds"].items()),
+        + ", ".join(f"{name} {shown(each)}" for name, each in summary["between_seeds"].items()),
         "flipped labels by fifth of difficulty, easiest first: " + _shares(summary["flips_by_fifth"]),
         "ties by fifth: " + _shares(summary["ties_by_fifth"]),
         "",
     ]
     for each in summary["expected"]:
-        enough = each["mean"] >= 2 * each["standard_error"]
+        error = each["standard_error"]
+        enough = error is not None and each["mean"] >= 2 * error
         verdict = "at least 2 standard errors" if enough else "NOT 2 standard errors"
         lines.append(f"{ARMS[each['above']]} above {ARMS[each['below']]}: {_signed(each)}, {verdict}")
     hardest = summary["arms"]["hardest"]
-    relation = "below" if hardest["mean"] + 2 * hardest["standard_error"] < 0.5 else "NOT clearly below"
-    lines.append(f"hardest half: {relation} the SFT model ({_plain(hardest)})")
+    error = hardest["standard_error"]
+    is_below = error is not None and hardest["mean"] + 2 * error < 0.5
+    relation = "below" if is_below else "NOT clearly below"
+    lines.append(f"hardest half: {relation} the SFT model ({shown(hardest)})")
     return "\n".join(lines)
 
 
-def _plain(each: dict[str, Any]) -> str:
-    return f"{each['mean']:.3f} ± {each['standard_error']:.3f}"
-
-
 def _signed(each: dict[str, Any]) -> str:
-    return f"{each['mean']:+.3f} ± {each['standard_error']:.3f}"
+    return shown(each, "+.3f")
 
 
 def _shares(values: list[float]) -> str:

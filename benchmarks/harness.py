@@ -95,11 +95,17 @@ def measure_worlds(
     return [read_json(job.result) for job in jobs]
 
 
-def mean_over_worlds(values: Iterable[float]) -> dict[str, float]:
-    """Mean and standard error; the error of a single world is given as 0."""
+def mean_over_worlds(values: Iterable[float]) -> dict[str, float | None]:
+    """Mean and standard error; a single world has no error that anyone knows."""
     values_W = np.array(list(values), dtype=float)
-    error = float(values_W.std(ddof=1) / math.sqrt(len(values_W))) if len(values_W) > 1 else 0.0
+    error = float(values_W.std(ddof=1) / math.sqrt(len(values_W))) if len(values_W) > 1 else None
     return {"mean": float(values_W.mean()), "standard_error": error}
+
+
+def shown(found: dict[str, Any], spec: str = ".3f") -> str:
+    """What `mean_over_worlds` gave, for a table."""
+    error = found["standard_error"]
+    return f"{found['mean']:{spec}} " + ("(one world)" if error is None else f"± {error:{spec[-3:]}}")
 
 
 def show(results: list[dict[str, Any]], path: Path | None) -> None:

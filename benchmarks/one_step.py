@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from harness import mean_over_worlds, measure_worlds
+from harness import mean_over_worlds, measure_worlds, shown
 from one_step_world import WorldJob, measure_world
 from selective_dpo import __version__
 from selective_dpo.storage.artifacts import write_json
@@ -104,14 +104,14 @@ def as_text(summary: dict[str, Any]) -> str:
     """The tables that are printed."""
     lines = [f"{summary['worlds']} worlds; means, and in brackets standard errors over worlds", ""]
     lines += _table(summary["agreement"], "agreement with a fresh trained seed")
-    lines += [f"one-step minus two trained seeds: {_show(summary['one_step_minus_two_trained_seeds'])}", ""]
+    lines += [f"one-step minus two trained seeds: {shown(summary['one_step_minus_two_trained_seeds'])}", ""]
     lines += _table(summary["labels"], "wrong labels")
     for name, found in summary["auc_flipped_minus_paper"].items():
-        lines.append(f"AUC for flipped labels, {name} minus paper: {_show(found)}")
+        lines.append(f"AUC for flipped labels, {name} minus paper: {shown(found)}")
     lines += ["", "win rate against the starting model, and minus paper's in shuffled order"]
     for name, found in summary["win_rates"].items():
         minus = summary["win_rate_minus_paper"].get(name)
-        lines.append(f"  {name:<28} {_show(found)}  {_show(minus) if minus else ''}")
+        lines.append(f"  {name:<28} {shown(found)}  {shown(minus) if minus else ''}")
     lines += [f"  standard deviation between orders: {summary['spread_between_orders']:.3f}", ""]
     lines += _table(summary["away"], "scorers trained otherwise")
     lines += _table(summary["sizes"], "few pairs: Spearman of two splits, of two seeds")
@@ -119,7 +119,7 @@ def as_text(summary: dict[str, Any]) -> str:
         lines.append(f"p_wrong by tenths, predicted and true: {CALIBRATED[name]}")
         both = zip(found["predicted"], found["observed"], strict=True)
         lines += [f"  {predicted:.3f} {observed:.3f}" for predicted, observed in both]
-        errors = (_show(found[key]) for key in ("brier", "brier_of_constant"))
+        errors = (shown(found[key]) for key in ("brier", "brier_of_constant"))
         lines.append("  mean squared error {}, a constant's {}".format(*errors))
     return "\n".join(lines)
 
@@ -129,12 +129,8 @@ def _table(rows: dict[str, dict[str, Any]], title: str) -> list[str]:
     head = f"{title:<40}" + "".join(f"{column:>26}" for column in columns)
     lines = [head]
     for name, row in rows.items():
-        lines.append(f"  {name:<38}" + "".join(f"{_show(row[column]):>26}" for column in columns))
+        lines.append(f"  {name:<38}" + "".join(f"{shown(row[column]):>26}" for column in columns))
     return [*lines, ""]
-
-
-def _show(found: dict[str, float]) -> str:
-    return f"{found['mean']:.3f} ({found['standard_error']:.3f})"
 
 
 def _options() -> argparse.Namespace:
