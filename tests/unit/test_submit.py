@@ -23,6 +23,7 @@ from selective_dpo.errors import ConfigError
 from selective_dpo.run.folder import RunDirectory
 from selective_dpo.run.run import open_run
 from selective_dpo.run.submit import job_states, write_scripts
+from selective_dpo.storage.artifacts import read_json
 from selective_dpo.storage.locks import holding, run_lock
 from tests.fixtures.models import recipe_file, tiny_recipe
 
@@ -87,7 +88,8 @@ def test_several_nodes_meet_on_the_first(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     slurm = {"gpus": 4, "nodes": 2, "accelerate": "fsdp2.yaml"}
     text = scripts_of(recipe_with(tmp_path / "b", slurm, pairs_per_update=16))["run"]
-    assert "launch --config_file fsdp2.yaml --num_machines 2" in text and "--multi_gpu" not in text
+    own = "launch --config_file fsdp2.yaml --deepspeed_multinode_launcher standard --num_machines 2"
+    assert own in text and "--multi_gpu" not in text
 
 
 def test_one_node_trains_on_all_its_gpus_and_a_scorer_on_its_own(tmp_path: Path) -> None:
@@ -208,7 +210,8 @@ def test_the_chain_comes_to_a_policy_and_a_failed_task_keeps_the_others(
 ) -> None:
     broken = tmp_path / "broken"
     breaks = f'if [ -e {broken} ] && [ "$SLURM_ARRAY_TASK_ID" = 1 ]; then exit 1; fi'
-    recipe = recipe_with(tmp_path, {"gpus": 0, "setup": [breaks]}, score={"evaluations": 1})
+    slurm_block = {"gpus": 2, "setup": [breaks]}  # a process for a scorer, two for the training
+    recipe = recipe_with(tmp_path, slurm_block, score={"evaluations": 1}, pairs_per_update=4)
     run = RunDirectory(tmp_path / "runs" / "tiny")
     broken.touch()
     assert main(["submit", str(recipe)]) == 0
@@ -222,6 +225,11 @@ def test_the_chain_comes_to_a_policy_and_a_failed_task_keeps_the_others(
     assert "--array=0-0" in asked[1]  # only what is missing
     assert "--dependency=afterok:" in asked[2] and "--kill-on-invalid-dep=yes" in asked[2]
     assert (run.policy / "manifest.json").is_file()
+    by = [
+        read_json(folder / "cost.json")["processes"]
+        for folder in (run.root / "scores" / "seed41-fold0", run.policy)
+    ]
+    assert by == [1, 2]
     capsys.readouterr()
     assert main(["status", str(run.root)]) == 0
     out = capsys.readouterr().out

@@ -28,6 +28,8 @@ from selective_dpo.storage.artifacts import is_complete, read_json, write_atomic
 FOLDER, JOBS = "slurm", "jobs.json"
 _PLAIN = "--multi_gpu --mixed_precision no --dynamo_backend no"
 """Of several nodes without a configuration: accelerate takes the one GPU of a node for the only one."""
+_NO_SSH = "--deepspeed_multinode_launcher standard"
+"""Else DeepSpeed starts the processes of all nodes from the first, through `pdsh`."""
 
 
 class Script(NamedTuple):
@@ -200,7 +202,7 @@ def _script(
     words = [sys.executable, "-m", "selective_dpo", what, *command]
     if is_last and nodes == 1 and processes != recipe.launch.processes:
         words.append(f"--launch.processes={processes}")
-    own = f"--config_file {shlex.quote(config.accelerate)}" if config.accelerate else _PLAIN
+    own = f"--config_file {shlex.quote(config.accelerate)} {_NO_SSH}" if config.accelerate else _PLAIN
     launch = (
         f"exec {shlex.quote(sys.executable)} -m accelerate.commands.launch {own} --num_machines {nodes} "
         f"--num_processes {processes} --machine_rank $SLURM_NODEID --main_process_ip $RENDEZVOUS "
