@@ -1,13 +1,14 @@
 #!/bin/bash
-# A Slurm of one node on this machine, for tests/cluster: `slurm_on_loopback.sh start FOLDER` and `... stop FOLDER`.
+# A Slurm of two nodes on this machine, for tests/cluster: `slurm_on_loopback.sh start FOLDER` and `... stop FOLDER`.
 # It needs Debian's slurm-wlm and munge, and root. Nothing outside FOLDER and munge's own folders is written.
+# Each node has one "GPU", a device file that nobody opens: Slurm counts them, and the tests compute on the CPU.
 set -e
 folder=$2
 mkdir -p "$folder/state" "$folder/spool" "$folder/log"
 
 if [ "$1" = stop ]; then
-  for name in slurmd slurmctld; do
-    [ -f "$folder/$name.pid" ] && kill "$(cat "$folder/$name.pid")" 2>/dev/null || true
+  for file in "$folder"/*.pid; do
+    [ -f "$file" ] && kill "$(cat "$file")" 2>/dev/null || true
   done
   exit 0
 fi
@@ -19,13 +20,12 @@ SlurmctldHost=$host(127.0.0.1)
 SlurmUser=root
 AuthType=auth/munge
 StateSaveLocation=$folder/state
-SlurmdSpoolDir=$folder/spool
+SlurmdSpoolDir=$folder/spool/%n
 SlurmctldPidFile=$folder/slurmctld.pid
-SlurmdPidFile=$folder/slurmd.pid
+SlurmdPidFile=$folder/%n.pid
 SlurmctldLogFile=$folder/log/slurmctld.log
-SlurmdLogFile=$folder/log/slurmd.log
+SlurmdLogFile=$folder/log/%n.log
 SlurmctldPort=${SLURMCTLD_PORT:-16817}
-SlurmdPort=${SLURMD_PORT:-16818}
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
@@ -37,8 +37,14 @@ KillWait=5
 ReturnToService=2
 SwitchType=switch/none
 MpiDefault=none
-NodeName=$host NodeAddr=127.0.0.1 CPUs=2 RealMemory=2000 State=UNKNOWN
-PartitionName=main Nodes=$host Default=YES MaxTime=INFINITE State=UP
+GresTypes=gpu
+NodeName=$host NodeAddr=127.0.0.1 Port=16818 CPUs=1 RealMemory=2000 Gres=gpu:1 State=UNKNOWN
+NodeName=$host-second NodeHostname=$host NodeAddr=127.0.0.1 Port=16819 CPUs=1 RealMemory=2000 Gres=gpu:1 State=UNKNOWN
+PartitionName=main Nodes=$host,$host-second Default=YES MaxTime=INFINITE State=UP
+CONF
+cat > "$folder/gres.conf" <<CONF
+NodeName=$host Name=gpu File=/dev/null
+NodeName=$host-second Name=gpu File=/dev/zero
 CONF
 
 if ! pgrep -x munged > /dev/null; then
@@ -50,9 +56,12 @@ if ! pgrep -x munged > /dev/null; then
 fi
 export SLURM_CONF=$folder/slurm.conf
 slurmctld
-slurmd -N "$host"
+for node in "$host" "$host-second"; do
+  mkdir -p "$folder/spool/$node"
+  slurmd -N "$node"
+done
 for _ in $(seq 100); do
-  sinfo -h -o %T 2> /dev/null | grep -q idle && exit 0
+  [ "$(sinfo -h -N -t idle -o %N 2> /dev/null | wc -l)" = 2 ] && exit 0
   sleep 0.2
 done
 cat "$folder"/log/*.log >&2

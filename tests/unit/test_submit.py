@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import stat
 import subprocess
@@ -14,23 +15,31 @@ import pytest
 import yaml
 
 from selective_dpo.cli import main, verb_parser
-from selective_dpo.config import ScoreConfig, SlurmConfig
-from selective_dpo.config.load import make_recipe
+from selective_dpo.config import LaunchConfig, ScoreConfig, SlurmConfig
+from selective_dpo.config.load import dump_config, make_recipe
 from selective_dpo.difficulty.protocols import planned_runs
 from selective_dpo.distributed.signals import AGAIN
 from selective_dpo.errors import ConfigError
 from selective_dpo.run.folder import RunDirectory
 from selective_dpo.run.run import open_run
 from selective_dpo.run.submit import job_states, write_scripts
+from selective_dpo.storage.artifacts import read_json
 from selective_dpo.storage.locks import holding, run_lock
 from tests.fixtures.models import recipe_file, tiny_recipe
 
 QUIET = {"say": lambda line: None}
 
 
-def recipe_with(tmp: Path, slurm: dict | None, **blocks: dict) -> Path:
+def recipe_with(
+    tmp: Path, slurm: dict | None, *, pairs_per_update: int | None = None, **blocks: dict
+) -> Path:
     launch = {**blocks.pop("launch", {}), **({} if slurm is None else {"slurm": slurm})}
-    return recipe_file(tiny_recipe(tmp, launch=launch, **blocks), tmp / "my recipe.yaml")
+    recipe = dump_config(tiny_recipe(tmp, launch=launch, **blocks))
+    if pairs_per_update is not None:
+        trainer = recipe["train"]["trainer"]
+        del trainer["gradient_accumulation_steps"]
+        trainer |= {"per_device_train_batch_size": 1, "pairs_per_update": pairs_per_update}
+    return recipe_file(make_recipe(recipe), tmp / "my recipe.yaml")
 
 
 def scripts_of(path: Path) -> dict[str, str]:
@@ -42,7 +51,7 @@ def scripts_of(path: Path) -> dict[str, str]:
 def test_each_script_is_shell_and_says_what_slurm_needs(tmp_path: Path) -> None:
     slurm = {"partition": "gpu", "account": "me", "time": "12:00:00", "gpus": 8, "options": ["--mem=64G"]}
     slurm["setup"] = ["module load cuda"]
-    scripts = scripts_of(recipe_with(tmp_path, slurm, score={"evaluations": 1}))
+    scripts = scripts_of(recipe_with(tmp_path, slurm, score={"evaluations": 1}, pairs_per_update=8))
     assert set(scripts) == {"prepare", "score", "run"}
     for what, text in scripts.items():
         assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
@@ -64,14 +73,44 @@ def test_each_script_is_shell_and_says_what_slurm_needs(tmp_path: Path) -> None:
 
 
 def test_several_nodes_meet_on_the_first(tmp_path: Path) -> None:
-    text = scripts_of(recipe_with(tmp_path, {"gpus": 4, "nodes": 2}))["run"]
+    text = scripts_of(recipe_with(tmp_path, {"gpus": 4, "nodes": 2}, pairs_per_update=16))["run"]
     assert "#SBATCH --nodes=2\n" in text
+    # Without --multi_gpu, accelerate takes the one GPU of a node for the only one.
     assert (
-        "--num_machines 2 --num_processes 8 --machine_rank $SLURM_NODEID --main_process_ip $RENDEZVOUS"
+        "launch --multi_gpu --mixed_precision no --dynamo_backend no --num_machines 2 --num_processes 8 "
+        "--machine_rank $SLURM_NODEID --main_process_ip $RENDEZVOUS --main_process_port $RENDEZVOUS_PORT -m"
         in text
     )
     assert 'export RENDEZVOUS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)' in text
     assert "srun bash -c 'exec " in text
+    assert "export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=" in text and "kill -TERM $child" not in text
+
+    (tmp_path / "b").mkdir()
+    slurm = {"gpus": 4, "nodes": 2, "accelerate": "fsdp2.yaml"}
+    text = scripts_of(recipe_with(tmp_path / "b", slurm, pairs_per_update=16))["run"]
+    own = "launch --config_file fsdp2.yaml --deepspeed_multinode_launcher standard --num_machines 2"
+    assert own in text and "--multi_gpu" not in text
+
+
+def test_one_node_trains_on_all_its_gpus_and_a_scorer_on_its_own(tmp_path: Path) -> None:
+    scripts = scripts_of(recipe_with(tmp_path, {"gpus": 8}, launch={"processes": 2}, pairs_per_update=16))
+    assert "--gpus-per-node=2" in scripts["prepare"] and "--gpus-per-node=2" in scripts["score"]
+    assert "--gpus-per-node=8" in scripts["run"] and "--launch.processes=8 &" in scripts["run"]
+    assert "--launch.processes" not in scripts["prepare"] + scripts["score"]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "expected"),
+    [
+        (None, "trains with 8 processes .* launch.processes is 1: set train.trainer.pairs_per_update"),
+        (12, "pairs_per_update 12 is no multiple of 1 pairs on each of 8"),
+    ],
+)
+def test_an_update_of_the_last_job_has_the_pairs_that_plan_says(
+    tmp_path: Path, pairs: int | None, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["submit", str(recipe_with(tmp_path, {"gpus": 8}, pairs_per_update=pairs)), "--dry-run"]) == 2
+    assert re.search(expected, capsys.readouterr().err)
 
 
 def test_one_step_needs_no_array_and_certified_begins_with_two_seeds(tmp_path: Path) -> None:
@@ -98,6 +137,18 @@ def test_one_step_needs_no_array_and_certified_begins_with_two_seeds(tmp_path: P
 def test_what_would_be_ignored_is_refused(given: dict, expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
         SlurmConfig(**given)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"processes": 4, "slurm": {"gpus": 2}}, "launch.processes 4 needs slurm.gpus"),
+        ({"workers": 4, "slurm": {"gpus": 4, "nodes": 2}}, "leave it out with slurm.nodes above 1"),
+    ],
+)
+def test_a_job_has_the_gpus_that_its_processes_need(given: dict, expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        LaunchConfig(**given)
 
 
 def test_without_the_block_or_without_slurm_it_is_one_line(
@@ -159,7 +210,8 @@ def test_the_chain_comes_to_a_policy_and_a_failed_task_keeps_the_others(
 ) -> None:
     broken = tmp_path / "broken"
     breaks = f'if [ -e {broken} ] && [ "$SLURM_ARRAY_TASK_ID" = 1 ]; then exit 1; fi'
-    recipe = recipe_with(tmp_path, {"gpus": 0, "setup": [breaks]}, score={"evaluations": 1})
+    slurm_block = {"gpus": 2, "setup": [breaks]}  # a process for a scorer, two for the training
+    recipe = recipe_with(tmp_path, slurm_block, score={"evaluations": 1}, pairs_per_update=4)
     run = RunDirectory(tmp_path / "runs" / "tiny")
     broken.touch()
     assert main(["submit", str(recipe)]) == 0
@@ -173,6 +225,11 @@ def test_the_chain_comes_to_a_policy_and_a_failed_task_keeps_the_others(
     assert "--array=0-0" in asked[1]  # only what is missing
     assert "--dependency=afterok:" in asked[2] and "--kill-on-invalid-dep=yes" in asked[2]
     assert (run.policy / "manifest.json").is_file()
+    by = [
+        read_json(folder / "cost.json")["processes"]
+        for folder in (run.root / "scores" / "seed41-fold0", run.policy)
+    ]
+    assert by == [1, 2]
     capsys.readouterr()
     assert main(["status", str(run.root)]) == 0
     out = capsys.readouterr().out

@@ -673,9 +673,9 @@ class SlurmConfig(Block):
     time: str = "24:00:00"
     """Longest time of each job; what needs longer is requeued and goes on from its checkpoints."""
     gpus: Annotated[int, Field(ge=0)] = 1
-    """GPUs of a node for the training; a scorer gets `launch.processes` of them."""
+    """GPUs of a node for the training, a process each; a scorer gets `launch.processes` of them."""
     nodes: Count = 1
-    """Nodes for the training: with more than one, `gpus` processes on each, through `accelerate launch`."""
+    """Nodes for the training; processes of several start through `accelerate launch`."""
     accelerate: PathText = ""
     """A configuration of accelerate for several nodes, such as FSDP's."""
     setup: tuple[Text, ...] = ()
@@ -690,7 +690,7 @@ class SlurmConfig(Block):
                 "slurm.nodes above 1 needs slurm.gpus: so many processes are started on each node"
             )
         if self.accelerate and self.nodes == 1:
-            raise ValueError("slurm.accelerate has no effect with one node: launch.processes starts them")
+            raise ValueError("slurm.accelerate has no effect with one node")
         return self
 
 
@@ -713,6 +713,16 @@ class LaunchConfig(Block):
     def _one_kind_of_spreading(self) -> Self:
         if self.workers > 1 and self.processes > 1:
             raise ValueError("workers and processes cannot both be above 1: they would share the devices")
+        return self
+
+    @model_validator(mode="after")
+    def _slurm_has_gpus_for_them(self) -> Self:
+        if self.slurm is None:
+            return self
+        if 0 < self.slurm.gpus < self.processes:
+            raise ValueError(f"launch.processes {self.processes} needs slurm.gpus of as many or more")
+        if self.slurm.nodes > 1 and self.workers > 1:
+            raise ValueError("launch.workers shares out one machine: leave it out with slurm.nodes above 1")
         return self
 
 

@@ -17,15 +17,19 @@ from typing import Any, NamedTuple
 
 import jinja2
 
-from selective_dpo.config import SlurmConfig
+from selective_dpo.config import LaunchConfig, Recipe, SlurmConfig
+from selective_dpo.config.trainer_options import accumulation
+from selective_dpo.distributed.launch import MAX_CHECKPOINT_SECONDS
 from selective_dpo.errors import ConfigError, SlurmError
 from selective_dpo.run.folder import RunDirectory
 from selective_dpo.run.keys import Run, scorer_job
 from selective_dpo.storage.artifacts import is_complete, read_json, write_atomic, write_json
 
 FOLDER, JOBS = "slurm", "jobs.json"
-PORT = 29_500
-"""Where the processes of several nodes meet, on the first of them."""
+_PLAIN = "--multi_gpu --mixed_precision no --dynamo_backend no"
+"""Of several nodes without a configuration: accelerate takes the one GPU of a node for the only one."""
+_NO_SSH = "--deepspeed_multinode_launcher standard"
+"""Else DeepSpeed starts the processes of all nodes from the first, through `pdsh`."""
 
 
 class Script(NamedTuple):
@@ -44,11 +48,12 @@ def write_scripts(run: Run, command: Sequence[str]) -> list[Script]:
     `command` is the recipe and its overrides, as on the command line.
 
     Raises:
-        ConfigError: the recipe has no `launch.slurm`.
+        ConfigError: the recipe has no `launch.slurm`; an update would have other pairs on so many processes.
     """
     config = run.recipe.launch.slurm
     if config is None:
         raise ConfigError("submit needs launch.slurm in the recipe, such as `slurm: {time: '12:00:00'}`")
+    _require_same_updates(run.recipe, _processes(run.recipe.launch, config))
     missing = _missing_scorers(run)
     scripts = [_script(run, config, "prepare", command)]
     scripts += [_script(run, config, "score", command, missing)] if missing else []
@@ -166,22 +171,42 @@ def _missing_scorers(run: Run) -> tuple[str, ...]:
     return tuple(job.run.name for job in jobs if not is_complete(job.folder, key=job.key))
 
 
+def _processes(launch: LaunchConfig, config: SlurmConfig) -> int:
+    """Data-parallel processes of the last job's trainings."""
+    if config.nodes == 1 and (launch.workers > 1 or not config.gpus):
+        return launch.processes
+    return config.nodes * config.gpus
+
+
+def _require_same_updates(recipe: Recipe, processes: int) -> None:
+    """Refuse a last job whose updates would not have the pairs that `plan` says."""
+    if processes == recipe.launch.processes:
+        return
+    trainings = {"train": recipe.train.trainer}
+    if recipe.score.protocol == "certified":  # whose last scorers the last job trains
+        trainings["score"] = recipe.score.trainer
+    for block, settings in trainings.items():
+        if accumulation(settings, processes) is None:
+            raise ConfigError(
+                f"the last job trains with {processes} processes (slurm.nodes x slurm.gpus), and "
+                f"launch.processes is {recipe.launch.processes}: set {block}.trainer.pairs_per_update, so "
+                "that an update has as many pairs with both"
+            )
+
+
 def _script(
     run: Run, config: SlurmConfig, what: str, command: Sequence[str], scorers: tuple[str, ...] = ()
 ) -> Script:
-    verb, recipe = {"prepare": "prepare", "score": "score", "run": "run"}[what], run.recipe
-    words = [sys.executable, "-m", "selective_dpo", verb, *command]
-    nodes = config.nodes if what == "run" else 1
-    gpus = {"prepare": min(1, config.gpus), "score": min(config.gpus, recipe.launch.processes)}.get(
-        what, config.gpus
-    )
-    processes = nodes * max(1, config.gpus)
+    recipe, is_last = run.recipe, what == "run"
+    nodes, processes = (config.nodes if is_last else 1), _processes(recipe.launch, config)
+    words = [sys.executable, "-m", "selective_dpo", what, *command]
+    if is_last and nodes == 1 and processes != recipe.launch.processes:
+        words.append(f"--launch.processes={processes}")
+    own = f"--config_file {shlex.quote(config.accelerate)} {_NO_SSH}" if config.accelerate else _PLAIN
     launch = (
-        f"exec {shlex.quote(sys.executable)} -m accelerate.commands.launch --num_machines {nodes} "
+        f"exec {shlex.quote(sys.executable)} -m accelerate.commands.launch {own} --num_machines {nodes} "
         f"--num_processes {processes} --machine_rank $SLURM_NODEID --main_process_ip $RENDEZVOUS "
-        f"--main_process_port {PORT} "
-        + (f"--config_file {shlex.quote(config.accelerate)} " if config.accelerate else "")
-        + shlex.join(words[1:])
+        f"--main_process_port $RENDEZVOUS_PORT {shlex.join(words[1:])}"
     )
     root = run.folder.root.absolute()
     named = {"partition": config.partition, "account": config.account, "time": config.time}
@@ -190,7 +215,7 @@ def _script(
         what=what,
         logs=root / FOLDER,
         nodes=nodes,
-        gpus=gpus,
+        gpus=config.gpus if is_last else min(config.gpus, recipe.launch.processes),
         options=[f"--{name}={value}" for name, value in named.items() if value] + list(config.options),
         setup=config.setup,
         folder=str(Path.cwd()),
@@ -198,6 +223,7 @@ def _script(
         scorers=scorers,
         command=shlex.join(words),
         launch=launch,
+        patience=MAX_CHECKPOINT_SECONDS,
     )
     return Script(what, text, scorers)
 
