@@ -84,6 +84,11 @@ def test_every_line_is_one_line_and_a_fault_has_a_remedy(things: Path) -> None:
             "flash_attention_2 is not available here; install its package",
         ),
         (
+            {"model": {"attention": "kernels-community/flash-attn2"}},
+            "attention",
+            "kernels-community/flash-attn2 is not available here; install the package kernels",
+        ),
+        (
             {"train": {"trainer": {"optim": "paged_adamw_32bit"}}},
             "train.trainer.optim paged_adamw_32bit",
             "bitsandbytes is not installed; install the gpu extra",
@@ -215,6 +220,20 @@ def test_a_token_without_a_row_in_the_model(
         f"1 pair(s) hold tokens beyond the 260 that the model embeds ({pair.pair_id}): use the tokenizer"
     )
     assert expected in capsys.readouterr().err
+
+
+def test_kernels_of_the_hub_are_accepted_where_their_package_is(
+    things: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They stand in for FlashAttention's own packages, too. Nothing is downloaded to say so."""
+    monkeypatch.setattr(doctor.import_utils, "is_kernels_available", lambda: True)
+    for name in ("kernels-community/flash-attn2", "kernels-community/flash-attn3@v1:f", "flash_attention_2"):
+        recipe = tiny_recipe(things, model={"attention": name})
+        (check,) = doctor.check_optional_packages(recipe)
+        assert (check.status, check.found) == ("ok", name)
+        assert doctor.check_weights(recipe).status == "ok"
+    with pytest.raises(ConfigError, match=r"model\.attention"):
+        tiny_recipe(things, model={"attention": "somebody/else"})
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [

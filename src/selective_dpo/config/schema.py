@@ -64,6 +64,9 @@ _DOTTED = r"^[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*$"
 DottedName = Annotated[str, Field(pattern=_DOTTED, examples=["my_module:my_function"])]
 """A function or class of the user's own: the module that holds it, and its name there."""
 
+HubKernel = Annotated[str, Field(pattern=r"^kernels-community/[\w.\-]+(@[\w.\-]+)?(:[\w.\-]+)?$")]
+"""A kernel that transformers downloads. Code of others on the hub it would run only if told to."""
+
 TokenBudget = Count | Literal["auto"]
 """Tokens that a forward pass computes at a time; `auto`: as free memory allows."""
 
@@ -106,8 +109,11 @@ class ModelConfig(Block):
     quantization: Literal["", "4bit"] = ""
     """`4bit`: the frozen weights under adapters are held in 4 bits (NF4 with double quantization, by
     bitsandbytes on a GPU: QLoRA), for scoring, training and evaluation alike. Needs `lora` in both stages."""
-    attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] = "sdpa"
-    """transformers' `attn_implementation`."""
+    attention: (
+        Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] | HubKernel
+    ) = "sdpa"
+    """transformers' `attn_implementation`, or a kernel of the hub, such as `kernels-community/flash-attn2`, which
+    the package `kernels` downloads. Flash attention of either kind takes no mask, and so no shared rows."""
     chat_template: PathText = ""
     """`chatml`, `gemma-system`, `zephyr` (that of mistral-7b-sft-beta, after a beginning of sequence), or the
     path of a Jinja file; empty: the tokenizer's own. It serves scoring, training and generation, and is saved

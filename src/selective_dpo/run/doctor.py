@@ -36,6 +36,7 @@ from selective_dpo.evaluation.benchmarks import longest_sequence, question_file,
 from selective_dpo.evaluation.evaluate import check_evaluation, policy_names
 from selective_dpo.evaluation.generate import encode_prompt
 from selective_dpo.evaluation.judges import judge_for
+from selective_dpo.logprobs.packing_support import TAKES_ANY_MASK
 from selective_dpo.logprobs.reference import TRIED, require_finite_start
 from selective_dpo.models import damaged_weights, load_policy, load_tokenizer, require_quantization
 from selective_dpo.run.costs import (
@@ -310,18 +311,23 @@ def check_optional_packages(recipe: Recipe) -> Iterator[Check]:
     if has_attention(attention):
         yield Check("ok", "attention", attention)
     else:
-        remedy = "install its package, or set model.attention: sdpa"
+        package = "the package kernels" if "/" in attention else "its package"
+        remedy = f"install {package}, or set model.attention: sdpa"
         yield Check("FAIL", "attention", f"{attention} is not available here", remedy)
 
 
 def has_attention(name: str) -> bool:
-    """Whether the attention implementation is there. What the model can take shows when it is loaded."""
+    """Whether the attention implementation is there. What the model can take shows when it is loaded.
+
+    The package `kernels` downloads kernels of the hub, and stands in for FlashAttention's own packages.
+    """
     available: Callable[[], bool] = {
         "flash_attention_2": import_utils.is_flash_attn_2_available,
         "flash_attention_3": import_utils.is_flash_attn_3_available,
         "flex_attention": import_utils.is_torch_flex_attn_available,
-    }.get(name, lambda: True)
-    return available()
+    }.get(name, lambda: "/" not in name)
+    has_kernels = import_utils.is_kernels_available() and ("/" in name or name.startswith("flash_"))
+    return available() or has_kernels
 
 
 # --- what the recipe names: model, tokenizer, adapters, judge, trainer settings -----------------------------
@@ -344,8 +350,8 @@ def check_weights(recipe: Recipe) -> Check:
     if problem := damaged_weights(folder):
         return Check("FAIL", "model", f"{found}, but {problem}", "copy or download it again")
     if folder.is_dir():
-        # An attention that is not installed has been named already.
-        attention = {} if has_attention(recipe.model.attention) else {"attention": "eager"}
+        # Flash attention that is not installed has been named already, and a kernel would be downloaded.
+        attention = {} if recipe.model.attention in TAKES_ANY_MASK else {"attention": "eager"}
         load_policy(recipe.model.model_copy(update=attention), device_map="meta")
     return Check("ok", "model", found)
 
