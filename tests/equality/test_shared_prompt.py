@@ -167,8 +167,8 @@ def test_flex_attentions_block_mask_gives_the_same_log_probs() -> None:
 def test_flex_attention_is_compiled_once_for_all_widths_and_numbers_of_rows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """But for one row, and rows of one block: four times for scoring. By itself torch compiles these shapes six
-    times, and gives up after eight. Graphs are counted, and run as they are."""
+    """But for one row, and rows of one block: four times for scoring. By itself torch compiles these shapes
+    six times, and gives up after eight. Graphs are counted, and run as they are."""
     compiled: list[torch.fx.GraphModule] = []
 
     def count(graph: torch.fx.GraphModule, example: object) -> object:

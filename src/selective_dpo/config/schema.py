@@ -112,8 +112,9 @@ class ModelConfig(Block):
     attention: (
         Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] | HubKernel
     ) = "sdpa"
-    """transformers' `attn_implementation`, or a kernel of the hub, such as `kernels-community/flash-attn2`, which
-    the package `kernels` downloads. Flash attention of either kind takes no mask, and so no shared rows."""
+    """transformers' `attn_implementation`, or a kernel of the hub, such as `kernels-community/flash-attn2`,
+    which the package `kernels` downloads. Flash attention of either kind takes no mask, and so no shared
+    rows."""
     chat_template: PathText = ""
     """`chatml`, `gemma-system`, `zephyr` (that of mistral-7b-sft-beta, after a beginning of sequence), or the
     path of a Jinja file; empty: the tokenizer's own. It serves scoring, training and generation, and is saved

@@ -248,15 +248,16 @@ def _packed_mask(model: Any, parts: Tensor) -> Any:
 
 
 _COMPILATIONS = 64
-"""More than there can be; torch's limit is 8, beyond which FlexAttention computes all T * T cells in silence."""
+"""More than there can be. torch's limit is 8, beyond which FlexAttention makes all T * T scores, and says
+nothing."""
 
 
 @contextlib.contextmanager
 def _compiled_for_all_shapes() -> Iterator[None]:
-    """Inside, FlexAttention is compiled for any number of rows and any width, not for the first ones it sees.
+    """Inside, FlexAttention is compiled for any number of rows and any width, not for the first it sees.
 
-    One row, and a width of one block, still count as cases of their own, and so do training and scoring: there
-    are at most eight compilations. transformers, which compiles it, has no option for this.
+    One row, and a width of one block, still count as cases of their own, and so do training and scoring:
+    there are at most eight compilations. transformers, which compiles it, has no option for this.
     """
     with (
         torch._dynamo.config.patch(assume_static_by_default=False, recompile_limit=_COMPILATIONS),
