@@ -705,7 +705,8 @@ class LaunchConfig(Block):
     """How the work is spread."""
 
     workers: Count = 1
-    """Scorers (and control arms) trained at the same time on this machine, a process each."""
+    """Scorers (and control arms) trained at the same time on this machine, a process each. With `processes`
+    above 1 it is scorers only, so many processes each: 4 workers of 2 processes take 8 GPUs."""
     processes: Count = 1
     """Data-parallel processes of each training, started through `accelerate launch`."""
     checkpoint_minutes: Annotated[float, Field(ge=0.0)] = 10.0
@@ -715,12 +716,6 @@ class LaunchConfig(Block):
     """Optimizer steps between two checkpoints; 0: by time only."""
     slurm: SlurmConfig | None = None
     """For `selective-dpo submit` (docs/cluster.md)."""
-
-    @model_validator(mode="after")
-    def _one_kind_of_spreading(self) -> Self:
-        if self.workers > 1 and self.processes > 1:
-            raise ValueError("workers and processes cannot both be above 1: they would share the devices")
-        return self
 
 
 class Recipe(Block):

@@ -262,7 +262,7 @@ def _compiled_for_all_shapes() -> Iterator[None]:
     with (
         torch._dynamo.config.patch(assume_static_by_default=False, recompile_limit=_COMPILATIONS),
         # Else numbers that happen to be equal at first, such as rows and heads, would have to stay so.
-        torch.fx.experimental._config.patch(use_duck_shape=False),
+        torch.fx.experimental._config.patch(use_duck_shape=False),  # type: ignore[attr-defined]
     ):
         yield
 

@@ -255,11 +255,15 @@ def check_launch(recipe: Recipe, device: Device) -> Check:
     """Processes and workers against the devices."""
     processes, workers, gpus = recipe.launch.processes, recipe.launch.workers, device.number
     found = f"{processes} processes" if processes > 1 else f"{workers} scorer(s) at a time"
+    if processes > 1 and workers > 1:
+        found = f"{workers} scorers at a time of {processes} processes each"
     if device.kind != "cuda":
         return Check("ok", "launch", found)
     found += f" on {gpus} GPU(s)"
     if processes > gpus:
         return Check("FAIL", "launch", found, f"lower launch.processes to {gpus}")
+    if processes > 1 and workers * processes > gpus:
+        return Check("FAIL", "launch", found, f"lower launch.workers to {gpus // processes}")
     if processes == workers == 1 < gpus:
         remedy = f"set launch.processes or launch.workers to {gpus}, or CUDA_VISIBLE_DEVICES to one"
         return Check("warn", "launch", f"{found}, over which transformers would split batches", remedy)
