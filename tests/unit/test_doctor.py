@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable, Iterable
@@ -31,6 +32,14 @@ from tests.fixtures.models import TRAINER, recipe_file, tiny_model_folder, tiny_
 
 CPU = Device("cpu", "CPU", 1, 1 << 30)
 RECIPES = Path(__file__).resolve().parents[2] / "src" / "selective_dpo" / "recipes"
+
+
+@pytest.fixture(autouse=True)
+def _without_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "bitsandbytes" else find(name, *more)
+    )
 
 
 @pytest.fixture(scope="module")

@@ -108,7 +108,8 @@ class ModelConfig(Block):
     bfloat16 at the usual rates, that is nearly everywhere."""
     quantization: Literal["", "4bit"] = ""
     """`4bit`: the frozen weights under adapters are held in 4 bits (NF4 with double quantization, by
-    bitsandbytes on a GPU: QLoRA), for scoring, training and evaluation alike. Needs `lora` in both stages."""
+    bitsandbytes on a GPU: QLoRA), for scoring, training and evaluation alike. Needs `lora` in both stages.
+    TRL holds the adapters in bfloat16 then."""
     attention: (
         Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] | HubKernel
     ) = "sdpa"
