@@ -231,6 +231,19 @@ def test_a_token_without_a_row_in_the_model(
     assert expected in capsys.readouterr().err
 
 
+def test_updates_are_as_large_on_any_number_of_processes(things: Path) -> None:
+    blocks: dict[str, Any] = {
+        "score": {"trainer": {"per_device_train_batch_size": 4, "pairs_per_update": 256}},
+        "train": {"trainer": {"per_device_train_batch_size": 4, "pairs_per_update": 128}},
+    }
+    for processes, expected in (
+        (8, "score 4 x 8 x 8 process(es) = 256 pairs, train 4 x 4 x 8 process(es) = 128 pairs"),
+        (1, "score 4 x 64 x 1 process(es) = 256 pairs, train 4 x 32 x 1 process(es) = 128 pairs"),
+    ):
+        recipe = tiny_recipe(things, **blocks, launch={"processes": processes})
+        assert doctor.check_updates(recipe, ("score", "train")).found == expected
+
+
 def test_kernels_of_the_hub_are_accepted_where_their_package_is(
     things: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

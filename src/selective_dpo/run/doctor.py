@@ -56,7 +56,7 @@ from selective_dpo.run.costs import (
 from selective_dpo.run.folder import RunDirectory
 from selective_dpo.run.keys import Run, versions
 from selective_dpo.run.stages import prepare
-from selective_dpo.training.arguments import PURE, dpo_arguments
+from selective_dpo.training.arguments import PURE, dpo_arguments, training_settings
 from selective_dpo.training.train import tracker_names
 
 Found = TypeVar("Found")
@@ -142,6 +142,7 @@ def _checks(recipe: Recipe, device: Device) -> Iterator[Check]:
     """What `doctor` and a run check alike."""
     blocks = ("train",) if recipe.curriculum else ("score", "train")
     yield check_launch(recipe, device)
+    yield check_updates(recipe, blocks)
     yield check_precision(recipe, device)
     yield from check_optional_packages(recipe)
     for block in blocks:
@@ -270,6 +271,18 @@ def check_launch(recipe: Recipe, device: Device) -> Check:
     if workers > gpus:
         return Check("warn", "launch", found, "several would share a GPU's memory")
     return Check("ok", "launch", found)
+
+
+def check_updates(recipe: Recipe, blocks: Sequence[str]) -> Check:
+    """How many pairs an update has: those of a process's batch x accumulation x processes."""
+    processes, found = recipe.launch.processes, []
+    for block in blocks:
+        if block == "train" or recipe.score.protocol != "one-step":
+            settings = training_settings(getattr(recipe, block).trainer, recipe.model, processes)
+            batch, times = settings.pairs_per_batch, settings.accumulation
+            pairs = batch * times * processes
+            found.append(f"{block} {batch} x {times} x {processes} process(es) = {pairs:,} pairs")
+    return Check("ok", "updates", ", ".join(found))
 
 
 def check_precision(recipe: Recipe, device: Device) -> Check:
