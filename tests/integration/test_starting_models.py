@@ -146,4 +146,4 @@ def test_asking_for_quantization_is_told_so(tmp_path: Path, capsys: pytest.Captu
     recipe = recipe_file(tiny_recipe(tmp_path), tmp_path / "recipe.yaml")
     for key in ("load_in_4bit", "quantization_config"):
         assert main(["run", str(recipe), f"--model.{key}", "true"]) == 2
-        assert "is quantized already" in capsys.readouterr().err
+        assert "weights in 4 bits are model.quantization: 4bit" in capsys.readouterr().err
