@@ -199,8 +199,8 @@ def load_model_config(config: ModelConfig) -> Any:
         )
     if getattr(found, "quantization_config", None):
         raise ModelError(
-            f"model {config.path!r} is quantized, and quantization is not supported yet: name its weights "
-            "in bfloat16, float16 or float32"
+            f"model {config.path!r} is quantized already: name its weights in bfloat16, float16 or "
+            "float32, and set model.quantization: 4bit to have them quantized here"
         )
     return found
 

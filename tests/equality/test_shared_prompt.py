@@ -10,6 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from transformers.integrations import flex_attention
 
 from selective_dpo.logprobs.compute import PairLogps, pair_logps
 from selective_dpo.logprobs.packing_support import RowCollator
@@ -160,3 +161,42 @@ def test_flex_attentions_block_mask_gives_the_same_log_probs() -> None:
     plain = measure(tiny_family("llama"), "padded")
     np.testing.assert_allclose(flex.chosen_P, plain.chosen_P, atol=TOLERANCE)
     np.testing.assert_allclose(flex.rejected_P, plain.rejected_P, atol=TOLERANCE)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+def test_flex_attention_is_compiled_once_for_all_widths_and_numbers_of_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """But for one row, and rows of one block: four times for scoring. By itself torch compiles these shapes
+    six times, and gives up after eight. Graphs are counted, and run as they are."""
+    compiled: list[torch.fx.GraphModule] = []
+
+    def count(graph: torch.fx.GraphModule, example: object) -> object:
+        compiled.append(graph)
+        return graph.forward
+
+    wrapper, compile_with = flex_attention.WrappedFlexAttention, torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: compile_with(function, backend=count))
+    monkeypatch.setattr(wrapper, "_instance", None)
+    torch._dynamo.reset()
+    model = tiny_family("llama", attention="flex_attention").eval()  # four heads
+    random = np.random.default_rng(0)
+    shapes = [
+        (4, 300),
+        (4, 500),
+        (2, 700),
+        (3, 380),
+        (1, 300),
+        (1, 600),
+        (4, 100),
+        (1, 100),
+        (7, 90),
+        (5, 900),
+    ]
+    with log_probs_only(model), torch.no_grad():
+        for rows, width in shapes:
+            third = [random.integers(3, 50, width // 3).tolist() for _ in range(rows)]
+            pairs = dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), third)
+            forward_logps(model, RowCollator(model, pad_token_id=0, kind="packed")(pairs))
+    torch._dynamo.reset()
+    assert len(compiled) == 4

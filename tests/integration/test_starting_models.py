@@ -125,7 +125,7 @@ def test_other_formats_are_refused_in_one_line(
         config = json.loads((model / "config.json").read_text("utf-8"))
         config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
         (model / "config.json").write_text(json.dumps(config), "utf-8")
-        expected = f"model {str(model)!r} is quantized, and quantization is not supported yet"
+        expected = f"model {str(model)!r} is quantized already"
     elif kind == "folder":
         (model / "model.safetensors").rename(model / "model-Q4_K_M.gguf")
     else:
@@ -146,4 +146,4 @@ def test_asking_for_quantization_is_told_so(tmp_path: Path, capsys: pytest.Captu
     recipe = recipe_file(tiny_recipe(tmp_path), tmp_path / "recipe.yaml")
     for key in ("load_in_4bit", "quantization_config"):
         assert main(["run", str(recipe), f"--model.{key}", "true"]) == 2
-        assert "quantization is not supported yet" in capsys.readouterr().err
+        assert "weights in 4 bits are model.quantization: 4bit" in capsys.readouterr().err

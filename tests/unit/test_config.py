@@ -12,7 +12,6 @@ from selective_dpo.config import (
     DataConfig,
     EvaluateConfig,
     GenerationConfig,
-    LaunchConfig,
     ModelConfig,
     Recipe,
     ScoreConfig,
@@ -106,7 +105,6 @@ def test_every_block_is_closed_and_every_field_says_what_it_means(block: type[Ba
             {"judge": "reward-model", "generation": GenerationConfig(prompts=1)},
             "judge 'reward-model' and reward_model go together",
         ),
-        (LaunchConfig, {"workers": 2, "processes": 2}, "cannot both be above 1"),
     ],
 )
 def test_what_contradicts_itself_or_would_be_ignored_is_refused(

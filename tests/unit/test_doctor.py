@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable, Iterable
@@ -31,6 +32,14 @@ from tests.fixtures.models import TRAINER, recipe_file, tiny_model_folder, tiny_
 
 CPU = Device("cpu", "CPU", 1, 1 << 30)
 RECIPES = Path(__file__).resolve().parents[2] / "src" / "selective_dpo" / "recipes"
+
+
+@pytest.fixture(autouse=True)
+def _without_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "bitsandbytes" else find(name, *more)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +91,11 @@ def test_every_line_is_one_line_and_a_fault_has_a_remedy(things: Path) -> None:
             {"model": {"attention": "flash_attention_2"}},
             "attention",
             "flash_attention_2 is not available here; install its package",
+        ),
+        (
+            {"model": {"attention": "kernels-community/flash-attn2"}},
+            "attention",
+            "kernels-community/flash-attn2 is not available here; install the package kernels",
         ),
         (
             {"train": {"trainer": {"optim": "paged_adamw_32bit"}}},
@@ -215,6 +229,33 @@ def test_a_token_without_a_row_in_the_model(
         f"1 pair(s) hold tokens beyond the 260 that the model embeds ({pair.pair_id}): use the tokenizer"
     )
     assert expected in capsys.readouterr().err
+
+
+def test_updates_are_as_large_on_any_number_of_processes(things: Path) -> None:
+    blocks: dict[str, Any] = {
+        "score": {"trainer": {"per_device_train_batch_size": 4, "pairs_per_update": 256}},
+        "train": {"trainer": {"per_device_train_batch_size": 4, "pairs_per_update": 128}},
+    }
+    for processes, expected in (
+        (8, "score 4 x 8 x 8 process(es) = 256 pairs, train 4 x 4 x 8 process(es) = 128 pairs"),
+        (1, "score 4 x 64 x 1 process(es) = 256 pairs, train 4 x 32 x 1 process(es) = 128 pairs"),
+    ):
+        recipe = tiny_recipe(things, **blocks, launch={"processes": processes})
+        assert doctor.check_updates(recipe, ("score", "train")).found == expected
+
+
+def test_kernels_of_the_hub_are_accepted_where_their_package_is(
+    things: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They stand in for FlashAttention's own packages, too. Nothing is downloaded to say so."""
+    monkeypatch.setattr(doctor.import_utils, "is_kernels_available", lambda: True)
+    for name in ("kernels-community/flash-attn2", "kernels-community/flash-attn3@v1:f", "flash_attention_2"):
+        recipe = tiny_recipe(things, model={"attention": name})
+        (check,) = doctor.check_optional_packages(recipe)
+        assert (check.status, check.found) == ("ok", name)
+        assert doctor.check_weights(recipe).status == "ok"
+    with pytest.raises(ConfigError, match=r"model\.attention"):
+        tiny_recipe(things, model={"attention": "somebody/else"})
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [

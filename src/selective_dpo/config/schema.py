@@ -64,6 +64,9 @@ _DOTTED = r"^[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*$"
 DottedName = Annotated[str, Field(pattern=_DOTTED, examples=["my_module:my_function"])]
 """A function or class of the user's own: the module that holds it, and its name there."""
 
+HubKernel = Annotated[str, Field(pattern=r"^kernels-community/[\w.\-]+(@[\w.\-]+)?(:[\w.\-]+)?$")]
+"""A kernel that transformers downloads. Code of others on the hub it would run only if told to."""
+
 TokenBudget = Count | Literal["auto"]
 """Tokens that a forward pass computes at a time; `auto`: as free memory allows."""
 
@@ -105,9 +108,14 @@ class ModelConfig(Block):
     bfloat16 at the usual rates, that is nearly everywhere."""
     quantization: Literal["", "4bit"] = ""
     """`4bit`: the frozen weights under adapters are held in 4 bits (NF4 with double quantization, by
-    bitsandbytes on a GPU: QLoRA), for scoring, training and evaluation alike. Needs `lora` in both stages."""
-    attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] = "sdpa"
-    """transformers' `attn_implementation`."""
+    bitsandbytes on a GPU: QLoRA), for scoring, training and evaluation alike. Needs `lora` in both stages.
+    TRL holds the adapters in bfloat16 then."""
+    attention: (
+        Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] | HubKernel
+    ) = "sdpa"
+    """transformers' `attn_implementation`, or a kernel of the hub, such as `kernels-community/flash-attn2`,
+    which the package `kernels` downloads. Flash attention of either kind takes no mask, and so no shared
+    rows."""
     chat_template: PathText = ""
     """`chatml`, `gemma-system`, `zephyr` (that of mistral-7b-sft-beta, after a beginning of sequence), or the
     path of a Jinja file; empty: the tokenizer's own. It serves scoring, training and generation, and is saved
@@ -698,7 +706,8 @@ class LaunchConfig(Block):
     """How the work is spread."""
 
     workers: Count = 1
-    """Scorers (and control arms) trained at the same time on this machine, a process each."""
+    """Scorers (and control arms) trained at the same time on this machine, a process each. With `processes`
+    above 1 it is scorers only, so many processes each: 4 workers of 2 processes take 8 GPUs."""
     processes: Count = 1
     """Data-parallel processes of each training, started through `accelerate launch`."""
     checkpoint_minutes: Annotated[float, Field(ge=0.0)] = 10.0
@@ -708,12 +717,6 @@ class LaunchConfig(Block):
     """Optimizer steps between two checkpoints; 0: by time only."""
     slurm: SlurmConfig | None = None
     """For `selective-dpo submit` (docs/cluster.md)."""
-
-    @model_validator(mode="after")
-    def _one_kind_of_spreading(self) -> Self:
-        if self.workers > 1 and self.processes > 1:
-            raise ValueError("workers and processes cannot both be above 1: they would share the devices")
-        return self
 
     @model_validator(mode="after")
     def _slurm_has_gpus_for_them(self) -> Self:

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 
-from selective_dpo.distributed.launch import one_of_several
+from selective_dpo.distributed.launch import one_of_several, visible_gpus
 from selective_dpo.distributed.progress import quieten_libraries
 from selective_dpo.distributed.signals import (
     end_without_parent,
@@ -42,7 +42,8 @@ def run_in_workers(
     name: Callable[[Job], str],
     done: Callable[[Job], None] = lambda job: None,
 ) -> None:
-    """Do `work` on each job, `workers` of them at a time in processes of their own; 1: in this process.
+    """Do `work` on each job, `workers` of them at a time in processes of their own; 1, or where several
+    processes work on each job together: in this process.
 
     Workers share the machine: each takes one GPU in turn where there are any, else its share of the
     CPU's cores. A failing job does not stop the others; then the first error is raised, saying which
@@ -53,7 +54,7 @@ def run_in_workers(
     Raises:
         Interrupted: SIGTERM came.
     """
-    if workers == 1 or len(jobs) <= 1:
+    if workers == 1 or len(jobs) <= 1 or one_of_several():
         failures = _here(work, jobs, done)
     else:
         failures = _in_processes(work, jobs, workers, done)
@@ -139,8 +140,7 @@ def _start_worker(parent: int, turns: object, workers: int, gpus: int) -> None:
         number = turns.value  # type: ignore[attr-defined]
         turns.value = number + 1  # type: ignore[attr-defined]
     if gpus:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        devices = visible.split(",") if visible else [str(device) for device in range(gpus)]
+        devices = visible_gpus()
         os.environ["CUDA_VISIBLE_DEVICES"] = devices[number % len(devices)]
     else:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))

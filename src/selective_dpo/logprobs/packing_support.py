@@ -34,7 +34,7 @@ from selective_dpo.logprobs.rows import (
 )
 from selective_dpo.models import attention_of, language_model
 
-_TAKES_ANY_MASK = ("sdpa", "eager", "flex_attention")
+TAKES_ANY_MASK = ("sdpa", "eager", "flex_attention")
 """Attention of transformers that uses a [B, 1, T, T] mask, or a BlockMask, as it is given."""
 
 _ORDINARY_LAYERS = frozenset({"full_attention", "sliding_attention"})
@@ -51,7 +51,7 @@ def packing_obstacle(model: Any, longest: int) -> str | None:
     config = inner.config.get_text_config()
     if any(adapter.is_prompt_learning for adapter in getattr(model, "peft_config", {}).values()):
         return "prompt-learning adapters put tokens before each row"
-    if config._attn_implementation not in _TAKES_ANY_MASK:
+    if config._attn_implementation not in TAKES_ANY_MASK:
         return f"{config._attn_implementation} attention takes no mask"
     if inner._is_stateful:
         return f"{config.model_type} carries a state from token to token"

@@ -22,6 +22,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pyarrow.compute as pc
 import torch
+import torch._dynamo.config
+import torch.fx.experimental._config
 from datasets import Dataset
 from numpy.typing import NDArray
 from torch import Tensor
@@ -245,6 +247,26 @@ def _packed_mask(model: Any, parts: Tensor) -> Any:
     return additive_mask(parts, dtype)
 
 
+_COMPILATIONS = 64
+"""More than there can be. torch's limit is 8, beyond which FlexAttention makes all T * T scores, and says
+nothing."""
+
+
+@contextlib.contextmanager
+def _compiled_for_all_shapes() -> Iterator[None]:
+    """Inside, FlexAttention is compiled for any number of rows and any width, not for the first it sees.
+
+    One row, and a width of one block, still count as cases of their own, and so do training and scoring:
+    there are at most eight compilations. transformers, which compiles it, has no option for this.
+    """
+    with (
+        torch._dynamo.config.patch(assume_static_by_default=False, recompile_limit=_COMPILATIONS),
+        # Else numbers that happen to be equal at first, such as rows and heads, would have to stay so.
+        torch.fx.experimental._config.patch(use_duck_shape=False),  # type: ignore[attr-defined]
+    ):
+        yield
+
+
 def width_multiple(model: Any) -> int:
     """What the padded length of packed rows should be a multiple of, for the model's attention."""
     if attention_of(model) == "flex_attention":
@@ -315,15 +337,17 @@ def row_outputs(model: Any, batch: RowBatch) -> Any:
         output.last_hidden_state = hidden_RTH.flatten(0, 1).index_select(0, at_N)[None]
         return output
 
+    is_flex = attention_of(model) == "flex_attention"
     hook = language_model(model).base_model.register_forward_hook(keep_predicting)
     try:
-        return model(
-            input_ids=batch.input_ids,
-            attention_mask=mask,
-            **positions,
-            shift_labels=batch.labels_N[None],
-            fused_lm_head=True,
-            use_cache=False,
-        )
+        with _compiled_for_all_shapes() if is_flex else contextlib.nullcontext():
+            return model(
+                input_ids=batch.input_ids,
+                attention_mask=mask,
+                **positions,
+                shift_labels=batch.labels_N[None],
+                fused_lm_head=True,
+                use_cache=False,
+            )
     finally:
         hook.remove()

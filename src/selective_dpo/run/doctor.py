@@ -36,6 +36,7 @@ from selective_dpo.evaluation.benchmarks import longest_sequence, question_file,
 from selective_dpo.evaluation.evaluate import check_evaluation, policy_names
 from selective_dpo.evaluation.generate import encode_prompt
 from selective_dpo.evaluation.judges import judge_for
+from selective_dpo.logprobs.packing_support import TAKES_ANY_MASK
 from selective_dpo.logprobs.reference import TRIED, require_finite_start
 from selective_dpo.models import damaged_weights, load_policy, load_tokenizer, require_quantization
 from selective_dpo.run.costs import (
@@ -55,7 +56,7 @@ from selective_dpo.run.costs import (
 from selective_dpo.run.folder import RunDirectory
 from selective_dpo.run.keys import Run, versions
 from selective_dpo.run.stages import prepare
-from selective_dpo.training.arguments import PURE, dpo_arguments
+from selective_dpo.training.arguments import PURE, dpo_arguments, training_settings
 from selective_dpo.training.train import tracker_names
 
 Found = TypeVar("Found")
@@ -141,6 +142,7 @@ def _checks(recipe: Recipe, device: Device) -> Iterator[Check]:
     """What `doctor` and a run check alike."""
     blocks = ("train",) if recipe.curriculum else ("score", "train")
     yield check_launch(recipe, device)
+    yield check_updates(recipe, blocks)
     yield check_precision(recipe, device)
     yield from check_optional_packages(recipe)
     for block in blocks:
@@ -254,17 +256,33 @@ def check_launch(recipe: Recipe, device: Device) -> Check:
     """Processes and workers against the devices."""
     processes, workers, gpus = recipe.launch.processes, recipe.launch.workers, device.number
     found = f"{processes} processes" if processes > 1 else f"{workers} scorer(s) at a time"
+    if processes > 1 and workers > 1:
+        found = f"{workers} scorers at a time of {processes} processes each"
     if device.kind != "cuda":
         return Check("ok", "launch", found)
     found += f" on {gpus} GPU(s)"
     if processes > gpus:
         return Check("FAIL", "launch", found, f"lower launch.processes to {gpus}")
+    if processes > 1 and workers * processes > gpus:
+        return Check("FAIL", "launch", found, f"lower launch.workers to {gpus // processes}")
     if processes == workers == 1 < gpus:
         remedy = f"set launch.processes or launch.workers to {gpus}, or CUDA_VISIBLE_DEVICES to one"
         return Check("warn", "launch", f"{found}, over which transformers would split batches", remedy)
     if workers > gpus:
         return Check("warn", "launch", found, "several would share a GPU's memory")
     return Check("ok", "launch", found)
+
+
+def check_updates(recipe: Recipe, blocks: Sequence[str]) -> Check:
+    """How many pairs an update has: those of a process's batch x accumulation x processes."""
+    processes, found = recipe.launch.processes, []
+    for block in blocks:
+        if block == "train" or recipe.score.protocol != "one-step":
+            settings = training_settings(getattr(recipe, block).trainer, recipe.model, processes)
+            batch, times = settings.pairs_per_batch, settings.accumulation
+            pairs = batch * times * processes
+            found.append(f"{block} {batch} x {times} x {processes} process(es) = {pairs:,} pairs")
+    return Check("ok", "updates", ", ".join(found))
 
 
 def check_precision(recipe: Recipe, device: Device) -> Check:
@@ -310,18 +328,23 @@ def check_optional_packages(recipe: Recipe) -> Iterator[Check]:
     if has_attention(attention):
         yield Check("ok", "attention", attention)
     else:
-        remedy = "install its package, or set model.attention: sdpa"
+        package = "the package kernels" if "/" in attention else "its package"
+        remedy = f"install {package}, or set model.attention: sdpa"
         yield Check("FAIL", "attention", f"{attention} is not available here", remedy)
 
 
 def has_attention(name: str) -> bool:
-    """Whether the attention implementation is there. What the model can take shows when it is loaded."""
+    """Whether the attention implementation is there. What the model can take shows when it is loaded.
+
+    The package `kernels` downloads kernels of the hub, and stands in for FlashAttention's own packages.
+    """
     available: Callable[[], bool] = {
         "flash_attention_2": import_utils.is_flash_attn_2_available,
         "flash_attention_3": import_utils.is_flash_attn_3_available,
         "flex_attention": import_utils.is_torch_flex_attn_available,
-    }.get(name, lambda: True)
-    return available()
+    }.get(name, lambda: "/" not in name)
+    has_kernels = import_utils.is_kernels_available() and ("/" in name or name.startswith("flash_"))
+    return available() or has_kernels
 
 
 # --- what the recipe names: model, tokenizer, adapters, judge, trainer settings -----------------------------
@@ -344,8 +367,8 @@ def check_weights(recipe: Recipe) -> Check:
     if problem := damaged_weights(folder):
         return Check("FAIL", "model", f"{found}, but {problem}", "copy or download it again")
     if folder.is_dir():
-        # An attention that is not installed has been named already.
-        attention = {} if has_attention(recipe.model.attention) else {"attention": "eager"}
+        # Flash attention that is not installed has been named already, and a kernel would be downloaded.
+        attention = {} if recipe.model.attention in TAKES_ANY_MASK else {"attention": "eager"}
         load_policy(recipe.model.model_copy(update=attention), device_map="meta")
     return Check("ok", "model", found)
 

@@ -197,14 +197,18 @@ def _measured_rates(recipe: Recipe, models: Models, device: Device, lengths: Par
 
 
 def _total_seconds(jobs: Sequence[Job], recipe: Recipe, device: Device) -> float | None:
-    """Wall time of what is to do; scorers, and policies, run `launch.workers` at a time on as many GPUs."""
+    """Wall time of what is to do; scorers, and policies, run `launch.workers` at a time on as many GPUs.
+
+    With several processes each, it is scorers only.
+    """
+    alone = ("reference",) if recipe.launch.processes == 1 else ("reference", "policy")
     total = 0.0
     for kinds in (("scorer",), ("policy",), ("reference", "held-out")):
         wanted = [job.seconds for job in jobs if job.kind in kinds and not job.cached]
         known = [seconds for seconds in wanted if seconds is not None]
         if len(known) < len(wanted):
             return None
-        workers = recipe.launch.workers if device.kind == "cuda" and "reference" not in kinds else 1
+        workers = recipe.launch.workers if device.kind == "cuda" and kinds[0] not in alone else 1
         total += sum(known) / max(1, min(workers, len(known)))
     return total
 

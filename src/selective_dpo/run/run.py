@@ -17,7 +17,7 @@ from selective_dpo.curriculum.records import Records
 from selective_dpo.curriculum.table import Curriculum, require_dataset
 from selective_dpo.difficulty.protocols import planned_runs
 from selective_dpo.difficulty.scorer import collect_records
-from selective_dpo.distributed.launch import relaunch, under_a_launcher
+from selective_dpo.distributed.launch import relaunch, relaunch_each, under_a_launcher
 from selective_dpo.distributed.processes import leave_group, this_process, wait_for_everyone
 from selective_dpo.errors import ConfigError, name_some
 from selective_dpo.evaluation.evaluate import check_evaluation
@@ -28,6 +28,7 @@ from selective_dpo.run.folder import RunDirectory, alone
 from selective_dpo.run.hub import push_policy
 from selective_dpo.run.keys import Run
 from selective_dpo.run.stages import bring_up, build_curricula, complete, scorer_results
+from selective_dpo.run.submit import missing_scorers
 from selective_dpo.storage.artifacts import replacing, write_json
 from selective_dpo.training.arguments import PURE
 
@@ -174,12 +175,16 @@ def run_verb(
     """What `selective-dpo VERB RECIPE` does; returns the exit code.
 
     With `launch.processes` above 1 the same command is started again in so many processes, after the
-    pairs are prepared here: what a user can mend shows before anything is launched.
+    pairs are prepared here: what a user can mend shows before anything is launched. With `launch.workers`
+    above 1, too, the scorers are made first, each by a group of so many processes.
     """
     run = open_run(recipe, fresh=fresh)
     if recipe.launch.processes > 1 and not under_a_launcher():
         with alone(run.folder.root, but_for_scorers=bool(only)):
             bring_up(run, "pairs")
+        needs_scorers = verb not in ("prepare", "report") and not only
+        if needs_scorers and recipe.launch.workers > 1 and (code := _score_in_groups(run, command_line[1:])):
+            return code
         return relaunch(command_line, processes=recipe.launch.processes)
     actions: dict[str, Callable[[], object]] = {
         "prepare": lambda: prepare(run),
@@ -194,6 +199,22 @@ def run_verb(
     actions[verb]()
     leave_group()
     return 0
+
+
+def _score_in_groups(run: Run, words: Sequence[str]) -> int:
+    """`score --only` each scorer that is missing, `launch.workers` of them at a time; the exit code.
+
+    `words` are the recipe and options. What `--fresh` accepts has been accepted when the run was opened.
+    """
+    names, launch = missing_scorers(run), run.recipe.launch
+    if len(names) < 2:
+        return 0
+    words = [word for word in words if word not in ("--fresh", "--allow-partial")]
+    if code := relaunch(["prepare", *words], processes=launch.processes):
+        return code
+    commands = [["score", *words, "--only", name] for name in names]
+    groups = min(launch.workers, len(names))
+    return relaunch_each(commands, processes=launch.processes, groups=groups)
 
 
 def score_difficulty(

@@ -54,7 +54,7 @@ def write_scripts(run: Run, command: Sequence[str]) -> list[Script]:
     if config is None:
         raise ConfigError("submit needs launch.slurm in the recipe, such as `slurm: {time: '12:00:00'}`")
     _require_same_updates(run.recipe, _processes(run.recipe.launch, config))
-    missing = _missing_scorers(run)
+    missing = missing_scorers(run)
     scripts = [_script(run, config, "prepare", command)]
     scripts += [_script(run, config, "score", command, missing)] if missing else []
     scripts += [_script(run, config, "run", command)]
@@ -161,7 +161,7 @@ def status_text(folder: RunDirectory) -> str:
     return "\n".join(lines)
 
 
-def _missing_scorers(run: Run) -> tuple[str, ...]:
+def missing_scorers(run: Run) -> tuple[str, ...]:
     """Scorers that an array can train: none with one-step, which is one pass, or an imported difficulty."""
     if run.recipe.curriculum or run.recipe.score.protocol == "one-step":
         return ()
