@@ -87,5 +87,5 @@ def quieten_libraries() -> None:
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     datasets_logging.set_verbosity_error()
     disable_progress_bar()
-    for name in ("trl", "peft", "accelerate", "torch.distributed", "tensorboard"):
+    for name in ("trl", "peft", "accelerate", "bitsandbytes", "torch.distributed", "tensorboard"):
         logging.getLogger(name).setLevel(logging.ERROR)
