@@ -10,19 +10,22 @@ import json
 import logging
 import re
 import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from selective_dpo.config import ModelConfig
 from selective_dpo.data.templates import apply_template
+from selective_dpo.distributed.processes import this_process
 from selective_dpo.errors import ModelError, SelectiveDPOError, is_out_of_memory, name_some
 from selective_dpo.storage.artifacts import file_digest, read_json
 from selective_dpo.storage.digests import digest
@@ -340,6 +343,29 @@ def is_sharded(model: Any) -> bool:
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         return True
     return any(isinstance(weight, DTensor) or hasattr(weight, "ds_id") for weight in model.parameters())
+
+
+def spread_frozen(model: Any) -> Any:
+    """`model` on this process's device, its frozen weights divided among the processes (PyTorch's FSDP2).
+
+    Each layer's are gathered for its pass and dropped after it, so all processes must run as many passes.
+    Weights that are trained stay whole on each. Every process loads the model into the machine's memory.
+    """
+    process = this_process()
+    mesh = init_device_mesh(process.device.type, (process.num_processes,))
+    trained = {weight for weight in model.parameters() if weight.requires_grad}
+    layers = set(language_model(model)._no_split_modules or ())
+    for module in [each for each in model.modules() if type(each).__name__ in layers]:
+        fully_shard(module, mesh=mesh, ignored_params=trained)
+    fully_shard(model, mesh=mesh, ignored_params=trained)
+    if process.is_main_process:
+        held = sum(
+            weight.to_local().numel() if isinstance(weight, DTensor) else weight.numel()
+            for weight in model.parameters()
+        )
+        share = held / sum(weight.numel() for weight in model.parameters())
+        sys.stderr.write(f"weights: {share:.0%} of them on each of {process.num_processes} processes\n")
+    return model.to(process.device)
 
 
 def attention_of(model: Any) -> str:

@@ -328,6 +328,8 @@ def test_kept_scorers_give_the_log_ratios_that_were_measured(inputs: Path) -> No
             {"trainer": {"learning_rate": 1e-4}},
             "trainer.learning_rate has no effect with protocol 'one-step'",
         ),
+        # All weights are changed, on each process.
+        ({"lora": None, "trainer": {"fsdp": True}}, "trainer.fsdp has no effect with protocol 'one-step'"),
         ({"lora": {**LORA, "init_lora_weights": False}}, "an adapter that starts as none"),
         ({"protocol": "fast", "splits": 2}, "splits works only with protocol 'one-step'"),
         ({"protocol": "fast", "check": 5}, "check works only with protocol 'one-step'"),

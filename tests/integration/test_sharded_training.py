@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import signal
 import time
 from pathlib import Path
@@ -60,11 +61,12 @@ def run_of(
     launcher: dict[str, str] | None = None,
     lora: dict[str, Any] | None = None,
     score: dict[str, Any] | None = None,
+    spread: int = 0,
 ) -> Path:
     """`selective-dpo evaluate` on two processes: two scorers that are kept, a policy, held-out pairs.
 
     `launcher` are the environment variables of `accelerate launch`; `sharding` is accelerate's name of what
-    must have happened.
+    must have happened, `spread` the passes before the trainings that divide the weights, too.
     """
     settings = {**TRAINER, "per_device_train_batch_size": 2, **trainer}
     stage = {"lora": lora, "trainer": settings}
@@ -87,6 +89,8 @@ def run_of(
     assert [each.code for each in ended] == [0, 0], ended
     for each in ended:
         assert (f"sharding: {sharding}" in each.errors) if sharding else ("sharding:" not in each.errors)
+    shares = re.findall(r"weights: (\d+)% of them on each of 2 processes", ended[0].errors)
+    assert len(shares) == spread and all(50 <= int(share) < 60 for share in shares)
     run = folder / "runs" / "tiny"
     verify_folder(run / "policy")
     assert read_json(run / "policy" / "order.json")["matches"] is True
@@ -124,17 +128,25 @@ ZERO_2 = {**ZERO, "zero_optimization": {"stage": 2}}
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("trainer", "sharding"),
+    ("trainer", "sharding", "spread"),
     [
-        pytest.param({"deepspeed": ZERO_2}, "DEEPSPEED", id="zero2", marks=needs_deepspeed),
-        pytest.param(FSDP2, "FSDP", id="fsdp2-sharded-state-dict"),
-        pytest.param({"deepspeed": ZERO}, "DEEPSPEED", id="zero3-without-gathering", marks=needs_deepspeed),
+        pytest.param({"deepspeed": ZERO_2}, "DEEPSPEED", 0, id="zero2", marks=needs_deepspeed),
+        pytest.param(FSDP2, "FSDP", 2, id="fsdp2-sharded-state-dict"),
+        pytest.param(
+            {"deepspeed": ZERO}, "DEEPSPEED", 2, id="zero3-without-gathering", marks=needs_deepspeed
+        ),
     ],
 )
 def test_sharded_trainings_publish_whole_weights(
-    trainer: dict[str, Any], sharding: str, plain: Path, model: Path, tmp_path: Path, server: ForkServer
+    trainer: dict[str, Any],
+    sharding: str,
+    spread: int,
+    plain: Path,
+    model: Path,
+    tmp_path: Path,
+    server: ForkServer,
 ) -> None:
-    run = run_of(server, tmp_path, model, trainer, sharding=sharding)
+    run = run_of(server, tmp_path, model, trainer, sharding=sharding, spread=spread)
     start, expected, found = load_file(model / "model.safetensors"), trained(plain), trained(run)
     for name, weights in found.items():
         assert weights.keys() == start.keys()
@@ -164,7 +176,14 @@ def test_a_sharded_bfloat16_policy_is_saved_in_bfloat16(
         "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
     }
     run = run_of(
-        server, tmp_path, model, {"bf16": True}, sharding="FSDP", dtype="bfloat16", launcher=launcher
+        server,
+        tmp_path,
+        model,
+        {"bf16": True},
+        sharding="FSDP",
+        dtype="bfloat16",
+        launcher=launcher,
+        spread=2,
     )
     for weights in trained(run).values():
         assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
@@ -197,7 +216,7 @@ def test_sharded_adapters_are_those_of_data_parallel(
     tmp_path: Path,
     server: ForkServer,
 ) -> None:
-    run = run_of(server, tmp_path, model, trainer, sharding=sharding, lora=LORA)
+    run = run_of(server, tmp_path, model, trainer, sharding=sharding, lora=LORA, spread=2)
     expected, found = trained(plain_adapters), trained(run)
     for name, weights in found.items():
         assert weights.keys() == expected[name].keys() and weights
@@ -211,19 +230,27 @@ def test_sharded_adapters_are_those_of_data_parallel(
 
 
 @pytest.mark.slow
-def test_one_step_scores_and_a_sharded_training_follows(
-    model: Path, tmp_path: Path, server: ForkServer
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_the_passes_of_one_step_divide_frozen_weights(
+    lora: dict[str, Any] | None, model: Path, tmp_path: Path, server: ForkServer
 ) -> None:
-    """The passes of one-step are data parallel; the training after them is spread. The records are those of
-    one process, and so is the order."""
-    score = {"protocol": "one-step", "lora": None, "trainer": {"beta": 0.1, "bf16": False}}
+    """The records are those of data parallel, and so are the order and the policy."""
     runs = []
     for name, trainer, sharding in (("plain", {}, ""), ("sharded", FSDP2, "FSDP")):
-        (tmp_path / name).mkdir()
-        runs.append(run_of(server, tmp_path / name, model, trainer, sharding=sharding, score=score))
+        folder = tmp_path / name
+        folder.mkdir()
+        passes = {"beta": 0.1, "bf16": False} | ({"fsdp": True} if sharding and lora else {})
+        score = {"protocol": "one-step", "lora": lora, "trainer": passes}
+        spread = 3 if sharding and lora else 0
+        runs.append(
+            run_of(server, folder, model, trainer, sharding=sharding, lora=lora, score=score, spread=spread)
+        )
     plain, sharded = (Curriculum.load(run) for run in runs)
     np.testing.assert_allclose(sharded.difficulty_P, plain.difficulty_P, atol=1e-6)
     assert sharded.order == plain.order
+    references = [load_reference(run / "reference") for run in runs]
+    assert references[0].pair_ids == references[1].pair_ids
+    np.testing.assert_allclose(references[1].chosen_P, references[0].chosen_P, atol=1e-5)
     for each, weight in weights_in(runs[1] / "policy").items():
         torch.testing.assert_close(weight, weights_in(runs[0] / "policy")[each], rtol=0, atol=1e-5)
 

@@ -216,6 +216,15 @@ def test_memory_of_each_kind_of_job(tmp_path: Path) -> None:
     trained = 2 * 17 * 4 * 4 * 10 * 8
     assert job_memory(recipe, models, "policy", TEN) == (428, 28, 56, trained)
     assert job_memory(recipe, models, "scorer", TEN) == (420, 20, 40, forward)
+    # Passes divide the weights where a training does; one-step has sums of 5 weights whole on each process.
+    divided = recipe.model_copy(
+        update={
+            "launch": recipe.launch.model_copy(update={"processes": 2}),
+            "score": recipe.score.model_copy(update={"protocol": "one-step", "trainer": {"fsdp": True}}),
+        }
+    )
+    assert job_memory(divided, models, "reference", TEN) == (200, 0, 0, forward)
+    assert job_memory(divided, models, "scorer", TEN)[:3] == (210, 20, 16 * 5)
     # Without lengths: rows of twice max_length, 64.
     assert job_memory(recipe, models, "policy").activations == 2 * 17 * 4 * 4 * 128 * 8
 

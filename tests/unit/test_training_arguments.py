@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from selective_dpo.training.arguments import (
     fsdp_recomputes,
     lora_config,
     optimizer_steps,
+    spreads_weights,
     training_settings,
     weights_dtype,
 )
@@ -140,6 +142,39 @@ def test_settings_are_those_that_trl_would_use() -> None:
     assert settings(fsdp="full_shard").shards == "weights"
     assert settings(deepspeed={"zero_optimization": {"stage": 2}}).shards == "gradients"
     assert settings("bfloat16", deepspeed="zero.json").keeps_master_weights
+
+
+ZERO_3 = {"zero_optimization": {"stage": 3}}
+DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true"}
+
+
+@pytest.mark.parametrize(
+    ("given", "launcher", "expected"),
+    [
+        ({}, {}, False),
+        ({"fsdp": True}, {}, True),
+        ({"deepspeed": ZERO_3}, {}, True),
+        ({"deepspeed": {"zero_optimization": {"stage": 2}}}, {}, False),
+        ({"deepspeed": "zero3.json"}, {}, True),
+        ({}, {"ACCELERATE_USE_FSDP": "true"}, True),
+        ({}, {**DEEPSPEED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, True),
+        ({}, {**DEEPSPEED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, False),
+        ({}, {**DEEPSPEED, "ACCELERATE_DEEPSPEED_CONFIG_FILE": "zero3.json"}, True),
+        ({}, {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, False),
+    ],
+)
+def test_weights_are_spread_where_the_recipe_or_the_launcher_says_so(
+    given: dict[str, Any],
+    launcher: dict[str, str],
+    expected: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "zero3.json").write_text(json.dumps(ZERO_3), "utf-8")
+    monkeypatch.chdir(tmp_path)
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    assert spreads_weights(given) is expected
 
 
 @pytest.mark.parametrize(

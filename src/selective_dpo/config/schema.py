@@ -236,7 +236,8 @@ class ScoreConfig(Block):
     """PEFT `LoraConfig` keys; null: full fine-tuning."""
     trainer: Settings = {}
     """TRL `DPOConfig` keys for the scorers' training. Their loss is the difficulty, so `loss_type` must be
-    one that each pair has for itself: not `aot`, `aot_unpaired` or `sft`."""
+    one that each pair has for itself: not `aot`, `aot_unpaired` or `sft`. `one-step` reads the loss, the
+    precision, what saves memory and, with an adapter, `fsdp`, which divides the frozen weights."""
     tokens_per_batch: TokenBudget = "auto"
     """Padded tokens in one forward pass of the reference and of an evaluation, per process; `auto`: the power
     of two that free memory allows, at most 4,096 on a CPU and 65,536 on a GPU."""

@@ -189,7 +189,9 @@ def check_recipe_options(recipe: Recipe) -> None:
             "study: its arms are not spelled out; make the recipe with make_recipe or load_recipe"
         )
     check_dpo_options(recipe.score.trainer, "score.trainer", "score")
-    unread = sorted(set(recipe.score.trainer) - ONE_STEP_OPTIONS)
+    # Its passes divide the frozen weights under an adapter, if not quantized.
+    spreads = recipe.score.lora is not None and not recipe.model.quantization
+    unread = sorted(set(recipe.score.trainer) - ONE_STEP_OPTIONS - ({"fsdp"} if spreads else set()))
     if recipe.score.protocol == "one-step" and unread and not recipe.score.check:
         raise ConfigError(
             f"score.trainer.{unread[0]} has no effect with protocol 'one-step', the default, which trains no "

@@ -40,6 +40,7 @@ from selective_dpo.difficulty.protocols import ScorerRun
 from selective_dpo.difficulty.scorer import COST, RECORDS, to_records
 from selective_dpo.distributed.processes import (
     combine_by_position,
+    on_any_process,
     publish_from_main,
     this_process,
     whole_on_each_process,
@@ -58,13 +59,14 @@ from selective_dpo.logprobs.reference import (
     without_quarantined,
 )
 from selective_dpo.logprobs.rows import forward_logps, log_probs_only, part_lengths
-from selective_dpo.models import load_policy, load_tokenizer
+from selective_dpo.models import load_policy, load_tokenizer, spread_frozen
 from selective_dpo.storage.artifacts import content_key, is_complete, read_json, write_json
 from selective_dpo.training.arguments import (
     ORIGINAL_DEFAULTS,
     autocast_dtype,
     lora_config,
     mixed_precision,
+    passes_spread,
     weights_dtype,
 )
 from selective_dpo.training.batching import disable_dropout
@@ -164,7 +166,9 @@ class StepScorer:
                 torch.manual_seed(seed)
                 policy = get_peft_model(policy, adapter)
         disable_dropout(policy)
-        self.model: Any = policy.to(this_process().device)
+        # With an adapter only: without one each process changes all weights.
+        self._is_spread = adapter is not None and passes_spread(recipe.model, recipe.score.trainer)
+        self.model: Any = spread_frozen(policy) if self._is_spread else policy.to(this_process().device)
         for name, weight in self.model.named_parameters():
             # Of an adapter's two matrices one is zero, so that the other one's gradient is.
             if ".lora_A." in name or ".lora_embedding_B." in name:
@@ -225,6 +229,8 @@ class StepScorer:
                 if finite.any():
                     sums = sums.plus(gradient_W, int(finite.sum()))
                 progress.advance(len(batch) * process.num_processes)
+            while self._next_pass(has_work=False):
+                self._pass_gradient(collate, rows[:1])
             self.model.eval()
         names = ids[rows].tolist()
         logps_P2 = combine_by_position(logps_P2[rows], done_P[rows], names, what="gradients")
@@ -243,16 +249,13 @@ class StepScorer:
 
         def add(batch: NDArray[np.int64]) -> None:
             rows = pairs[batch]
-            logps_B2 = forward_logps(self.model, collate(self.tokens[rows]).to(total_W.device))
-            logps_P2[rows] = logps_B2.detach().double().cpu().numpy()
+            self._next_pass(has_work=True)
+            logps_P2[rows], gradient_W = self._pass_gradient(collate, rows)
             is_finite = np.isfinite(logps_P2[rows]).all(axis=1)
-            if not is_finite.all():
-                if is_finite.any():
-                    add(batch[is_finite])
-                return
-            loss = (logps_B2 * self._slopes_P2[rows].to(logps_B2.device)).sum()
-            found = torch.autograd.grad(loss, self.weights, allow_unused=True, materialize_grads=True)
-            total_W.add_(self._flat(found))
+            if is_finite.all():
+                total_W.add_(gradient_W)
+            elif is_finite.any():
+                add(batch[is_finite])
 
         lengths_P = plan.lengths_P[pairs]
         batches = bounded_batches(lengths_P, budget, rows_per_pair=plan.rows_per_pair)
@@ -261,8 +264,24 @@ class StepScorer:
             for batch in batches
             for start in range(0, len(batch), self._max_pairs)
         ]
-        run_within_memory(add, pieces, lengths_P, budget, rows_per_pair=plan.rows_per_pair)
+        run_within_memory(
+            add, pieces, lengths_P, budget, rows_per_pair=plan.rows_per_pair, recover=not self._is_spread
+        )
         return total_W
+
+    def _pass_gradient(
+        self, collate: RowCollator, rows: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float64], Tensor]:
+        """One forward and backward pass: log-probs [B, 2], and the gradient of the summed losses [W]."""
+        logps_B2 = forward_logps(self.model, collate(self.tokens[rows]).to(self.start_W.device))
+        loss = (logps_B2 * self._slopes_P2[rows].to(logps_B2.device)).sum()
+        found = torch.autograd.grad(loss, self.weights, allow_unused=True, materialize_grads=True)
+        return logps_B2.detach().double().cpu().numpy(), self._flat(found)
+
+    def _next_pass(self, *, has_work: bool) -> bool:
+        """Whether there is another pass. Processes that divide the weights gather them together, so one that
+        has no work left runs on while another has some."""
+        return on_any_process(has_work) if self._is_spread else has_work
 
     def measure(self, rows: NDArray[np.int64], what: str) -> NDArray[np.float64]:
         """Log-probs of the pairs in `rows` under the model as it is: [P, 2]."""

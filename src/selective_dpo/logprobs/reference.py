@@ -25,6 +25,7 @@ from selective_dpo.logprobs.compute import PairLogps, pair_logps
 from selective_dpo.logprobs.memory import TokenBudget
 from selective_dpo.logprobs.nonfinite import quarantined_pair, read_quarantine, require_few, write_quarantine
 from selective_dpo.logprobs.rows import TOKEN_COLUMNS
+from selective_dpo.models import spread_frozen
 
 FILE = "logps.parquet"
 
@@ -46,18 +47,19 @@ def publish_reference(
     tokens_per_batch: TokenBudget,
     pad_token_id: int,
     autocast_dtype: torch.dtype | None,
+    spread: bool = False,
 ) -> None:
     """Compute the reference's log-probs of all pairs and publish them (see `publish_logps`).
 
-    `model` is the starting policy as loaded; it is moved to this process's device and given TRL's
-    fused head.
+    `model` is the starting policy as loaded; it is given TRL's fused head, and moved to this process's
+    device or, with `spread`, divided among the processes.
 
     Raises:
         ModelError: as `require_embedded` and `require_finite_start`.
         RecordsError: as `publish_logps`.
     """
     add_fused_lm_head(model)
-    model.to(this_process().device)
+    model = spread_frozen(model.requires_grad_(False)) if spread else model.to(this_process().device)
     require_embedded(model, tokens)
     require_finite_start(model, tokens, pad_token_id=pad_token_id, autocast_dtype=autocast_dtype)
     logps = pair_logps(

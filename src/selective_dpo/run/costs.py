@@ -320,8 +320,10 @@ def job_memory(recipe: Recipe, models: Models, kind: JobKind, lengths: PartLengt
     budget = (recipe.evaluate if kind == "held-out" else recipe.score).tokens_per_batch
     tokens = most_tokens(this_device().kind) if budget == "auto" else budget
     forward = layer(max(models.rows_per_pair, tokens // length))
+    divides = settings.shards == "weights" and not recipe.model.quantization
     if kind in ("reference", "held-out"):
-        return Memory(weights, 0.0, 0.0, forward)
+        spread = recipe.launch.processes if kind == "reference" and divides else 1
+        return Memory(weights / spread, 0.0, 0.0, forward)
     rows = models.rows_per_pair * settings.pairs_per_batch
     activations = sizes.layers * layer(rows)
     if settings.recomputes:  # each layer keeps its input; one layer at a time has all of its activations
@@ -334,12 +336,13 @@ def job_memory(recipe: Recipe, models: Models, kind: JobKind, lengths: PartLengt
         weights += sizes.parameters * BYTES[settings.compute_dtype]
     trained, trained_bytes = adapter or sizes.parameters, _ADAPTER_BYTES if adapter else BYTES[held]
     states = trained * _state_bytes(settings, trained_bytes)
+    shards = ("optimizer", "gradients", "weights")
+    shared = [recipe.launch.processes if settings.shards in shards[place:] else 1 for place in range(3)]
     if kind == "scorer" and recipe.score.protocol == "one-step":
         # No optimizer: a fold's two sums, a micro-batch's gradient and the weights to go back to, in float32.
         states = 4 * 4 * trained
+        shared = [1, 1, recipe.launch.processes if divides and adapter else 1]
     parts = (states, trained * trained_bytes, weights)
-    shards = ("optimizer", "gradients", "weights")
-    shared = [recipe.launch.processes if settings.shards in shards[place:] else 1 for place in range(3)]
     optimizer, gradients, weights = (part / count for part, count in zip(parts, shared, strict=True))
     return Memory(weights, gradients, optimizer, activations)
 

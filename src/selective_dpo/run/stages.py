@@ -145,6 +145,7 @@ from selective_dpo.training.arguments import (
     ORIGINAL_DEFAULTS,
     autocast_dtype,
     optimizer_steps,
+    passes_spread,
     training_settings,
     weights_dtype,
 )
@@ -418,6 +419,7 @@ def _reference(run: Run, pairs: Path, folder: Path) -> Result:
             tokens_per_batch=recipe.score.tokens_per_batch,
             pad_token_id=run.tokenizer.pad_token_id,
             autocast_dtype=autocast_dtype(block.trainer, recipe.model),
+            spread=passes_spread(recipe.model, block.trainer),
         )
 
     def describe() -> str:

@@ -16,6 +16,7 @@ from selective_dpo.config import ModelConfig, Settings
 from selective_dpo.config.trainer_options import PAIRS_PER_UPDATE, accumulation
 from selective_dpo.distributed.processes import this_process
 from selective_dpo.errors import ConfigError
+from selective_dpo.storage.artifacts import read_json
 
 # The original's settings for everything that does not depend on the model or the data (arXiv 2502.09650
 # and its released recipes), where they differ from TRL's defaults.
@@ -83,6 +84,31 @@ def fsdp_recomputes(settings: Settings) -> bool:
     asked = own.get("activation_checkpointing", own.get("fsdp_activation_checkpointing", False))
     launched = all(_is_set(name) for name in ("ACCELERATE_USE_FSDP", "FSDP_ACTIVATION_CHECKPOINTING"))
     return str(asked).lower() == "true" or launched
+
+
+def spreads_weights(settings: Settings) -> bool:
+    """Whether processes divide a model's weights (FSDP, ZeRO-3), as the recipe or the launcher asks."""
+    if settings.get("fsdp") or _is_set("ACCELERATE_USE_FSDP"):
+        return True
+    if deepspeed := settings.get("deepspeed"):
+        return _zero_stage(deepspeed) == 3
+    file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    launched = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "0"))
+    return _is_set("ACCELERATE_USE_DEEPSPEED") and (launched if file == "none" else _zero_stage(file)) == 3
+
+
+def passes_spread(model: ModelConfig, settings: Settings) -> bool:
+    """Whether the passes before a training divide the frozen weights, too: where the training does.
+
+    Not those in 4 bits, which are a quarter as large.
+    """
+    return this_process().num_processes > 1 and not model.quantization and spreads_weights(settings)
+
+
+def _zero_stage(config: dict[str, Any] | str) -> int:
+    """Of a DeepSpeed configuration, or of a file that holds one."""
+    given = config if isinstance(config, dict) else read_json(Path(config))
+    return int((given.get("zero_optimization") or {}).get("stage", 0))
 
 
 def _is_set(name: str) -> bool:
@@ -172,8 +198,7 @@ def training_settings(settings: Settings, model: ModelConfig, processes: int) ->
     if settings.get("fsdp"):
         shards = "weights"
     elif isinstance(deepspeed, dict):
-        stage = (deepspeed.get("zero_optimization") or {}).get("stage", 0)
-        shards = {1: "optimizer", 2: "gradients", 3: "weights"}.get(stage, "")
+        shards = {1: "optimizer", 2: "gradients", 3: "weights"}.get(_zero_stage(deepspeed), "")
     return TrainingSettings(
         pairs_per_batch=value("per_device_train_batch_size"),
         accumulation=accumulation(settings, processes) or value("gradient_accumulation_steps"),
