@@ -181,16 +181,24 @@ def pairs_file(folder: Path) -> Path:
     return _published(folder, PAIRS)
 
 
+MAX_BYTES_IN_MEMORY = 2**30
+"""Of token ids. Each process holds a table of its own, and a million pairs have some 7 GB of them."""
+
+
 def load_tokens(folder: Path) -> Dataset:
-    """The kept pairs' tokens (`TOKENS_SCHEMA`), held in memory: no cache file is written.
+    """The kept pairs' tokens (`TOKENS_SCHEMA`); those of more than `MAX_BYTES_IN_MEMORY` are mapped from a
+    file in the cache of `datasets`, which all processes of a machine share.
 
     The data set's fingerprint is the file's digest, so whatever caches by fingerprint finds it again.
     """
     from datasets import Dataset
 
-    return Dataset(
-        pq.read_table(_published(folder, TOKENS)), fingerprint=read_manifest(folder).files[TOKENS][:32]
-    )
+    path, counts = _published(folder, TOKENS), read_json(folder / SUMMARY)
+    if 4 * (counts["prompt_tokens"] + counts["completion_tokens"]) > MAX_BYTES_IN_MEMORY:
+        table = Dataset.from_parquet(str(path)).data
+    else:
+        table = pq.read_table(path)
+    return Dataset(table, fingerprint=read_manifest(folder).files[TOKENS][:32])
 
 
 def load_ids(folder: Path) -> pa.Table:

@@ -31,7 +31,7 @@ from selective_dpo.errors import name_some
 from selective_dpo.identity import positions_of
 from selective_dpo.logprobs.compute import PairLogps, pair_logps
 from selective_dpo.logprobs.nonfinite import read_quarantine, require_few, write_quarantine
-from selective_dpo.logprobs.reference import load_reference, with_reference, without_quarantined
+from selective_dpo.logprobs.reference import finite_rows, load_reference, with_reference
 from selective_dpo.logprobs.rows import part_lengths
 from selective_dpo.losses import pair_losses
 from selective_dpo.models import load_policy, load_tokenizer
@@ -99,9 +99,8 @@ def run_scorer(job: ScorerJob) -> None:
     tokens = load_tokens(job.pairs)
     reference = load_reference(job.reference)
     split = split_pairs(list(tokens["prompt_id"]), job.run)
-    train, held_out = (
-        with_reference(without_quarantined(tokens.select(rows), job.reference), reference) for rows in split
-    )
+    finite = finite_rows(tokens, job.reference)
+    train, held_out = (with_reference(tokens, reference, np.intersect1d(rows, finite)) for rows in split)
     with training_folder(config.trainer, job.tracking) as training:
         trainer, evaluations = _make_trainer(job, train, held_out, training)
         earlier = train_resumably(trainer, job.checkpoints, [evaluations])

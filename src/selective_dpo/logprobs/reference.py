@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from datasets import Dataset
+from datasets.fingerprint import generate_random_fingerprint
 from numpy.typing import NDArray
 from trl.trainer.utils import add_fused_lm_head
 
@@ -24,7 +25,7 @@ from selective_dpo.identity import positions_of
 from selective_dpo.logprobs.compute import PairLogps, pair_logps
 from selective_dpo.logprobs.memory import TokenBudget
 from selective_dpo.logprobs.nonfinite import quarantined_pair, read_quarantine, require_few, write_quarantine
-from selective_dpo.logprobs.rows import TOKEN_COLUMNS
+from selective_dpo.logprobs.rows import ROWS_AT_ONCE, TOKEN_COLUMNS
 from selective_dpo.models import spread_frozen
 
 FILE = "logps.parquet"
@@ -103,13 +104,14 @@ def publish_logps(folder: Path, *, key: str, logps: PairLogps, tokens: Dataset) 
 
 def require_embedded(model: Any, tokens: Dataset) -> None:
     """Raise `ModelError` where the model has no row for a token of the pairs, which are named."""
-    rows, table = model.get_input_embeddings().weight.shape[0], tokens.with_format("arrow")[:]
-    beyond: set[int] = set()
-    for name in TOKEN_COLUMNS:
-        ids = table[name].combine_chunks()
-        beyond |= set(pc.list_parent_indices(ids).filter(pc.greater_equal(ids.flatten(), rows)).to_pylist())
+    rows, beyond = model.get_input_embeddings().weight.shape[0], dict[str, None]()
+    for table in tokens.with_format("arrow").iter(ROWS_AT_ONCE):
+        for name in TOKEN_COLUMNS:
+            ids = table[name].combine_chunks()
+            at = pc.list_parent_indices(ids).filter(pc.greater_equal(ids.flatten(), rows))
+            beyond |= dict.fromkeys(table["pair_id"].take(at.unique()).to_pylist())
     if beyond:
-        named = name_some(table["pair_id"].take(sorted(beyond)).to_pylist())
+        named = name_some(list(beyond))
         raise ModelError(
             f"{len(beyond):,} pair(s) hold tokens beyond the {rows:,} that the model embeds ({named}): use "
             "the tokenizer the model was trained with (model.tokenizer), or leave these out (data.exclude)"
@@ -179,19 +181,31 @@ def require_finite_reference(folder: Path) -> None:
 
 def without_quarantined(tokens: Dataset, folder: Path) -> Dataset:
     """`tokens` without the pairs that were set aside when the reference in `folder` was computed."""
-    if not (aside := read_quarantine([folder])):
-        return tokens
-    return tokens.select([row for row, name in enumerate(tokens["pair_id"]) if name not in aside])
+    return tokens.select(finite_rows(tokens, folder))
 
 
-def with_reference(tokens: Dataset, reference: PairLogps) -> Dataset:
-    """`tokens` with the two columns TRL reads, joined by `pair_id`.
+def finite_rows(tokens: Dataset, folder: Path) -> NDArray[np.int64]:
+    """The rows of `tokens` that were not set aside when the reference in `folder` was computed."""
+    return np.flatnonzero(~np.isin(tokens["pair_id"][:], sorted(read_quarantine([folder]))))
+
+
+def with_reference(tokens: Dataset, reference: PairLogps, rows: NDArray[np.int64] | None = None) -> Dataset:
+    """Those `rows` of `tokens` (None: all), with the two columns TRL reads, joined by `pair_id`.
+
+    The tokens are not copied, so that a table mapped from disk stays there.
 
     Raises:
         IdentityError: a pair has no reference log-probs, or an id stands twice.
+        ValueError: `tokens` is a selection of a data set; give `rows` instead.
     """
-    at = positions_of(list(tokens["pair_id"]), reference.pair_ids, what="reference log-probs")
-    table = tokens.with_format("arrow")[:]
-    for name, values_P in ((CHOSEN_COLUMN, reference.chosen_P), (REJECTED_COLUMN, reference.rejected_P)):
-        table = table.append_column(name, pa.array(values_P[at]))
-    return Dataset(table)
+    rows = np.arange(len(tokens)) if rows is None else rows
+    table, names = tokens.data, tokens["pair_id"][:]
+    if table["pair_id"].to_pylist() != names:
+        raise ValueError("with_reference wants a whole data set, and rows")
+    ids = [names[row] for row in rows.tolist()]
+    at = positions_of(ids, reference.pair_ids, what="reference log-probs")
+    for name, found_P in ((CHOSEN_COLUMN, reference.chosen_P), (REJECTED_COLUMN, reference.rejected_P)):
+        values_P = np.full(len(tokens), np.nan)  # of the other rows, which are not selected
+        values_P[rows] = found_P[at]
+        table = table.append_column(name, pa.array(values_P))
+    return Dataset(table, fingerprint=generate_random_fingerprint()).select(rows)

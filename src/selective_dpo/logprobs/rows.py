@@ -46,7 +46,7 @@ _FLEX_BLOCK = 128
 _CUDA_ALIGNMENT = 8
 """CUDA's kernels copy a mask whose rows do not start at multiples of this."""
 
-_ROWS_AT_ONCE = 10_000
+ROWS_AT_ONCE = 10_000
 
 Pairs = Mapping[str, Sequence[Sequence[int]]]
 """Tokenized pairs by column: `prompt_ids`, `chosen_ids`, `rejected_ids`."""
@@ -79,7 +79,7 @@ def part_lengths(tokens: Dataset) -> PartLengths:
     rows = tokens.select_columns(list(TOKEN_COLUMNS)).with_format("arrow")
     counts = [
         np.stack([pc.list_value_length(batch[name]).to_numpy() for name in TOKEN_COLUMNS])
-        for batch in rows.iter(_ROWS_AT_ONCE)
+        for batch in rows.iter(ROWS_AT_ONCE)
     ]
     return PartLengths(*np.concatenate([np.zeros((3, 0), dtype=np.int64), *counts], axis=1))
 

@@ -38,6 +38,7 @@ from selective_dpo.evaluation.generate import encode_prompt
 from selective_dpo.evaluation.judges import judge_for
 from selective_dpo.logprobs.packing_support import TAKES_ANY_MASK
 from selective_dpo.logprobs.reference import TRIED, require_finite_start
+from selective_dpo.logprobs.rows import ROWS_AT_ONCE, TOKEN_COLUMNS
 from selective_dpo.models import damaged_weights, load_policy, load_tokenizer, require_quantization
 from selective_dpo.run.costs import (
     Device,
@@ -508,9 +509,11 @@ def check_rows(
 
 def check_token_ids(tokens: Dataset, embedded: int) -> Check:
     """Whether a model of `embedded` rows has one for every token."""
-    table = tokens.with_format("arrow")[:]
-    columns = [table[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
-    largest = max(pc.max(pc.list_flatten(column)).as_py() for column in columns)
+    largest = max(
+        pc.max(pc.list_flatten(table[name])).as_py()
+        for table in tokens.with_format("arrow").iter(ROWS_AT_ONCE)
+        for name in TOKEN_COLUMNS
+    )
     found = f"up to {largest:,}, the model embeds {embedded:,} tokens"
     if largest < embedded:
         return Check("ok", "token ids", found)

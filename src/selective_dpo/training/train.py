@@ -20,7 +20,7 @@ from selective_dpo.distributed.processes import publish_from_main, this_process
 from selective_dpo.distributed.progress import Progress
 from selective_dpo.errors import IdentityError, name_some
 from selective_dpo.identity import positions_of
-from selective_dpo.logprobs.reference import load_reference, with_reference, without_quarantined
+from selective_dpo.logprobs.reference import finite_rows, load_reference, with_reference
 from selective_dpo.models import load_policy, load_tokenizer
 from selective_dpo.storage.artifacts import write_atomic, write_json
 from selective_dpo.training.arguments import dpo_arguments, hold_for_training, lora_config, weights_dtype
@@ -105,7 +105,7 @@ def _make_trainer(job: TrainingJob, curriculum: Curriculum, folder: Path) -> Any
     tokens = load_tokens(job.pairs)
     _require_same_pairs(curriculum, list(tokens["pair_id"]))
     at = positions_of(curriculum.order, list(tokens["pair_id"]), what="prepared pairs")
-    rows = with_reference(tokens.select(at), load_reference(job.reference))
+    rows = with_reference(tokens, load_reference(job.reference), at)
     seed = {} if job.seed is None else {"seed": job.seed}
     args = dpo_arguments(
         {"run_name": f"{recipe.name}-{job.name}", **recipe.train.trainer, **seed},
@@ -143,8 +143,9 @@ def _require_same_pairs(curriculum: Curriculum, ids: list[str]) -> None:
 def _held_out(job: TrainingJob) -> Any:
     if job.test_pairs is None or job.test_reference is None:
         return None
-    tokens = without_quarantined(load_tokens(job.test_pairs), job.test_reference)
-    return with_reference(tokens, load_reference(job.test_reference))
+    tokens = load_tokens(job.test_pairs)
+    rows = finite_rows(tokens, job.test_reference)
+    return with_reference(tokens, load_reference(job.test_reference), rows)
 
 
 # --- experiment trackers ------------------------------------------------------------------------------------
