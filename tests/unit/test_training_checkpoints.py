@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors import SafetensorError
 
 from selective_dpo.config.trainer_options import DECIDED
@@ -234,6 +235,44 @@ def test_without_minutes_and_steps_there_are_none(
     given = minutes_and_steps and plan._replace(minutes=minutes_and_steps[0], steps=minutes_and_steps[1])
     assert train_resumably(trainer, given or None) == 0.0
     assert calls == [{}]
+
+
+def test_checkpoints_that_take_long_to_write_are_made_less_often(
+    plan: CheckpointPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(module.time, "monotonic", lambda: now)
+    state = SimpleNamespace(global_step=3, max_steps=9, epoch=0.5)
+    args = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "output_dir": str(tmp_path)}
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(**args),
+        state=state,
+        accelerator=SimpleNamespace(gather=lambda tensor: tensor),
+        is_fsdp_enabled=False,
+        is_deepspeed_enabled=False,
+        _metrics={"train": {}},
+        _tr_loss=torch.zeros(()),
+        _total_train_tokens=0,
+        _total_loss_scalar=0.0,
+        _globalstep_last_logged=0,
+    )
+    checkpoints = Checkpoints(trainer, plan, [], lambda: False)
+
+    def is_due_at(seconds: float) -> bool:
+        nonlocal now
+        now = seconds
+        return checkpoints._is_due(state)
+
+    def write_for_two_minutes() -> None:
+        nonlocal now
+        now += 120
+
+    assert not is_due_at(599) and is_due_at(600)
+    checkpoints.save(write_for_two_minutes)
+    # It ended at 720. 120 seconds are 5% of 2,400, which is more than the plan's 600.
+    assert not is_due_at(720 + 2399) and is_due_at(720 + 2400)
+    checkpoints.save(lambda: None)
+    assert not is_due_at(3120 + 599) and is_due_at(3120 + 600)
 
 
 def test_an_order_that_cannot_be_found_again_is_refused(plan: CheckpointPlan) -> None:

@@ -712,8 +712,9 @@ class LaunchConfig(Block):
     processes: Count = 1
     """Data-parallel processes of each training, started through `accelerate launch`."""
     checkpoint_minutes: Annotated[float, Field(ge=0.0)] = 10.0
-    """Minutes between two checkpoints of a training; 0: none by time. A killed training goes on from its
-    newest whole one. With any checkpoints, one is made on SIGTERM and one at a training's end, too."""
+    """Minutes between two checkpoints of a training; more where writing them would take over 5% of its time;
+    0: none by time. A killed training goes on from its newest whole one. With any checkpoints, one is made on
+    SIGTERM and one at a training's end, too."""
     checkpoint_steps: Annotated[int, Field(ge=0)] = 0
     """Optimizer steps between two checkpoints; 0: by time only."""
     slurm: SlurmConfig | None = None

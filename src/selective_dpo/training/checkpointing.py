@@ -58,6 +58,9 @@ _READERS = ("accelerate", "peft", "torch", "transformers", "trl")
 _TORCH_SAVE = ("PytorchStreamWriter", "inline_container", "iostream error")
 """From `torch.save`'s messages when the system refuses to write; it does not pass on the system's error."""
 
+MAX_SHARE = 0.05
+"""Of a training's time that checkpoints by time may take: those of large models are written for minutes."""
+
 Value = TypeVar("Value")
 
 
@@ -69,7 +72,7 @@ class CheckpointPlan(NamedTuple):
     job: str
     """Key of the result that the training is for."""
     minutes: float
-    """Between two checkpoints; 0: none by time."""
+    """Between two checkpoints, or more (see `MAX_SHARE`); 0: none by time."""
     steps: int
     """Optimizer steps between two checkpoints; 0: by time only."""
 
@@ -268,6 +271,7 @@ class Checkpoints(TrainerCallback):
         self._trainer, self._plan, self._parts, self.is_asked = trainer, plan, parts, is_asked
         self._process = this_process()
         self._started = self._last = time.monotonic()
+        self._took = 0.0
         self.earlier_seconds = 0.0
         self._is_stopping = False
         self.saving_to: str = trainer.args.output_dir
@@ -347,7 +351,8 @@ class Checkpoints(TrainerCallback):
 
     def _is_due(self, state: Any) -> bool:
         """Whether to make a checkpoint now; the same on all processes."""
-        by_time = 0 < self._plan.minutes * 60 <= time.monotonic() - self._last
+        interval = max(self._plan.minutes * 60, self._took / MAX_SHARE)
+        by_time = self._plan.minutes > 0 and time.monotonic() - self._last >= interval
         is_time = on_any_process(by_time and self._process.is_main_process)
         self._is_stopping = on_any_process(self.is_asked())
         by_steps = self._plan.steps > 0 and state.global_step % self._plan.steps == 0
@@ -361,7 +366,7 @@ class Checkpoints(TrainerCallback):
         Raises:
             Interrupted: SIGTERM came.
         """
-        trainer, state = self._trainer, self._trainer.state
+        started, trainer, state = time.monotonic(), self._trainer, self._trainer.state
         place = self._plan.place(state.global_step)
         # After the last step only the result is needed; sharded trainings save weights in files of their own.
         sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
@@ -398,6 +403,7 @@ class Checkpoints(TrainerCallback):
             else:
                 keep_only(self._plan.folder, self._good)
         self._last = time.monotonic()
+        self._took = self._last - started
         if self._is_stopping:
             raise Interrupted(
                 f"interrupted by SIGTERM at step {state.global_step:,} of {state.max_steps:,}: {REMEDY}"
