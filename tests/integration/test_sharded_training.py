@@ -89,6 +89,7 @@ def run_of(
     assert [each.code for each in ended] == [0, 0], ended
     for each in ended:
         assert (f"sharding: {sharding}" in each.errors) if sharding else ("sharding:" not in each.errors)
+    assert "log-probs: one row a pair" in ended[0].errors  # tried at the model, wrapped as it is
     shares = re.findall(r"weights: (\d+)% of them on each of 2 processes", ended[0].errors)
     assert len(shares) == spread and all(50 <= int(share) < 60 for share in shares)
     run = folder / "runs" / "tiny"
@@ -257,16 +258,19 @@ def test_the_passes_of_one_step_divide_frozen_weights(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("trainer", "environment"),
+    ("trainer", "strike"),
     [
-        pytest.param(FSDP2, {}, id="fsdp2"),
-        pytest.param({"deepspeed": ZERO_2}, {"DS_ACCELERATOR": "cpu"}, id="zero2", marks=needs_deepspeed),
+        pytest.param(FSDP2, signal.SIGTERM, id="fsdp2-stopped"),
+        pytest.param(FSDP2, signal.SIGKILL, id="fsdp2-killed"),
+        pytest.param({"deepspeed": ZERO_2}, signal.SIGTERM, id="zero2-stopped", marks=needs_deepspeed),
+        pytest.param({"deepspeed": ZERO}, signal.SIGKILL, id="zero3-killed", marks=needs_deepspeed),
     ],
 )
-def test_a_sharded_training_that_is_stopped_goes_on_to_the_same_end(
-    trainer: dict[str, Any], environment: dict[str, str], model: Path, tmp_path: Path, server: ForkServer
+def test_a_sharded_training_that_was_stopped_goes_on_to_the_same_end(
+    trainer: dict[str, Any], strike: signal.Signals, model: Path, tmp_path: Path, server: ForkServer
 ) -> None:
-    """SIGTERM to both processes; the same command again ends with the same weights and order."""
+    """A signal to both processes; the same command again ends with the same weights and order."""
+    environment = {"DS_ACCELERATOR": "cpu"} if "deepspeed" in trainer else {}
     ends = {}
     for name in ("whole", "stopped"):
         folder = tmp_path / name
@@ -286,8 +290,9 @@ def test_a_sharded_training_that_is_stopped_goes_on_to_the_same_end(
             while not _has_checkpoint(run) and time.monotonic() < until:
                 time.sleep(0.02)
             for rank in ranks:
-                rank.send_signal(signal.SIGTERM)
-            assert [rank.wait() for rank in ranks] == [75, 75]
+                rank.send_signal(strike)
+            code = 75 if strike == signal.SIGTERM else -signal.SIGKILL
+            assert [rank.wait() for rank in ranks] == [code, code]
             assert not (run / "policy").exists()
         ended = server.run_ranks(2, *command, environment=environment)
         assert [each.code for each in ended] == [0, 0], ended

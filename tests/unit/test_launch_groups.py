@@ -8,11 +8,13 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from selective_dpo.cli import main
+from selective_dpo.config.load import make_recipe
 from selective_dpo.distributed import launch
 from selective_dpo.distributed.launch import relaunch_each
 from selective_dpo.errors import ConfigError, Interrupted
@@ -92,10 +94,40 @@ def test_a_run_makes_its_scorers_in_groups_and_then_the_rest(
     assert main(["run", path, "--fresh", "--select.fraction", "0.6"]) == 0
     words = ["score", path, "--select.fraction", "0.6", "--only"]
     scorers = [f"seed{seed}-fold{fold}" for seed in (41, 42) for fold in (0, 1)]
-    assert said == [("prepare", 2), ([[*words, name] for name in scorers], 2, 4), ("run", 2)]
+    assert said == [("prepare", 8), ([[*words, name] for name in scorers], 2, 4), ("run", 2)]
     said.clear()
     assert main(["score", path, "--only", "seed41-fold0", "--select.fraction", "0.6"]) == 0
     assert said == [("score", 2)]
+
+
+@pytest.mark.parametrize(
+    ("verb", "workers", "score", "expected"),
+    [
+        ("run", 4, {"protocol": "one-step"}, [("score", 4), "run"]),
+        ("run", 4, {"protocol": "one-step", "check": 8}, [("prepare", 4), "run"]),
+        ("run", 16, {"protocol": "fast"}, [("prepare", 8), "run"]),
+        ("prepare", 4, {"protocol": "fast"}, [("prepare", 4)]),
+        ("run", 1, {"protocol": "one-step"}, ["run"]),
+    ],
+)
+def test_passes_that_no_scorer_trains_have_the_gpus_of_all_workers(
+    verb: str,
+    workers: int,
+    score: dict[str, Any],
+    expected: list[object],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said: list[object] = []
+    monkeypatch.setattr(
+        verbs, "relaunch", lambda words, *, processes: said.append((words[0], processes)) or 0
+    )
+    monkeypatch.setattr(verbs, "run_all", lambda run: said.append("run"))
+    monkeypatch.setattr(verbs, "require_sound", lambda *_, **__: None)
+    given = tiny_recipe(tmp_path).model_dump(mode="json", exclude_unset=True)
+    recipe = make_recipe({**given, "score": score, "launch": {"workers": workers}})
+    assert main([verb, str(recipe_file(recipe, tmp_path / "r.yaml"))]) == 0
+    assert said == expected
 
 
 def test_doctor_counts_the_gpus_of_all_groups(tmp_path: Path) -> None:

@@ -103,6 +103,13 @@ def _environment(group: int, processes: int, groups: int) -> dict[str, str]:
     return environment | {"CUDA_VISIBLE_DEVICES": ",".join(own)}
 
 
+def processes_of_passes(workers: int, processes: int) -> int:
+    """Processes of a pass that no scorer trains: one for each GPU that the workers have."""
+    if not torch.cuda.is_available():
+        return processes
+    return max(processes, min(workers * processes, len(visible_gpus())))
+
+
 def visible_gpus() -> list[str]:
     """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
     if named := os.environ.get("CUDA_VISIBLE_DEVICES"):

@@ -17,7 +17,7 @@ from selective_dpo.curriculum.records import Records
 from selective_dpo.curriculum.table import Curriculum, require_dataset
 from selective_dpo.difficulty.protocols import planned_runs
 from selective_dpo.difficulty.scorer import collect_records
-from selective_dpo.distributed.launch import relaunch, relaunch_each, under_a_launcher
+from selective_dpo.distributed.launch import processes_of_passes, relaunch, relaunch_each, under_a_launcher
 from selective_dpo.distributed.processes import leave_group, this_process, wait_for_everyone
 from selective_dpo.errors import ConfigError, name_some
 from selective_dpo.evaluation.evaluate import check_evaluation
@@ -176,16 +176,24 @@ def run_verb(
 
     With `launch.processes` above 1 the same command is started again in so many processes, after the
     pairs are prepared here: what a user can mend shows before anything is launched. With `launch.workers`
-    above 1, too, the scorers are made first, each by a group of so many processes.
+    above 1 the passes that no scorer trains come first, on the GPUs of all workers; then, with several
+    processes each, the scorers.
     """
     run = open_run(recipe, fresh=fresh)
-    if recipe.launch.processes > 1 and not under_a_launcher():
+    launch = recipe.launch
+    passes = processes_of_passes(launch.workers, launch.processes)
+    if passes > 1 and not under_a_launcher():
         with alone(run.folder.root, but_for_scorers=bool(only)):
             bring_up(run, "pairs")
-        needs_scorers = verb not in ("prepare", "report") and not only
-        if needs_scorers and recipe.launch.workers > 1 and (code := _score_in_groups(run, command_line[1:])):
-            return code
-        return relaunch(command_line, processes=recipe.launch.processes)
+        if verb == "prepare":
+            return relaunch(command_line, processes=passes)
+        if verb != "report" and not only and launch.workers > 1:
+            # What `--fresh` accepts was accepted when the run was opened.
+            words = [word for word in command_line[1:] if word not in ("--fresh", "--allow-partial")]
+            if code := _run_passes(run, words, passes) or _score_in_groups(run, words):
+                return code
+        if launch.processes > 1:
+            return relaunch(command_line, processes=launch.processes)
     actions: dict[str, Callable[[], object]] = {
         "prepare": lambda: prepare(run),
         "score": lambda: score(run, only=only),
@@ -201,17 +209,25 @@ def run_verb(
     return 0
 
 
+def _run_passes(run: Run, words: Sequence[str], processes: int) -> int:
+    """The reference's pass, and with one-step all of scoring, unless they are done; the exit code."""
+    score = run.recipe.score
+    # The scorers of `score.check` are trained by one process each.
+    scores = score.protocol == "one-step" and not score.check and not run.recipe.curriculum
+    results = [run.folder.scores(each) for each in run.scorer_runs] if scores else [run.folder.reference]
+    if all((folder / "manifest.json").is_file() for folder in results):
+        return 0
+    return relaunch(["score" if scores else "prepare", *words], processes=processes)
+
+
 def _score_in_groups(run: Run, words: Sequence[str]) -> int:
     """`score --only` each scorer that is missing, `launch.workers` of them at a time; the exit code.
 
-    `words` are the recipe and options. What `--fresh` accepts has been accepted when the run was opened.
+    `words` are the recipe and options.
     """
     names, launch = missing_scorers(run), run.recipe.launch
-    if len(names) < 2:
+    if launch.processes == 1 or len(names) < 2:
         return 0
-    words = [word for word in words if word not in ("--fresh", "--allow-partial")]
-    if code := relaunch(["prepare", *words], processes=launch.processes):
-        return code
     commands = [["score", *words, "--only", name] for name in names]
     groups = min(launch.workers, len(names))
     return relaunch_each(commands, processes=launch.processes, groups=groups)
