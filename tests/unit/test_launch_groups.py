@@ -104,7 +104,7 @@ def test_a_run_makes_its_scorers_in_groups_and_then_the_rest(
     ("verb", "workers", "score", "expected"),
     [
         ("run", 4, {"protocol": "one-step"}, [("score", 4), "run"]),
-        ("run", 4, {"protocol": "one-step", "check": 8}, [("prepare", 4), "run"]),
+        ("run", 4, {"protocol": "one-step", "check": 8}, ["run"]),
         ("run", 16, {"protocol": "fast"}, [("prepare", 8), "run"]),
         ("prepare", 4, {"protocol": "fast"}, [("prepare", 4)]),
         ("run", 1, {"protocol": "one-step"}, ["run"]),

@@ -211,13 +211,14 @@ def run_verb(
 
 def _run_passes(run: Run, words: Sequence[str], processes: int) -> int:
     """The reference's pass, and with one-step all of scoring, unless they are done; the exit code."""
-    score = run.recipe.score
-    # The scorers of `score.check` are trained by one process each.
-    scores = score.protocol == "one-step" and not score.check and not run.recipe.curriculum
-    results = [run.folder.scores(each) for each in run.scorer_runs] if scores else [run.folder.reference]
+    if run.recipe.curriculum or run.recipe.score.check:  # whose scorers are trained by one process each
+        return 0
+    verb, results = "prepare", [run.folder.reference]
+    if run.recipe.score.protocol == "one-step":
+        verb, results = "score", [run.folder.scores(each) for each in run.scorer_runs]
     if all((folder / "manifest.json").is_file() for folder in results):
         return 0
-    return relaunch(["score" if scores else "prepare", *words], processes=processes)
+    return relaunch([verb, *words], processes=processes)
 
 
 def _score_in_groups(run: Run, words: Sequence[str]) -> int:
