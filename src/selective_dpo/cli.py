@@ -217,13 +217,13 @@ def _show(text: str, answer: dict[str, Any], path: str) -> None:
 
 
 def read_recipe(options: argparse.Namespace, overrides: Overrides) -> Recipe:
-    """The recipe with its overrides, fully checked; the libraries that a run uses are silenced after that."""
+    """The recipe with its overrides, fully checked, by libraries that are silenced first."""
     from selective_dpo.config.load import load_recipe
     from selective_dpo.config.trainer_options import check_recipe_options
 
     recipe = load_recipe(options.recipe, overrides)
-    check_recipe_options(recipe)
     _quieten_libraries()
+    check_recipe_options(recipe)
     return recipe
 
 

@@ -158,7 +158,7 @@ def test_ctrl_c_is_one_line_and_takes_the_others_along(
     *others, last = errors.splitlines()
     assert last == "selective-dpo: interrupted by Ctrl-C: run the same command to go on"
     if key == "workers":  # PyTorch's launcher has words of its own
-        assert all(line.startswith("log-probs: ") for line in others)
+        assert all(line.startswith("log-probs: ") for line in others), errors
     else:
         assert any("interrupted by SIGTERM at step" in line for line in others), errors
     assert "Traceback" not in output

@@ -77,6 +77,8 @@ def quieten_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # DeepSpeed sets its logger's level itself, when transformers imports it, and writes to standard output.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+    # It says what it lacks when it is imported, which the libraries below may do.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # What they will change in their next versions is for this package to follow, not for its users.
     warnings.filterwarnings("ignore", category=FutureWarning, module=_LIBRARIES)
     from datasets.utils import logging as datasets_logging
@@ -87,5 +89,5 @@ def quieten_libraries() -> None:
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     datasets_logging.set_verbosity_error()
     disable_progress_bar()
-    for name in ("trl", "peft", "accelerate", "bitsandbytes", "torch.distributed", "tensorboard"):
+    for name in ("trl", "peft", "accelerate", "torch.distributed", "tensorboard"):
         logging.getLogger(name).setLevel(logging.ERROR)
