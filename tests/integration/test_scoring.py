@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -436,3 +437,13 @@ def _state(folder: Path) -> dict[str, tuple[int, bytes]]:
 def _states(run: Run) -> dict[str, dict[str, tuple[int, bytes]]]:
     folders = [run.folder.pairs, run.folder.reference, *map(run.folder.scores, run.scorer_runs)]
     return {folder.name: _state(folder) for folder in folders}
+
+
+def test_each_scorer_that_is_done_tells_the_time_that_the_others_will_take(
+    inputs: Path, tmp_path: Path
+) -> None:
+    lines: list[str] = []
+    score(open_run(recipe_for(inputs, tmp_path, evaluations=1), say=lines.append))
+    first, last = (line for line in lines if "pairs trained" in line)
+    assert re.search(r" s \(1 of 2, about \d+ s left\)$", first)
+    assert "left" not in last

@@ -11,6 +11,7 @@ and announced is written once, in `complete`.
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
@@ -234,12 +235,21 @@ def complete(run: Run, results: Sequence[Result]) -> None:
         run.tell(f"training: {'; '.join(result.label for result in missing)}")
     else:
         run.tell(f"scores: {len(missing)} of {len(results)} scorers to train")
+    started, finished = time.monotonic(), 0
+
+    def tell_done(result: Result) -> None:
+        nonlocal finished
+        finished += 1
+        left = (time.monotonic() - started) / finished * (len(missing) - finished)
+        rest = f" ({finished} of {len(missing)}, about {left:,.0f} s left)" if left else ""
+        run.tell(f"  {result.describe()}{rest}")
+
     run_in_workers(
         _make,
         missing,
         workers=run.recipe.launch.workers,
         name=lambda result: result.name,
-        done=lambda result: run.tell(f"  {result.describe()}"),
+        done=tell_done,
     )
     if run.folder.tracking.is_dir():
         run.tell(f"  trackers' files: {run.folder.tracking}")
